@@ -1,0 +1,1 @@
+"""MicroLM: does distillation pay for a language model under 200M parameters?"""
