@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake that the person can mend. Its text is complete: what, where, how to mend it."""
 
 
+# of the machine, not of the program: room or access is all that is missing
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's `main`; a mistake of the user's ends in `error: ...` on stderr and exit status 1.
 
@@ -24,9 +28,21 @@ def run_stage(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    except Exception as error:
+        reason = _machine_error(error)
+        if reason is None:
             raise
-        where = error.filename or os.getcwd()
-        print(f"error: {where}: {error.strerror}; make room or grant access, then run the same command again", file=sys.stderr)
+        print(f"error: {reason}; make room or grant access, then run the same command again", file=sys.stderr)
         sys.exit(1)
+
+
+def _machine_error(error: Exception) -> str | None:
+    """File and reason of a full, read-only or forbidden disk; None for any other error."""
+    if isinstance(error, OSError):
+        where = error.filename or os.getcwd()
+        return f"{where}: {error.strerror}" if error.errno in _MACHINE_ERRORS else None
+    # safetensors raises an exception of its own and leaves the system's number in its text
+    for number in _MACHINE_ERRORS:
+        if f"code: {number}," in str(error) or f"os error {number})" in str(error):
+            return f"{os.getcwd()}: {os.strerror(number)}"
+    return None

@@ -35,7 +35,9 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "") as file:
+        with open(
+            temporary, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else ""
+        ) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -1,0 +1,283 @@
+"""Byte-level BPE, run by tiktoken, checked against the Hugging Face `tokenizers` implementation.
+
+Whatever a tokenizer is built from (GGUF metadata, GPT-2's two files, a tokenizer.json), it first becomes the dictionary
+that a tokenizer.json holds; ids, pattern and the reference implementation all follow from that one definition.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the reference is used on few texts; its pool outlives forks
+
+import numpy as np
+import tiktoken
+import tokenizers
+
+from microlm.corpus import parts as packaged
+from microlm.corpus.definition import (
+    BYTE_LEVEL,
+    DIGITS,
+    END_OF_TEXT,
+    byte_level_definition,
+    cutting_pattern,
+    text_normalizer,
+    vocabulary_bytes,
+)
+from microlm.errors import UserError
+from microlm.files import atomic_file, sha256_bytes, sha256_json, write_json
+
+# Where implementations of the same tokenizer are known to differ.
+AWKWARD_TEXTS = (
+    "",
+    " ",
+    "\n\n\t  \r\n ",
+    "  42  7 x1y22 ½²³ ٣٤ Ⅻ",
+    "I'm you'LL we've 'tis ''s",
+    "tabs\tand    runs  of      spaces   ",
+    "naïve nai\u0308ve ﬁ 한국어 日本語 ไทย שלום 👩‍👩‍👧 \u200b\ufeff\u0085\u2028",
+    "\x00\x04\x1f bytes \U0006d000 without ids",
+    "<|endoftext|> <|im_start|>|||IP_ADDRESS|||",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!----------",
+)
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer; the spelling of a special token in a text is plain text.
+
+    Attributes:
+        n_vocab: number of ids, without padding.
+        eot_id: id of the end-of-text token, which stands before every document.
+        fingerprint: sha256 over what decides the ids: bytes of each, special and added tokens, pattern, normalizer.
+        byte_lengths: int32 [n_vocab], bytes of text behind each id; 0 for special tokens.
+    """
+
+    def __init__(self, name: str, definition: dict[str, Any], source: str) -> None:
+        """`definition` is the content of a tokenizer.json, `source` where it came from (for error messages)."""
+        self.name = name
+        self._definition = definition
+        model = definition["model"]
+        added = definition.get("added_tokens") or []
+        self._special = {token["content"]: token["id"] for token in added if token["special"]}
+        self._added = {token["content"]: token["id"] for token in added if not token["special"]}
+        if END_OF_TEXT not in self._special:
+            raise UserError(
+                f"{source}: has no special token {END_OF_TEXT} to stand between documents; use another tokenizer"
+            )
+        self.eot_id = self._special[END_OF_TEXT]
+        reserved = {token["id"] for token in added}
+        ranks = vocabulary_bytes(model["vocab"], reserved, source)
+        self.n_vocab = 1 + max(chain(ranks.values(), reserved))
+        self._bytes = [b""] * self.n_vocab
+        for content, token in chain(ranks.items(), ((text.encode(), i) for text, i in self._added.items())):
+            self._bytes[token] = content
+        self.byte_lengths = np.array([len(content) for content in self._bytes], np.int32)
+        pattern = cutting_pattern(definition.get("pre_tokenizer"), source)
+        self._normalizer = text_normalizer(definition.get("normalizer"), source)
+        self._splitter = _splitter(self._added)
+        # enough to tell that none is in a text: a run of 24 spaces is not there where a run of 2 is not
+        self._shortest_added = [a for a in self._added if not any(b in a for b in self._added if b != a)]
+        self.fingerprint = self._fingerprint(pattern)
+        # tiktoken must know every byte; those that the vocabulary lacks (rare control characters) get ids past its end
+        lacking = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+        ranks |= {byte: self.n_vocab + i for i, byte in enumerate(lacking)}
+        # tiktoken looks for special tokens even where none is allowed, at half the speed if there are none to look for
+        self._core = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot_id}
+        )
+
+    def _fingerprint(self, pattern: str) -> str:
+        tokens = sha256_bytes(b"".join(len(content).to_bytes(4, "little") + content for content in self._bytes))
+        normalizer = self._definition.get("normalizer")
+        return sha256_json(
+            {
+                "tokens": tokens,
+                "special": self._special,
+                "added": self._added,
+                "pattern": pattern,
+                "normalizer": normalizer,
+            }
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. Special tokens are never among them."""
+        return self._encode(text).tolist()
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Ids of each text, uint32, in order."""
+        if threads == 1:
+            return list(map(self._encode, texts))
+        # a slice a thread, not a task a text: handing over the interpreter's lock costs more than a short text does
+        size = max(1, -(-len(texts) // threads))
+        slices = [texts[start : start + size] for start in range(0, len(texts), size)]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(chain.from_iterable(pool.map(self.encode_batch, slices)))
+
+    def _encode(self, text: str) -> np.ndarray:
+        plain = text
+        if self._normalizer and not text.isascii():
+            plain = self._normalizer.normalize_str(text)
+        if any(token in plain for token in self._shortest_added):
+            ids = self._encode_around_added(plain)
+        else:
+            ids = self._core.encode_to_numpy(plain, disallowed_special=())
+        if (
+            len(ids) and ids.max() >= self.n_vocab
+        ):  # a byte without an id: the reference drops it, then merges its neighbours
+            return np.array(self.reference.encode(text, add_special_tokens=False).ids, np.uint32)
+        return ids
+
+    def _encode_around_added(self, text: str) -> np.ndarray:
+        """Added tokens that are not special cut the text before the pattern sees it, the longest first."""
+        pieces = self._splitter.split(text)  # plain, added, plain, added, ..., plain
+        encoded = [
+            np.array([self._added[piece]], np.uint32)
+            if i % 2
+            else self._core.encode_to_numpy(piece, disallowed_special=())
+            for i, piece in enumerate(pieces)
+            if piece
+        ]
+        return np.concatenate(encoded)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+    @cached_property
+    def reference(self) -> tokenizers.Tokenizer:
+        """The `tokenizers` implementation of the same definition, reading special spellings as plain text too."""
+        reference = tokenizers.Tokenizer.from_str(json.dumps(self._definition))
+        reference.encode_special_tokens = True
+        return reference
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Compare with the reference. UserError names the first text whose ids differ."""
+        for text in texts:
+            ours = self.encode(text)
+            theirs = self.reference.encode(text, add_special_tokens=False).ids
+            if ours != theirs:
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+                    min(len(ours), len(theirs)),
+                )
+                raise UserError(
+                    f"tokenizer {self.name}: its ids differ from the reference implementation's at token {at} "
+                    f"of the text {text[:60]!r}; use another tokenizer"
+                )
+
+    def save(self, directory: Path, model_max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with atomic_file(directory / "tokenizer.json", "w") as file:
+            json.dump(self._definition, file, ensure_ascii=False, separators=(",", ":"))
+        write_json(
+            directory / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "name_or_path": self.name,
+                "bos_token": END_OF_TEXT,
+                "eos_token": END_OF_TEXT,
+                "pad_token": END_OF_TEXT,
+                "add_prefix_space": False,
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": model_max_length or 10**30,  # transformers' own word for "no limit"
+            },
+        )
+        write_json(
+            directory / "special_tokens_map.json", dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        )
+
+
+def _splitter(added: dict[str, int]) -> re.Pattern[str] | None:
+    longest_first = sorted(added, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
+
+
+def smollm2_tokenizer(gguf: Path) -> Tokenizer:
+    """SmolLM2's tokenizer from the metadata of its GGUF file."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(gguf).fields
+        names = ("tokens", "token_type", "merges", "pre")
+        tokens, kinds, merges, pre = (fields[f"tokenizer.ggml.{name}"].contents() for name in names)
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"{gguf}: not a GGUF file with a tokenizer ({error}); make it again with: dvc repro -f -s fetch"
+        ) from None
+    if pre != "smollm":
+        raise UserError(
+            f"{gguf}: its pre-tokenizer is {pre!r}, expected 'smollm'; make it again with: dvc repro -f -s fetch"
+        )
+    control = 3  # llama.cpp's token type for special tokens
+    special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == control}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return Tokenizer(
+        "smollm2",
+        byte_level_definition(vocab, merges, special, {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}),
+        str(gguf),
+    )
+
+
+def gpt2_tokenizer(encoder_json: Path, vocab_bpe: Path) -> Tokenizer:
+    """GPT-2's tokenizer from the two files that OpenAI published."""
+    try:
+        vocab = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
+        merges = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:-1]  # the first line is a version
+        special = {END_OF_TEXT: vocab[END_OF_TEXT]}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{encoder_json}: not GPT-2's tokenizer ({error}); make it again with: dvc repro -f -s fetch"
+        ) from None
+    return Tokenizer("gpt2", byte_level_definition(vocab, merges, special, BYTE_LEVEL), str(encoder_json))
+
+
+def json_tokenizer(tokenizer_json: Path, name: str | None = None) -> Tokenizer:
+    """A tokenizer from a Hugging Face tokenizer.json. UserError if it is not a byte-level BPE that MicroLM can run."""
+    try:
+        definition = json.loads(Path(tokenizer_json).read_text(encoding="utf-8"))
+        kind = definition["model"]["type"]
+    except FileNotFoundError:
+        raise UserError(f"{tokenizer_json} is not there; name the path of a tokenizer.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{tokenizer_json}: not a Hugging Face tokenizer.json ({error!r})") from None
+    if kind != "BPE":
+        raise UserError(f"{tokenizer_json}: its model is {kind}, MicroLM runs byte-level BPE; use another tokenizer")
+    # a template would put tokens around each text; here the end-of-text token alone does that, once for each document
+    definition |= {"post_processor": BYTE_LEVEL, "truncation": None, "padding": None}
+    return Tokenizer(name or str(tokenizer_json), definition, str(tokenizer_json))
+
+
+def build_tokenizer(spec: str, parts: Path = packaged.PARTS_DIRECTORY) -> Tokenizer:
+    """Tokenizer for the `corpus.tokenizer` of params.yaml: smollm2, gpt2, olmo or the path of a tokenizer.json."""
+    if spec == "smollm2":
+        return smollm2_tokenizer(packaged.part_file(packaged.SMOLLM2, packaged.SMOLLM2_GGUF, parts))
+    if spec == "gpt2":
+        files = (
+            packaged.part_file(packaged.GPT2_TOKENIZER, member, parts)
+            for member in (packaged.GPT2_ENCODER, packaged.GPT2_MERGES)
+        )
+        return gpt2_tokenizer(*files)
+    if spec == "olmo":
+        return json_tokenizer(packaged.part_file(packaged.EVALUATION, packaged.OLMO_TOKENIZER, parts), "olmo")
+    return json_tokenizer(Path(spec))
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote: the same ids and fingerprint."""
+    directory = Path(directory)
+    try:
+        name = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("name_or_path")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{directory / 'tokenizer_config.json'}: not readable ({error}); "
+            "make it again with: dvc repro -f -s tokenize"
+        ) from None
+    return json_tokenizer(directory / "tokenizer.json", name)

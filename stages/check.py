@@ -1,0 +1,19 @@
+"""Stage check: refuse bad parameters while every other stage's outputs are still there.
+
+DVC removes a stage's outputs before it runs the stage's command, so a training that found `alpha: high` by itself
+would already have lost the old student. The text written here never changes, so that nothing downstream runs again.
+"""
+
+from microlm.config import load_config
+from microlm.errors import run_stage
+from microlm.files import atomic_file
+
+
+def main() -> None:
+    load_config()
+    with atomic_file("data/params.ok", "w") as file:
+        file.write("params.yaml was accepted\n")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,251 @@
+"""params.yaml is checked at the door: one line names the file, the key and the mend, and never a traceback."""
+
+import copy
+import io
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from microlm.config import Config, ConfigError, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+# read in a third of the time
+ONE_SCALE = {**PARAMS, "scale": "laptop", "scales": {"laptop": PARAMS["scales"]["laptop"]}}
+FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+Keys = tuple[str, ...]
+
+
+def paths(block: dict[str, Any], above: Keys = ()) -> Iterator[Keys]:
+    """Every key of the nested mapping, blocks and leaves."""
+    for key, value in block.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from paths(value, (*above, key))
+
+
+def with_value(keys: Keys, value: Any, of: dict[str, Any] = PARAMS) -> dict[str, Any]:
+    """The committed parameters with one value replaced or added."""
+    params = copy.deepcopy(of)
+    block = params
+    for key in keys[:-1]:
+        block = block[key]
+    block[keys[-1]] = value
+    return params
+
+
+def written(tmp_path: Path, params: Any) -> Path:
+    stream = io.StringIO()
+    YAML(typ="safe", pure=True).dump(params, stream)
+    path = tmp_path / "params.yaml"
+    path.write_text(stream.getvalue(), encoding="utf-8")
+    return path
+
+
+def complaint(path: Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    return str(caught.value).split("\n")
+
+
+def numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from numbers(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from numbers(getattr(value, name))
+
+
+def test_committed_parameters_are_accepted_at_every_scale(tmp_path: Path) -> None:
+    for scale in PARAMS["scales"]:
+        params = with_value(("scale",), scale)
+        params["temperature"] = 1.0
+        config = load_config(written(tmp_path, params))
+        assert config.scale == scale
+        assert config.at.batch.rows * config.at.batch.seq_len == config.at.batch.batch_tokens
+
+
+LAPTOP = ("scales", "laptop")
+BAD = {
+    "unknown key": (("alpa",), 0.2, "alpa", "unknown key"),
+    "unknown key in a block": ((*LAPTOP, "pretrain", "learning_rat"), 1e-3, "learning_rat", "known here: optimizer"),
+    "text for a number": (("alpha",), "high", "alpha", "not a number"),
+    "number read as text": ((*LAPTOP, "pretrain", "learning_rate"), "6e-4", "learning_rate", "write 0.0006"),
+    "text for a whole number": ((*LAPTOP, "teacher", "top_k"), "many", "top_k", "write it as digits"),
+    "fraction for a whole number": ((*LAPTOP, "teacher", "top_k"), 64.0, "top_k", "write 64"),
+    "boolean for a number": (("seed",), True, "seed", "not a whole number"),
+    "list for a number": (("alpha",), [0.1, 0.2], "alpha", "not a number"),
+    "nothing for a number": (("alpha",), None, "alpha", "not a number"),
+    "alpha below its range": (("alpha",), -0.1, "alpha", "at least 0 and at most 1"),
+    "alpha above its range": (("alpha",), 1.1, "alpha", "at least 0 and at most 1"),
+    "alpha is not a number": (("alpha",), math.nan, "alpha", ""),
+    "alpha is infinite": (("alpha",), math.inf, "alpha", ""),
+    "negative seed": (("seed",), -1, "seed", "out of range"),
+    "temperature of zero": (("temperature",), 0.0, "temperature", "more than 0"),
+    "temperature that is not captured": (("temperature",), 7.0, "temperature", "teacher.temperatures"),
+    "top_k of zero": ((*LAPTOP, "teacher", "top_k"), 0, "top_k", "out of range"),
+    "unknown scale": (("scale",), "desktop", "scale", "choose one of"),
+    "unknown objective": (("objective",), "kl", "objective", "one of rkl"),
+    "unknown optimizer": ((*LAPTOP, "pretrain", "optimizer"), "adam", "optimizer", "muon"),
+    "unknown source": ((*LAPTOP, "corpus", "source"), "web", "source", "packaged"),
+    "files without paths": ((*LAPTOP, "corpus", "source"), "files", "paths", "name at least one"),
+    "hub without revision": ((*LAPTOP, "corpus", "source"), "hub", "revision", "commit hash"),
+    "windows longer than the context": ((*LAPTOP, "model", "context"), 128, "seq_len", "model.context=128"),
+    "uneven accumulation": ((*LAPTOP, "batch", "batch_tokens"), 4097, "batch_tokens", "not a multiple"),
+    "pretraining shorter than a step": ((*LAPTOP, "pretrain", "tokens"), 1, "pretrain.tokens", "less than one step"),
+    "block that is a number": ((*LAPTOP, "pretrain"), 3, "pretrain", "block of keys"),
+    "block that is empty": ((*LAPTOP, "pretrain"), None, "pretrain", "block of keys"),
+    "scales that are a list": (("scales",), ["laptop"], "scales", "one block for each scale"),
+    "mistake in a scale that is not chosen": (("scales", "smoke", "batch", "seq_len"), "x", "smoke.batch", "digits"),
+}
+
+
+@pytest.mark.parametrize(("keys", "value", "named", "mend"), BAD.values(), ids=BAD)
+def test_bad_value_is_one_line_naming_file_key_and_mend(
+    tmp_path: Path, keys: Keys, value: Any, named: str, mend: str
+) -> None:
+    path = written(tmp_path, with_value(keys, value))
+    [line] = complaint(path)
+    assert line.startswith(f"{path}: ")
+    assert named in line
+    assert mend in line
+
+
+def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
+    params = with_value(("alpha",), "high")
+    params["objective"] = "kl"
+    params["scales"]["laptop"]["teacher"]["top_k"] = 0
+    lines = complaint(written(tmp_path, params))
+    assert [any(key in line for line in lines) for key in ("alpha", "objective", "top_k")] == [True] * 3
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("keys", list(paths(ONE_SCALE)), ids=".".join)
+def test_missing_key_is_named(tmp_path: Path, keys: Keys) -> None:
+    params = copy.deepcopy(ONE_SCALE)
+    block = params
+    for key in keys[:-1]:
+        block = block[key]
+    del block[keys[-1]]
+    try:
+        load_config(written(tmp_path, params))
+    except ConfigError as error:
+        assert keys[-1] in str(error)
+    else:
+        assert keys[-2] == "corpus"  # the only block whose keys may have a default
+
+
+@pytest.mark.parametrize(
+    ("content", "mend"),
+    [
+        (b"", "must hold keys and values"),
+        (b"- 1\n", "must hold keys and values"),
+        (b"alpha: [1\n", "not readable as YAML"),
+        (b"alpha: 1\nalpha: 2\n", "not readable as YAML"),
+        (b"\xff\xfe\x00", "not readable as YAML"),
+        (b"scale: laptop\n", "scales"),
+    ],
+)
+def test_damaged_file_is_one_line(tmp_path: Path, content: bytes, mend: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    [line] = complaint(path)
+    assert line.startswith(str(path))
+    assert mend in line
+
+
+def test_absent_file_says_where_to_run(tmp_path: Path) -> None:
+    [line] = complaint(tmp_path / "params.yaml")
+    assert "top folder" in line
+
+
+def test_check_stage_refuses_without_touching_its_output(tmp_path: Path) -> None:
+    written(tmp_path, with_value(("alpha",), "high"))
+    (tmp_path / "data").mkdir()
+    accepted = tmp_path / "data" / "params.ok"
+    accepted.write_text("before")
+    command = [sys.executable, "-m", "stages.check"]
+    ended = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ended.returncode == 1
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("error: params.yaml: alpha: 'high' is not a number; write it as digits")
+    assert accepted.read_text() == "before"
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@FUZZ
+@given(keys=st.sampled_from(list(paths(ONE_SCALE))), value=values)
+def test_any_value_anywhere_is_accepted_in_range_or_refused_in_lines(tmp_path: Path, keys: Keys, value: Any) -> None:
+    path = written(tmp_path, with_value(keys, value, ONE_SCALE))
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        assert all(line.startswith(f"{path}: ") for line in str(error).splitlines())
+    else:
+        assert isinstance(config, Config)
+        assert all(math.isfinite(number) and number >= 0 for number in numbers(config))
+        assert 0 <= config.alpha <= 1
+        assert config.temperature in config.at.teacher.temperatures
+
+
+BLOCKS = [(), LAPTOP, (*LAPTOP, "corpus"), (*LAPTOP, "pretrain"), (*LAPTOP, "teacher")]
+one_line = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), max_size=12)
+
+
+@FUZZ
+@given(keys=st.sampled_from(BLOCKS), key=one_line)
+def test_any_unknown_key_is_refused_in_one_line(tmp_path: Path, keys: Keys, key: str) -> None:
+    block: Any = ONE_SCALE
+    for name in keys:
+        block = block[name]
+    if key in block:
+        return
+    [line] = complaint(written(tmp_path, with_value((*keys, key), 1, ONE_SCALE)))
+    assert "unknown key" in line
+
+
+@FUZZ
+@given(content=st.binary(max_size=60) | st.text("[]{}:-?!&*|>#%@`'\" \n\tab01", max_size=60).map(str.encode))
+def test_any_bytes_are_read_or_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    try:
+        load_config(path)
+    except ConfigError as error:
+        assert all(line.startswith(str(path)) for line in str(error).splitlines())
+
+
+@FUZZ
+@given(alpha=st.floats(0, 1), seed=st.integers(0, 2**63 - 1))
+def test_accepted_numbers_arrive_unchanged(tmp_path: Path, alpha: float, seed: int) -> None:
+    params = with_value(("alpha",), alpha, ONE_SCALE)
+    params["seed"] = seed
+    config = load_config(written(tmp_path, params))
+    assert (config.alpha, config.seed) == (alpha, seed)
+
+
+def test_exponents_are_numbers_however_dvc_writes_them(tmp_path: Path) -> None:
+    # YAML 1.1 takes 1e-05 for a text; DVC writes `-S learning_rate=1e-5` so
+    path = written(tmp_path, ONE_SCALE)
+    text = path.read_text().replace("clip_norm: 1.0", "clip_norm: 1e-05")
+    path.write_text(text)
+    assert load_config(path).at.pretrain.clip_norm == 1e-5
