@@ -1,0 +1,207 @@
+"""The student: a decoder-only transformer whose module tree and arithmetic are those of `Qwen3ForCausalLM`.
+
+Pre-norm RMSNorm, rotary positions (half-split), per-head query/key norm before the rotation, SwiGLU, no biases, tied
+embeddings. Exporting it is saving its state dict (see hub.py).
+
+Precision: weights are float32; `hidden` computes in the dtype given to `set_activation_dtype`, each linear casting its
+weight on the way; norms compute in float32.
+
+Shapes: B rows, T positions, D hidden size, H heads, E head_dim, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that fixes the parameters' shapes. `padded_vocab` rows exist; only `n_vocab` of them are tokens."""
+
+    n_vocab: int
+    padded_vocab: int
+    layers: int
+    hidden_size: int
+    heads: int
+    head_dim: int
+    intermediate_size: int
+    context: int
+    rope_theta: float
+    norm_eps: float = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * x32).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A bias-free linear whose float32 weight is cast to the activations' dtype."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
+    """Rotary position embedding, half-split as in GPT-NeoX and Qwen3 (Su et al. 2021, arXiv:2104.09864)."""
+    left, right = x_BHTE.chunk(2, dim=-1)
+    turned = torch.cat((-right, left), dim=-1)
+    return x_BHTE * cos_BTE.unsqueeze(1) + turned * sin_BTE.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.heads, self.head_dim = shape.heads, shape.head_dim
+        width = shape.heads * shape.head_dim
+        self.q_proj = Linear(shape.hidden_size, width)
+        self.k_proj = Linear(shape.hidden_size, width)
+        self.v_proj = Linear(shape.hidden_size, width)
+        self.o_proj = Linear(width, shape.hidden_size)
+        self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps)
+        self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        split = (*x_BTD.shape[:2], self.heads, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x_BTD).view(split)).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x_BTD).view(split)).transpose(1, 2), cos, sin)
+        v = self.v_proj(x_BTD).view(split).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size)
+        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size)
+        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.self_attn = Attention(shape)
+        self.mlp = MLP(shape)
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Everything below the LM head; named `model` in the tree, as Hugging Face does."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.padded_vocab, shape.hidden_size)
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+
+
+class StudentLM(nn.Module):
+    """The student. `hidden` and `logits` are apart, so that the loss and the scorers choose where the head runs."""
+
+    def __init__(self, shape: ModelShape, seed: int = 0) -> None:
+        super().__init__()
+        self.shape = shape
+        self.activation_dtype = torch.float32
+        self.model = Trunk(shape)
+        self._training_block: Callable[..., Tensor] = Block.__call__
+        angles = torch.arange(shape.context).double()[:, None] * _frequencies(shape)[None, :]
+        angles = torch.cat((angles, angles), dim=-1)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)  # [context, E]
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self._initialize(seed)
+
+    @property
+    def n_vocab(self) -> int:
+        return self.shape.n_vocab
+
+    @property
+    def context(self) -> int:
+        return self.shape.context
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[padded_vocab, D], tied to the embedding."""
+        return self.model.embed_tokens.weight
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def set_activation_dtype(self, dtype: torch.dtype) -> "StudentLM":
+        self.activation_dtype = dtype
+        return self
+
+    def compile_blocks(self) -> None:
+        """Compile the block's training pass; all layers share one graph. Evaluation, whose shapes vary, stays eager."""
+        self._training_block = torch.compile(Block.__call__, dynamic=False)
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Final normed hidden states.
+
+        Args:
+            tokens: int64 [B, T].
+            positions: int64 [B, T]; None counts from 0.
+            mask: bool [B, 1, T, T], True where attention may look; None is causal.
+
+        Returns:
+            [B, T, D] in the activations' dtype.
+        """
+        x = self.model.embed_tokens(tokens).to(self.activation_dtype)
+        if positions is None:
+            cos, sin = self.cos[None, : tokens.shape[1]], self.sin[None, : tokens.shape[1]]
+        else:
+            cos, sin = self.cos[positions], self.sin[positions]
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        block = self._training_block if self.training and mask is None else Block.__call__
+        for layer in self.model.layers:
+            x = block(layer, x, cos, sin, mask)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., n_vocab] over real tokens alone, in the dtype of `hidden`."""
+        return F.linear(hidden, self.head_weight[: self.n_vocab].to(hidden.dtype))
+
+    def _initialize(self, seed: int) -> None:
+        """All initial values. Projections back into the residual stream start at zero: a block begins as identity."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                nn.init.ones_(parameter)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)
+            elif name == "model.embed_tokens.weight":
+                nn.init.normal_(parameter, std=INIT_STD, generator=generator)
+            else:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+
+
+def _frequencies(shape: ModelShape) -> Tensor:
+    exponents = torch.arange(0, shape.head_dim, 2).double() / shape.head_dim
+    return shape.rope_theta**-exponents  # [E / 2]

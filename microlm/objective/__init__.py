@@ -1,0 +1,1 @@
+"""What is minimized: divergences, and the LM head fused with them."""

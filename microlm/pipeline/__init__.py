@@ -1,0 +1,1 @@
+"""What the stages run: the parts above, assembled. Only this package and stages/ know paths."""

@@ -1,0 +1,1 @@
+"""The teacher: run once, remembered on disk."""

@@ -1,0 +1,159 @@
+"""The teacher's top-k cache: fixed-width records, memory-mapped, found by (window, position), O(1) a token.
+
+    data/teacher/manifest.json      whose cache this is (see CacheIdentity), written last
+    data/teacher/block-00000.bin    records of consecutive cached windows, [windows, seq_len]
+
+A record holds what the teacher says of the token after a position:
+
+    ids       k of the k most likely tokens, uint16 where the vocabulary allows
+    log_p     k log-probabilities at temperature 1, float16
+    log_tail  for each captured temperature T, log of the sum of p^(1/T) over all other tokens, float32
+    gold      log-probability of the token that follows in the text, float32
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from microlm.config import Config
+from microlm.corpus.batches import cached_windows
+from microlm.corpus.shards import TokenShards
+from microlm.errors import UserError
+from microlm.files import read_json, sha256_file
+from microlm.objective.divergences import temper
+from microlm.objective.fused_head import SparseTeacher
+
+FORMAT, VERSION = "microlm-teacher-cache", 1
+MANIFEST = "manifest.json"
+REMAKE = "make it again with: dvc repro -f -s teacher"
+SMALLEST_BLOCK, LARGEST_BLOCK, WANTED_BLOCKS = 2**22, 2**28, 16
+
+
+@dataclass(frozen=True)
+class CacheIdentity:
+    """All that a record's meaning depends on. A reader refuses a cache in which any of it differs."""
+
+    teacher: str  # "packaged", a folder or a hub id
+    revision: str | None
+    tokenizer: str  # fingerprint
+    n_vocab: int
+    corpus: str  # digest of the token shards' split
+    seq_len: int
+    windows: int  # evenly spaced ones of the split
+    top_k: int
+    temperatures: tuple[float, ...]
+
+    def record(self) -> np.dtype:
+        return np.dtype(
+            [
+                ("ids", np.uint16 if self.n_vocab <= 2**16 else np.uint32, (self.top_k,)),
+                ("log_p", np.float16, (self.top_k,)),
+                ("log_tail", np.float32, (len(self.temperatures),)),
+                ("gold", np.float32),
+            ]
+        )
+
+    def block_windows(self) -> int:
+        """Windows in one block: enough bytes to read well, few enough that a killed capture loses little."""
+        window_bytes = self.seq_len * self.record().itemsize
+        wanted = min(max(window_bytes * self.windows // WANTED_BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
+        return max(1, wanted // window_bytes)
+
+    def blocks(self) -> Iterator[tuple[str, slice]]:
+        """Each block's file name and the places of its windows in the list of cached windows."""
+        size = self.block_windows()
+        for index, start in enumerate(range(0, self.windows, size)):
+            yield f"block-{index:05d}.bin", slice(start, min(start + size, self.windows))
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "temperatures": list(self.temperatures)}
+
+
+def cache_identity(config: Config, shards: TokenShards) -> CacheIdentity:
+    """What the cache of this configuration and corpus has to say of itself."""
+    tokenizer, teacher = shards.manifest["tokenizer"], config.at.teacher
+    return CacheIdentity(
+        teacher=teacher.model,
+        revision=teacher.revision,
+        tokenizer=tokenizer["fingerprint"],
+        n_vocab=tokenizer["n_vocab"],
+        corpus=shards.digest,
+        seq_len=config.at.batch.seq_len,
+        windows=len(cached_windows(shards, config.at.batch.seq_len, teacher.windows)),
+        top_k=teacher.top_k,
+        temperatures=tuple(teacher.temperatures),
+    )
+
+
+def manifest_of(identity: CacheIdentity, weights_sha256: str, dtype: str, directory: Path) -> dict[str, Any]:
+    """The manifest of the blocks in `directory`."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **identity.as_json(),
+        "weights_sha256": weights_sha256,
+        "dtype": dtype,
+        "blocks": [{"file": name, "sha256": sha256_file(directory / name)} for name, _ in identity.blocks()],
+    }
+
+
+class TeacherCache:
+    """A cache open for reading, checked whole: manifest against what is expected, each block's size and sha256."""
+
+    def __init__(self, directory: Path, expected: CacheIdentity, windows: np.ndarray) -> None:
+        """
+        Args:
+            windows: the windows of the split that the cache must hold, ascending.
+
+        Raises:
+            UserError: naming the file, and the field that differs or the check that failed.
+        """
+        manifest = read_json(directory / MANIFEST, "teacher")
+        where = directory / MANIFEST
+        if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+            raise UserError(f"{where}: not {FORMAT} version {VERSION}; {REMAKE}")
+        for field, wanted in expected.as_json().items():
+            if manifest.get(field) != wanted:
+                raise UserError(f"{where}: {field} is {manifest.get(field)!r}, but this run has {wanted!r}; {REMAKE}")
+        self.identity = expected
+        self._windows = windows
+        self._size = expected.block_windows()
+        listed = {block["file"]: block["sha256"] for block in manifest["blocks"]}
+        self._blocks = [
+            _open_block(
+                directory / name, listed.get(name), expected.record(), (part.stop - part.start, expected.seq_len)
+            )
+            for name, part in expected.blocks()
+        ]
+
+    def records(self, windows: np.ndarray) -> np.ndarray:
+        """Records of whole windows, [B, seq_len] of the record's dtype. KeyError for a window that is not cached."""
+        places = np.searchsorted(self._windows, windows)
+        if (places >= len(self._windows)).any() or (self._windows[places] != windows).any():
+            raise KeyError(f"some of the windows {windows.tolist()} are not cached")
+        return np.stack([self._blocks[place // self._size][place % self._size] for place in places])
+
+    def teacher(self, windows: np.ndarray, temperature: float, device: torch.device | str = "cpu") -> SparseTeacher:
+        """What the fused head wants of B windows, N = B * seq_len rows, at a captured temperature."""
+        records = self.records(windows).reshape(-1)
+        at = self.identity.temperatures.index(temperature)
+        log_p = torch.from_numpy(records["log_p"].astype(np.float32)).to(device)
+        log_tail = torch.from_numpy(records["log_tail"][:, at].copy()).to(device)
+        return SparseTeacher(
+            torch.from_numpy(records["ids"].astype(np.int64)).to(device), temper(log_p, log_tail, temperature)
+        )
+
+
+def _open_block(path: Path, sha256: str | None, record: np.dtype, shape: tuple[int, int]) -> np.ndarray:
+    if sha256 is None or not path.is_file():
+        raise UserError(f"{path} is not there or not in the manifest; {REMAKE}")
+    expected = shape[0] * shape[1] * record.itemsize
+    if path.stat().st_size != expected:
+        raise UserError(f"{path}: {path.stat().st_size} bytes long, expected {expected}; {REMAKE}")
+    if sha256_file(path) != sha256:
+        raise UserError(f"{path}: its sha256 is not the manifest's; {REMAKE}")
+    return np.memmap(path, record, "r", shape=shape)

@@ -1,0 +1,145 @@
+"""Run the teacher once over the windows that students will see, and write what it says as the top-k cache.
+
+The tail's mass is a logsumexp over the logits that remain once the top k are masked out: never one minus a sum. The
+vocabulary is the tokenizer's; padding rows of the head are masked first.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microlm.corpus.batches import Batch, read_batch
+from microlm.corpus.shards import TokenShards
+from microlm.errors import UserError
+from microlm.files import atomic_file
+from microlm.language_model import LanguageModel
+from microlm.teacher.cache import CacheIdentity
+
+HEAD_ROWS = 256  # positions whose logits exist at once: their block stays in the processor's cache
+GROUPS = 768  # of the vocabulary, for the first pass of the top k
+
+
+def group_maxima(z: Tensor) -> Tensor:
+    """[N, V] -> [N, GROUPS]: the largest logit of each group {j : j mod GROUPS = g}."""
+    return z.view(z.shape[0], -1, GROUPS).amax(1)
+
+
+def shifted_sum(z: Tensor, peak: Tensor, scale: float) -> Tensor:
+    """sum_j exp(scale * (z_j - peak)), float32 [N]."""
+    return torch.exp((z.float() - peak[:, None]) * scale).sum(-1)
+
+
+@dataclass
+class Kernels:
+    group_maxima: Callable[[Tensor], Tensor] = group_maxima
+    shifted_sum: Callable[[Tensor, Tensor, float], Tensor] = shifted_sum
+
+    @classmethod
+    def compiled(cls) -> "Kernels":
+        return cls(torch.compile(group_maxima, dynamic=False), torch.compile(shifted_sum, dynamic=False))
+
+
+def top_k(z: Tensor, k: int, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of z [N, V], V a multiple of GROUPS: values and ids [N, k].
+
+    Each of the k largest lies in one of the k groups with the largest maxima, so that only those are searched.
+    """
+    if k > GROUPS:
+        return z.topk(k)
+    groups = kernels.group_maxima(z).topk(k).indices  # [N, k]
+    members = torch.arange(0, z.shape[1], GROUPS, device=z.device)
+    candidates = (groups[:, None, :] + members[None, :, None]).flatten(1)  # [N, k * V / GROUPS]
+    values, places = z.gather(1, candidates).topk(k)
+    return values, candidates.gather(1, places)
+
+
+class Recorder:
+    """Turns hidden states into records. The head's weight is padded once to whole groups."""
+
+    def __init__(self, model: LanguageModel, identity: CacheIdentity, compiled: bool) -> None:
+        weight = model.head_weight[: identity.n_vocab].detach()
+        padded = -(-identity.n_vocab // GROUPS) * GROUPS
+        self._weight = torch.cat((weight, weight.new_zeros(padded - len(weight), weight.shape[1])))
+        self._identity = identity
+        self._kernels = Kernels.compiled() if compiled else Kernels()
+        self._buffer = weight.new_empty(HEAD_ROWS, padded)
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> np.ndarray:
+        """hidden [N, D], targets int64 [N] -> records [N]."""
+        chunks = range(0, len(hidden), HEAD_ROWS)
+        return np.concatenate([self._chunk(hidden[i : i + HEAD_ROWS], targets[i : i + HEAD_ROWS]) for i in chunks])
+
+    def _chunk(self, hidden: Tensor, targets: Tensor) -> np.ndarray:
+        z = torch.mm(hidden, self._weight.T, out=self._buffer[: len(hidden)])
+        z[:, self._identity.n_vocab :] = -torch.inf
+        gold = z.gather(1, targets[:, None])[:, 0].float()
+        values, ids = top_k(z, self._identity.top_k, self._kernels)
+        values = values.float()
+        peak = values[:, 0].contiguous()
+        z[torch.arange(len(z), device=z.device)[:, None], ids] = -torch.inf  # scatter_ would copy the whole block
+        tails = {T: self._log_tail(z, peak, T) for T in self._identity.temperatures}
+        log_normalizer = torch.logaddexp((values - peak[:, None]).logsumexp(-1), tails[1.0])  # relative to the peak
+        records = np.empty(len(hidden), self._identity.record())
+        records["ids"] = ids.cpu().numpy()
+        records["log_p"] = (values - peak[:, None] - log_normalizer[:, None]).cpu().numpy()
+        records["log_tail"] = torch.stack([tail - log_normalizer / T for T, tail in tails.items()], -1).cpu().numpy()
+        records["gold"] = (gold - peak - log_normalizer).cpu().numpy()
+        return records
+
+    def _log_tail(self, z: Tensor, peak: Tensor, temperature: float) -> Tensor:
+        total = self._kernels.shifted_sum(z, peak, 1 / temperature)
+        if self._identity.top_k < self._identity.n_vocab:
+            total = total.clamp_min(torch.finfo(total.dtype).tiny)  # there is a tail, however little of it float32 sees
+        return total.log()
+
+
+def capture(
+    model: LanguageModel,
+    shards: TokenShards,
+    windows: np.ndarray,
+    identity: CacheIdentity,
+    directory: Path,
+    batch_rows: int,
+    compiled: bool,
+    progress: Callable[[int], object],
+) -> int:
+    """Write every block that `directory` does not hold yet, each whole or not at all.
+
+    Args:
+        progress: told the tokens done, those of blocks found on disk included.
+
+    Returns:
+        Tokens that this call sent through the teacher.
+    """
+    record = Recorder(model, identity, compiled)
+    device = next(model.parameters()).device
+    fresh = 0
+    for name, part in identity.blocks():
+        tokens = (part.stop - part.start) * identity.seq_len
+        if (directory / name).exists() and os.path.getsize(directory / name) == tokens * identity.record().itemsize:
+            progress(tokens)
+            continue
+        with atomic_file(directory / name) as file:
+            for start in range(part.start, part.stop, batch_rows):
+                chosen = windows[start : min(start + batch_rows, part.stop)]
+                file.write(records_of(model, record, read_batch(shards, chosen, identity.seq_len), device).tobytes())
+                progress(len(chosen) * identity.seq_len)
+        fresh += tokens
+    return fresh
+
+
+def records_of(model: LanguageModel, record: Recorder, batch: Batch, device: torch.device) -> np.ndarray:
+    """Records of a batch, [B * seq_len], with non-finite ones refused."""
+    with torch.inference_mode():
+        hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
+        records = record(hidden, batch.targets.to(device).flatten())
+    if not (np.isfinite(records["log_p"]).all() and np.isfinite(records["gold"]).all()):
+        raise UserError(
+            f"the teacher's logits are not finite in windows {batch.windows.tolist()}; try runtime.dtype: float32"
+        )
+    return records

@@ -1,0 +1,1 @@
+"""One loop for every arm; the loss alone differs."""

@@ -1,0 +1,142 @@
+"""The training loop of every arm. What is minimized is handed in."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microlm.config import OptimizationConfig
+from microlm.console import banner, duration, progress_bar
+from microlm.corpus.batches import Batch, Batches
+from microlm.errors import UserError
+from microlm.model import StudentLM
+from microlm.objective.fused_head import HeadLoss
+from microlm.training.checkpoint import restore_checkpoint, save_checkpoint
+from microlm.training.optimizer import Optimizers, learning_rate_multiplier
+from microlm.training.telemetry import Evaluation, History
+
+Loss = Callable[[Tensor, Tensor, Batch, int], HeadLoss]
+"""(hidden [N, D], head weight [V, D], batch, tokens of the whole step) -> loss of this part of the step."""
+
+Evaluator = Callable[[StudentLM, np.ndarray | None], Evaluation]
+"""(model, training windows whose loss is wanted too) -> what is measured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training: how long, under which schedule, and where its steps stand on the plots' axis."""
+
+    arm: str
+    steps: int
+    first_step: int  # the curves' x of step 0: where the control's end
+    optimization: OptimizationConfig
+
+
+class Interrupted(UserError):
+    """Asked to stop; the state is saved."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a flag, so that a step is finished and saved before the process ends."""
+    asked: list[int] = []
+    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(
+    model: StudentLM,
+    batches: Batches,
+    loss: Loss,
+    plan: Plan,
+    optimizers: Optimizers,
+    evaluator: Evaluator,
+    directory: Path,
+) -> History:
+    """Train to the end, from the checkpoint in `directory` where there is one.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; run the same command again to go on.
+        UserError: a loss or gradient is not finite; the last checkpoint stands.
+    """
+    start, history = restore_checkpoint(directory, model, optimizers)
+    step_tokens = batches.config.batch_tokens
+    announce_expected_time(model, batches, loss, plan, start)
+    bar = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.arm)
+    with stop_requests() as stopping, bar:
+        for step in range(start, plan.steps + 1):
+            if step % plan.optimization.evaluate_every == 0 or step == plan.steps:
+                if step > start:  # before evaluating: an evaluation that dies must not cost the steps before it
+                    save_checkpoint(directory, model, optimizers, step, history)
+                unseen = None if history.pending else batches.of_step(step)  # no step yet that tells the training loss
+                history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
+            if step == plan.steps:
+                break
+            began = time.perf_counter()
+            cross_entropy = take_step(model, batches, loss, plan, optimizers, step)
+            history.elapsed_s += time.perf_counter() - began
+            history.trained_tokens += step_tokens
+            history.add_step(plan.first_step + step + 1, cross_entropy)
+            bar.set_postfix_str(f"loss {cross_entropy:.3f}, lr {optimizers.learning_rate:.1e}", refresh=False)
+            bar.update(step_tokens)
+            if stopping():
+                save_checkpoint(directory, model, optimizers, step + 1, history)
+                raise Interrupted(
+                    f"{plan.arm}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
+                    "run the same command again to go on"
+                )
+    return history
+
+
+def take_step(model: StudentLM, batches: Batches, loss: Loss, plan: Plan, optimizers: Optimizers, step: int) -> float:
+    """One update. Returns the cross-entropy before it, nats per token, of all micro-batches."""
+    cross_entropy = accumulate_gradients(model, batches, loss, step)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), plan.optimization.clip_norm))
+    if not (math.isfinite(cross_entropy) and math.isfinite(norm)):
+        raise UserError(
+            f"{plan.arm}: step {step + 1} is not finite (cross-entropy {cross_entropy}, gradient norm {norm}; windows "
+            f"{batches.of_step(step)[:8].tolist()} ...); nothing was updated. Lower the learning rates in params.yaml"
+        )
+    optimizers.step(learning_rate_multiplier(plan.optimization, step, plan.steps))
+    return cross_entropy
+
+
+def accumulate_gradients(model: StudentLM, batches: Batches, loss: Loss, step: int) -> float:
+    """Sum the gradients of the step's micro-batches; returns its cross-entropy, nats per token."""
+    model.train()
+    device = model.head_weight.device
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches.micro_batches(step):
+        hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
+        part = loss(hidden, model.head_weight, batch, batches.config.batch_tokens)
+        part.loss.backward()
+        total += part.cross_entropy.double().cpu()
+    return total.item() / batches.config.batch_tokens
+
+
+def announce_expected_time(model: StudentLM, batches: Batches, loss: Loss, plan: Plan, start: int) -> None:
+    """Rehearse a step twice without an update: what does not fit in memory fails now, and the second pass is timed."""
+    if start >= plan.steps:
+        return
+    for _ in range(2):
+        began = time.perf_counter()
+        accumulate_gradients(model, batches, loss, start)
+        step_s = time.perf_counter() - began
+        model.zero_grad(set_to_none=True)
+    rest = plan.steps - start
+    resumed = f", resumed after step {start}" if start else ""
+    banner(
+        f"{plan.arm}: {rest} steps to go{resumed}",
+        [f"expected {duration(rest * step_s)} at {batches.config.batch_tokens / step_s:,.0f} tokens/s"],
+    )

@@ -1,0 +1,180 @@
+"""The loop's promises: resume to the bit, alpha = 0 is the matched control, stop before damage."""
+
+import os
+import signal
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microlm.config import BatchConfig, PretrainConfig
+from microlm.corpus.batches import Batches, evenly_spaced
+from microlm.errors import UserError
+from microlm.files import write_json
+from microlm.model import ModelShape, StudentLM
+from microlm.objective.fused_head import HeadLoss, Objective
+from microlm.pipeline.arms import cross_entropy, distillation
+from microlm.scratch import scratch
+from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
+from microlm.teacher.capture import capture
+from microlm.training.checkpoint import MOMENTS, PROGRESS, STATE, save_checkpoint
+from microlm.training.loop import Interrupted, Loss, Plan, train
+from microlm.training.optimizer import Optimizers, is_block_matrix, learning_rate_multiplier
+from microlm.training.telemetry import Evaluation, History
+from tests.toy import toy_shards
+
+N_VOCAB, STEPS = 70, 12
+BATCH = BatchConfig(seq_len=16, batch_tokens=64, micro_batch_rows=2)
+SETTINGS = PretrainConfig(
+    optimizer="muon", muon_learning_rate=0.02, learning_rate=0.003, weight_decay=0.1, schedule="warmup_stable_decay",
+    warmup_fraction=0.1, decay_fraction=0.5, final_fraction=0.0, clip_norm=1.0, z_loss=0.0, evaluate_every=4,
+    validation_windows=4, hellaswag_items=4, tokens=768, windows="all")  # fmt: skip
+CROSS_ENTROPY = cross_entropy(N_VOCAB, 0.0)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return toy_shards(tmp_path_factory.mktemp("corpus"), N_VOCAB, tokens=900)
+
+
+def student() -> StudentLM:
+    shape = ModelShape(
+        N_VOCAB, 128, layers=2, hidden_size=16, heads=2, head_dim=8, intermediate_size=24, context=16, rope_theta=1e4
+    )
+    return StudentLM(shape, seed=3)
+
+
+def look(model: StudentLM, train_windows: np.ndarray | None) -> Evaluation:
+    """A cheap stand-in for the real evaluator that depends on the weights."""
+    seen = float(model.head_weight.detach().double().square().mean()) + 1
+    return Evaluation(seen, seen, seen, {"acc_norm": 0.25, "acc": 0.25, "gold_bpb": seen})
+
+
+def run(
+    shards, directory: Path, loss: Loss = CROSS_ENTROPY, settings: PretrainConfig = SETTINGS
+) -> tuple[StudentLM, History]:
+    model = student()
+    batches = Batches(shards, BATCH, seed=1, windows=evenly_spaced(50, 30))
+    history = train(
+        model, batches, loss, Plan("toy", STEPS, 100, settings), Optimizers(model, settings), look, directory
+    )
+    return model, history
+
+
+def same_bits(a: StudentLM, b: StudentLM) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("stopped_after", [1, 4, 7])
+def test_stopped_and_resumed_training_is_bit_identical(shards, tmp_path, stopped_after, optimizer):
+    settings = replace(SETTINGS, optimizer=optimizer)
+    calls = []
+
+    def interrupting(*arguments) -> HeadLoss:
+        calls.append(1)
+        if len(calls) == 2 * (stopped_after + 2):  # two parts a step, after two rehearsed steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return CROSS_ENTROPY(*arguments)
+
+    whole, whole_history = run(shards, tmp_path / "whole", settings=settings)
+    with pytest.raises(Interrupted, match=rf"stopped after step {stopped_after} of {STEPS}"):
+        run(shards, tmp_path / "broken", interrupting, settings)
+    resumed, resumed_history = run(shards, tmp_path / "broken", settings=settings)
+    assert same_bits(whole, resumed)
+    for curve in ("loss", "hellaswag", "log"):
+        assert getattr(whole_history, curve) == getattr(resumed_history, curve)
+    assert not same_bits(whole, student())
+
+
+def test_alpha_zero_distills_to_the_continued_control_bit_for_bit(shards, tmp_path):
+    windows = evenly_spaced(50, 30)
+    identity = CacheIdentity("toy", None, "toy", N_VOCAB, shards.digest, 16, 30, 5, (1.0,))
+    (tmp_path / "cache").mkdir()
+    capture(student().eval(), shards, windows, identity, tmp_path / "cache", 4, False, lambda tokens: None)
+    write_json(tmp_path / "cache" / MANIFEST, manifest_of(identity, "", "", tmp_path / "cache"))
+    cache = TeacherCache(tmp_path / "cache", identity, windows)
+    continued, _ = run(shards, tmp_path / "continued")
+    undistilled, _ = run(shards, tmp_path / "zero", distillation(N_VOCAB, Objective(alpha=0.0), cache))
+    distilled, _ = run(shards, tmp_path / "half", distillation(N_VOCAB, Objective(alpha=0.5), cache))
+    assert same_bits(continued, undistilled)
+    assert not same_bits(continued, distilled)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_checkpoint(shards, tmp_path):
+    calls = []
+
+    def breaking(hidden, weight, batch, count) -> HeadLoss:
+        calls.append(1)
+        loss = CROSS_ENTROPY(hidden, weight, batch, count)
+        return replace(loss, loss=loss.loss * float("nan")) if len(calls) > 2 * (6 + 2) else loss
+
+    with pytest.raises(UserError, match=r"step 7 is not finite .*windows .*nothing was updated"):
+        run(shards, tmp_path / "run", breaking)
+    resumed, _ = run(shards, tmp_path / "run")  # from the checkpoint of step 4
+    whole, _ = run(shards, tmp_path / "whole")
+    assert same_bits(resumed, whole)
+
+
+def test_training_learns(shards, tmp_path):
+    _, history = run(shards, tmp_path)
+    losses = [float(line.split()[2]) for line in history.log if " train " in line]
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.1
+    assert [row["step"] for row in history.loss] == [100, 104, 108, 112]
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused(shards, tmp_path):
+    model = student()
+    optimizers = Optimizers(model, SETTINGS)
+    save_checkpoint(tmp_path, model, optimizers, 4, History())
+    path = tmp_path / STATE / MOMENTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"this checkpoint is damaged .*optimizer.safetensors.* remove that folder"):
+        run(shards, tmp_path)
+    assert (tmp_path / STATE / PROGRESS).exists()
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_is_optimized_once_and_only_matrices_decay(optimizer):
+    model = student()
+    optimizers = Optimizers(model, replace(SETTINGS, optimizer=optimizer))
+    groups = [group for each in optimizers._all for group in each.param_groups]
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    matrices = {id(p) for name, p in model.named_parameters() if is_block_matrix(name, p)}
+    for group in groups:
+        assert {id(p) in matrices for p in group["params"]} == {group["weight_decay"] > 0}
+
+
+@given(
+    st.integers(1, 400),
+    st.floats(0, 0.5),
+    st.floats(0, 0.5),
+    st.floats(0, 1),
+    st.sampled_from(["warmup_stable_decay", "cosine"]),
+)
+def test_learning_rate_rises_stays_and_falls(steps, warmup, decay, final, schedule):
+    config = replace(SETTINGS, schedule=schedule, warmup_fraction=warmup, decay_fraction=decay, final_fraction=final)
+    rates = [learning_rate_multiplier(config, step, steps) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    top = round(warmup * steps)
+    assert all(a < b for a, b in pairwise(rates[:top]))
+    assert all(a >= b - 1e-12 for a, b in zip(rates[top:], rates[top + 1 :]))
+
+
+def test_a_second_process_on_the_same_state_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    with scratch("toy", {"alpha": 0.5}) as directory:
+        (directory / "state").write_text("kept")
+        with pytest.raises(UserError, match=r"another process is running"), scratch("toy", {"alpha": 0.5}):
+            pass
+        with scratch("toy", {"alpha": 0.2}) as other:  # another parameter is another state
+            assert other != directory and not (other / "state").exists()
+        assert (directory / "state").read_text() == "kept"
+    assert not directory.exists()
