@@ -1,0 +1,141 @@
+"""metrics/summary.json: every model's scores, and the paired differences that answer the question."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from microlm.errors import UserError
+from microlm.evaluation import ARMS, METRICS_DIRECTORY, MODELS, SCORES_DIRECTORY
+from microlm.evaluation.statistics import (
+    Interval,
+    mcnemar_exact,
+    paired_bootstrap,
+    paired_ratio_bootstrap,
+    smallest_detectable,
+)
+from microlm.files import read_json
+
+# the stage that makes each model's metrics/<name>.json, and each arm's curves
+MADE_BY = {"control": "pretrain", "continued": "continue", "student": "distill", "teacher": "teacher"}
+COMPARISONS = (("student", "continued"), ("student", "control"))
+WINDOWS_PER_BLOCK = 4  # a document runs across the borders of windows, so neighbours are resampled together
+FEWEST_BLOCKS = 20  # shorter validation splits have smaller blocks rather than fewer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What stage `evaluate` wrote about one model: its metrics, a row per question, a row per validation window."""
+
+    metrics: Mapping[str, Any]
+    items: pd.DataFrame
+    windows: pd.DataFrame
+
+
+def read_scores(data: Path = SCORES_DIRECTORY, metrics: Path = METRICS_DIRECTORY) -> dict[str, Scores]:
+    """The scores of each model. UserError if one is absent, damaged, or about other questions or windows."""
+    scores = {}
+    for name in MODELS:
+        stage = f"evaluate@{name}"
+        tables = [_read_table(data / name / f"{table}.parquet", stage) for table in ("items", "windows")]
+        scores[name] = Scores(read_json(metrics / "evaluation" / f"{name}.json", stage), *tables)
+    for name in MODELS[1:]:
+        _require_same(scores, MODELS[0], name, "items", ["item", "label", "bytes_0", "bytes_1", "bytes_2", "bytes_3"])
+        _require_same(scores, MODELS[0], name, "windows", ["window", "bytes"])
+    return scores
+
+
+def _read_table(path: Path, stage: str) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; make it with: dvc repro {stage}") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({reason}); make it again with: dvc repro -f -s {stage}") from None
+
+
+def _require_same(scores: Mapping[str, Scores], first: str, other: str, table: str, keys: list[str]) -> None:
+    a, b = (getattr(scores[name], table) for name in (first, other))
+    if not set(keys) <= set(a) & set(b) or not a[keys].equals(b[keys]):
+        paths = " and ".join(str(SCORES_DIRECTORY / name / f"{table}.parquet") for name in (other, first))
+        raise UserError(
+            f"{paths} are not about the same {table} and cannot be compared; "
+            f"score both again with: dvc repro -f -s evaluate@{first} evaluate@{other}"
+        )
+
+
+def summarize(
+    scores: Mapping[str, Scores],
+    training: Mapping[str, Mapping[str, Any]],
+    distillation: Mapping[str, Any],
+    draws: int,
+    seed: int,
+) -> dict[str, Any]:
+    """metrics/summary.json as a dict.
+
+    Args:
+        training: metrics/<arm>.json of each arm and metrics/teacher.json as `teacher`.
+        distillation: what the student was trained with, e.g. alpha, objective, temperature; shown as it is.
+    """
+    summary: dict[str, Any] = dict(distillation)
+    summary |= {"questions": len(scores["student"].items), "windows": len(scores["student"].windows)}
+    for name, score in scores.items():
+        summary[name] = _model_row(score.metrics)
+    before = training["control"]["tokens"]
+    for arm in ARMS:
+        summary[arm] |= {"tokens_before": 0 if arm == "control" else before, "tokens": training[arm]["tokens"]}
+    summary["teacher"] |= _teacher_cost(summary, training["teacher"]["tokens"])
+    for a, b in COMPARISONS:
+        summary[f"{a}_minus_{b}"] = _difference(scores[a], scores[b], draws, seed)
+    summary["verdict"] = _verdict(summary["student_minus_continued"])
+    return summary
+
+
+def _model_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    hellaswag = metrics["hellaswag"]
+    scored = {key: round(hellaswag[key], 6) for key in ("acc_norm", "acc_norm_se", "acc", "acc_se", "gold_bpb")}
+    return {"parameters": metrics["parameters"], "val_bpb": round(metrics["validation"]["bpb"], 6), **scored}
+
+
+def _teacher_cost(summary: Mapping[str, Any], labelled: int) -> dict[str, Any]:
+    """Labelling against distilling, at 2 FLOPs a parameter and token forward, 4 more backward (Kaplan et al. 2020)."""
+    student = summary["student"]
+    cost = 2 * summary["teacher"]["parameters"] * labelled / (6 * student["parameters"] * student["tokens"])
+    return {"tokens_labelled": labelled, "labelling_to_distilling_flops": round(cost, 6)}
+
+
+def _difference(a: Scores, b: Scores, draws: int, seed: int) -> dict[str, float]:
+    """a minus b on bits per byte of text, bits per byte of true endings, and acc_norm, each with its interval."""
+    windows = len(a.windows)
+    if windows < 2:
+        raise UserError(
+            "data/shards: one validation window gives no interval; raise corpus.validation_fraction in params.yaml"
+        )
+    block = np.arange(windows) // min(WINDOWS_PER_BLOCK, max(1, windows // FEWEST_BLOCKS))
+    bits = [(score.windows["nats"] / np.log(2), score.windows["bytes"]) for score in (a, b)]
+    gold = [(score.items["gold_nats"] / np.log(2), score.items["gold_bytes"]) for score in (a, b)]
+    right = [score.items["correct_norm"] for score in (a, b)]
+    source = a.items["source_id"]
+    found = _entries("val_bpb", paired_ratio_bootstrap(*bits, block, draws, seed))
+    found |= _entries("gold_bpb", paired_ratio_bootstrap(*gold, source, draws, seed))
+    found |= _entries("acc_norm", paired_bootstrap(*right, source, draws, seed))
+    return found | {"acc_norm_mcnemar_p": round(mcnemar_exact(*right), 6)}
+
+
+def _entries(name: str, interval: Interval) -> dict[str, float]:
+    values = {"": interval.mean, "_low": interval.low, "_high": interval.high}
+    values["_detectable"] = smallest_detectable(interval.standard_error)
+    return {name + key: round(value, 6) for key, value in values.items()}
+
+
+def _verdict(difference: Mapping[str, float]) -> str:
+    if difference["val_bpb_high"] < 0:
+        return "distillation better than continuation"
+    if difference["val_bpb_low"] > 0:
+        return "continuation better than distillation"
+    return "no difference shown"

@@ -1,0 +1,42 @@
+"""Compare the models -> metrics/summary.json, plots/*.png and the report; --show prints the last report again.
+
+--markdown prints its tables as README.md has them.
+"""
+
+import sys
+
+from microlm.config import Config, load_config
+from microlm.errors import UserError, run_stage
+from microlm.evaluation import METRICS_DIRECTORY, MODELS
+from microlm.files import read_json, write_json
+from microlm.report.figures import draw_figures
+from microlm.report.summary import MADE_BY, read_scores, summarize
+from microlm.report.table import markdown, report_text
+
+SUMMARY = METRICS_DIRECTORY / "summary.json"
+
+
+def main() -> None:
+    if sys.argv[1:] not in ([], ["--show"], ["--markdown"]):
+        raise UserError("stages.compare: takes one option or none: python -m stages.compare [--show | --markdown]")
+    if not sys.argv[1:]:
+        _compare(load_config())
+    summary = read_json(SUMMARY, "compare")
+    try:
+        print(markdown(summary) if "--markdown" in sys.argv else "\n" + report_text(summary))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{SUMMARY} lacks {error}; make it again with: dvc repro -f -s compare") from None
+
+
+def _compare(config: Config) -> None:
+    scores = read_scores()
+    training = {name: read_json(METRICS_DIRECTORY / f"{name}.json", MADE_BY[name]) for name in MODELS}
+    distillation = {"alpha": config.alpha, "objective": config.objective, "temperature": config.temperature}
+    summary = summarize(scores, training, distillation, config.at.evaluation.bootstrap_draws, config.seed)
+    questions = config.at.continuation.hellaswag_items
+    draw_figures({"control": config.at.pretrain.hellaswag_items, "continued": questions, "student": questions})
+    write_json(SUMMARY, summary)
+
+
+if __name__ == "__main__":
+    run_stage(main)
