@@ -1,0 +1,52 @@
+# `make repro` takes a fresh clone to the comparison table; `make test` runs the tests. Both set up .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/installed
+# DVC runs each stage through a shell: with .venv first on PATH, `python` there is this one's
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lint smoke plots-page
+
+help:
+	@echo "make repro       set up, run the pipeline (dvc repro), print the comparison table"
+	@echo "make test        set up, run the tests"
+	@echo "make setup       set up .venv only; then: . .venv/bin/activate"
+	@echo "make lint        ruff over the code"
+	@echo "make smoke       the whole pipeline at scale smoke, in a temporary clone"
+	@echo "make plots-page  make the offline page for dvc plots again"
+
+setup: $(STAMP)
+
+# Wheels only, so that nothing is ever compiled; antlr4 is published as Python source alone.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { echo "error: $(PYTHON) -m venv failed; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet --only-binary=:all: --no-binary=antlr4-python3-runtime \
+		-c constraints.txt torch==2.13.0 -e '.[test]'
+	@touch $@
+
+repro: $(STAMP)
+	@touch $(VENV)/started
+	python -m dvc repro
+	@test metrics/summary.json -nt $(VENV)/started || python -m stages.compare --show  # `compare` has printed it otherwise
+
+test: $(STAMP)
+	python -m pytest -q
+
+lint: $(STAMP)
+	python -m ruff check .
+	python -m ruff format --check .
+
+smoke: $(STAMP)
+	python -m pytest -q tests/test_pipeline.py
+
+# Not part of the ordinary set-up: the page is committed, and made again only for a newer vega.
+plots-page: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --only-binary=:all: -c constraints.txt vl-convert-python
+	python -m microlm.report.offline_page

@@ -1,0 +1,153 @@
+"""The committed results are those of the committed code: dvc.lock is fresh, dvc.yaml names what decides a number."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from microlm.files import read_json
+from microlm.report.table import markdown
+from tests.clones import ROOT, Clone
+
+PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
+STAGES: dict[str, dict[str, Any]] = {name: stage.get("do", stage) for name, stage in PIPELINE["stages"].items()}
+UP_TO_DATE = "Data and pipelines are up to date."
+
+# What a stage may import without naming it: an edit to these changes no number, or changes it through a named input.
+HARMLESS = {
+    "microlm/config.py": "refuses, never computes; every stage runs after `check`, which names it",
+    "microlm/console.py": "banner and progress bar",
+    "microlm/corpus/parts.py": "fetch names it; what it extracts is an input of the others",
+    "microlm/corpus/tokenizer.py": "tokenize names it; ids are held against the reference, the shards name them",
+    "microlm/errors.py": "words for people",
+    "microlm/files.py": "how bytes reach the disk, not which",
+    "microlm/language_model.py": "types alone",
+    "microlm/schema.py": "as config.py",
+    "microlm/scratch.py": "where an interrupted stage leaves what it has done",
+    "microlm/training/checkpoint.py": "a resumed training gives the same bits",
+}
+# Imported by many, read by few: a new objective must not cost a new control, an edit of the student not a new cache.
+TRAININGS = {"pretrain", "continue", "distill"}
+MATTERS_TO = {
+    "microlm/gguf_llama.py": {"teacher", "evaluate"},
+    "microlm/teacher/cache.py": {"teacher", "distill"},
+    "microlm/objective/divergences.py": {"distill"},
+    "microlm/model.py": {*TRAININGS, "evaluate"},
+    # `teacher` reports the teacher's own loss through these; what it caches does not pass through them
+    "microlm/objective/fused_head.py": {*TRAININGS, "evaluate"},
+    "microlm/evaluation/validation.py": {*TRAININGS, "evaluate"},
+}
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+def is_fresh(clone: Clone) -> tuple[bool, str]:
+    """Whether nothing would run, and what DVC said."""
+    ended = clone.run(sys.executable, "-m", "dvc", "repro", "--allow-missing", "--dry", status=None)
+    return ended.returncode == 0 and UP_TO_DATE in ended.stdout, ended.stdout + ended.stderr
+
+
+def test_lock_is_fresh(clone: Clone) -> None:
+    assert (clone.directory / "dvc.lock").is_file(), "no dvc.lock: run dvc repro and commit it"
+    fresh, told = is_fresh(clone)
+    assert fresh, f"dvc.lock is stale: run dvc repro, then commit dvc.lock, metrics/ and plots/\n{told}"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("params.yaml", "\nalpha: ", "\nalpha: 0.123 # "),
+        ("params.yaml", "\nseed: ", "\nseed: 99 # "),
+        ("stages/check.py", "", "# an edit\n"),
+        ("stages/compare.py", "", "# an edit\n"),
+        ("metrics/control.json", "{", "{ "),
+    ],
+)
+def test_edit_without_a_run_makes_the_lock_stale(clone: Clone, file: str, old: str, new: str) -> None:
+    path = clone.directory / file
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new, 1))
+    fresh, told = is_fresh(clone)
+    assert not fresh, told
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Modules of ours that `file` imports, anywhere in it, as paths from the top folder."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            candidates = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            candidates = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in candidates:
+            path = name.replace(".", "/") + ".py"
+            if path.startswith("microlm/") and (ROOT / path).is_file():
+                yield path
+
+
+def reached(file: str, known: set[str]) -> set[str]:
+    """`file` and all that it imports, directly or not, stopping at what is harmless."""
+    if file in known or file in HARMLESS:
+        return known
+    known.add(file)
+    for path in imported(ROOT / file):
+        reached(path, known)
+    return known
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_names_every_module_that_can_change_its_numbers(name: str) -> None:
+    stage = STAGES[name]
+    module = stage["cmd"].split()[2].replace(".", "/") + ".py"
+    named = {path for path in stage["deps"] if path.endswith(".py")}
+    needed = {path for path in reached(module, set()) if name in MATTERS_TO.get(path, STAGES)}
+    assert sorted(needed - named) == [], f"{name}: add to deps in dvc.yaml, or to HARMLESS with a reason"
+    assert sorted(named - needed - set(HARMLESS)) == [], f"{name}: does not import these; take them out of deps"
+
+
+def test_names_of_ours_that_cannot_change_numbers_exist() -> None:
+    assert [path for path in HARMLESS if not (ROOT / path).is_file()] == []
+
+
+def test_every_stage_runs_after_the_check_of_the_parameters() -> None:
+    makers = {"data/params.ok": "check"}
+    for name, stage in STAGES.items():
+        for kind in ("outs", "metrics", "plots"):
+            makers |= {path: name for path, _ in options(stage, kind)}
+
+    def after_check(name: str) -> bool:
+        makes = {makers.get(dep) or makers.get(str(Path(dep).parent)) for dep in STAGES[name]["deps"]} - {None, name}
+        return "check" in makes or any(after_check(maker) for maker in makes)
+
+    assert [name for name in STAGES if name != "check" and not after_check(name)] == []
+
+
+def options(stage: dict[str, Any], kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """The outputs of one kind with what dvc.yaml says of each."""
+    entries = (out if isinstance(out, dict) else {out: {}} for out in stage.get(kind, ()))
+    return [item for entry in entries for item in entry.items()]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_output_turns_the_run_cache_off(name: str) -> None:
+    """`cache: false` under outs: would; under metrics: and plots: it keeps the file in Git and the run cache on."""
+    assert [path for path, said in options(STAGES[name], "outs") if "cache" in said or "persist" in said] == []
+    kept = options(STAGES[name], "metrics") + options(STAGES[name], "plots")
+    assert [path for path, said in kept if said.get("cache") is not False] == []
+
+
+def test_readme_shows_the_committed_results():
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.split("<!-- results:begin -->\n")[1].split("<!-- results:end -->")[0]
+    assert shown == markdown(read_json(ROOT / "metrics" / "summary.json", "compare")), (
+        "put what `python -m stages.compare --markdown` prints between the markers in README.md"
+    )
