@@ -1,0 +1,184 @@
+"""A training step at the laptop's shape: ours, ours with distillation from a cache, and plain transformers.
+
+The peer is the same shape as `Qwen3ForCausalLM` in bf16 autocast (float32 where this machine has no bf16), with
+`F.cross_entropy` on full float32 logits, and the same tokens. Each variant runs in a process of its own, so that
+compilation, memory and its peak are its own; rounds alternate, and the ratio is of medians.
+
+    python -m bench.train_step [--rounds 3] [--steps 6]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from microlm.config import Config, load_config
+from microlm.files import write_json
+from microlm.model import ModelShape, StudentLM
+from microlm.objective.fused_head import Objective, fused_head_loss
+from microlm.runtime import Runtime, peak_memory_bytes, set_up
+from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
+from microlm.training.optimizer import Optimizers
+
+VOCABULARY, TOP_K = 49152, 64
+VARIANTS = ("ours", "distill", "transformers")
+
+
+def shape_of(config: Config) -> ModelShape:
+    return ModelShape(n_vocab=VOCABULARY, padded_vocab=VOCABULARY, **vars(config.at.model))
+
+
+def random_cache(directory: Path, config: Config) -> TeacherCache:
+    """A cache on disk of as many windows as a step has, distinct ids as skewed to frequent tokens as real ones are."""
+    batch, generator = config.at.batch, np.random.default_rng(1)
+    identity = CacheIdentity("random", None, "", VOCABULARY, "", batch.seq_len, batch.rows, TOP_K, (1.0,))
+    records = np.zeros((batch.rows, batch.seq_len), identity.record())
+    spread = generator.random((batch.rows, batch.seq_len, TOP_K)).cumsum(-1) ** 2.2 * (VOCABULARY / TOP_K**2.2)
+    records["ids"] = np.minimum(spread.astype(np.int64) + np.arange(TOP_K), VOCABULARY - 1)
+    logits = 2 * generator.standard_normal((batch.rows, batch.seq_len, TOP_K + 1))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    records["log_p"], records["log_tail"] = log_p[..., :-1], log_p[..., -1:]
+    for name, part in identity.blocks():
+        (directory / name).write_bytes(records[part].tobytes())
+    write_json(directory / MANIFEST, manifest_of(identity, "", "", directory))
+    return TeacherCache(directory, identity, np.arange(batch.rows))
+
+
+def our_step(config: Config, runtime: Runtime, cache: TeacherCache | None) -> Callable[[], None]:
+    batch, objective = config.at.batch, Objective(0.5 if cache else 0.0)
+    model = StudentLM(shape_of(config)).set_activation_dtype(runtime.dtype).train()
+    if runtime.compiled:
+        model.compile_blocks()
+    optimizers = Optimizers(model, config.at.pretrain)
+    tokens = torch.randint(
+        0, VOCABULARY, (batch.micro_batch_rows, batch.seq_len + 1), generator=torch.Generator().manual_seed(0)
+    )
+
+    def step() -> None:
+        for start in range(0, batch.rows, batch.micro_batch_rows):
+            windows = np.arange(start, start + batch.micro_batch_rows)
+            teacher = cache.teacher(windows, 1.0) if cache else None
+            hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
+            targets = tokens[:, 1:].flatten()
+            loss = fused_head_loss(
+                hidden, model.head_weight, targets, VOCABULARY, objective, teacher, batch.batch_tokens
+            )
+            loss.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(1.0)
+
+    return step
+
+
+def transformers_step(config: Config, runtime: Runtime) -> Callable[[], None]:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape, batch = shape_of(config), config.at.batch
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.context,
+            tie_word_embeddings=True,
+            use_cache=False,
+        )
+    ).train()
+    optimizers = Optimizers(model, config.at.pretrain)
+    tokens = torch.randint(
+        0, VOCABULARY, (batch.micro_batch_rows, batch.seq_len + 1), generator=torch.Generator().manual_seed(0)
+    )
+    parts = batch.batch_tokens // (batch.micro_batch_rows * batch.seq_len)
+
+    def step() -> None:
+        for _ in range(parts):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=runtime.dtype == torch.bfloat16):
+                logits = model(tokens[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            (loss / parts).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(1.0)
+
+    return step
+
+
+def measure(variant: str, steps: int, directory: Path) -> dict[str, float]:
+    config = load_config()
+    runtime = set_up(config.at.runtime)
+    cache = random_cache(directory, config) if variant == "distill" else None
+    step = transformers_step(config, runtime) if variant == "transformers" else our_step(config, runtime, cache)
+    for _ in range(2):  # compilation and first touches of memory
+        step()
+    measured = {"step_s": statistics.median(_timed(step) for _ in range(steps)), "peak_bytes": peak_memory_bytes()}
+    if cache:
+        windows = np.arange(config.at.batch.rows)
+        measured["read_s"] = statistics.median(_timed(lambda: cache.teacher(windows, 1.0)) for _ in range(steps))
+    return measured
+
+
+def matrix_peak(runtime: Runtime) -> float:
+    """FLOP/s of this machine's best large product in the activations' dtype."""
+    a, b = (torch.randn(2048, 2048).to(runtime.dtype) for _ in range(2))
+    best = min(_timed(lambda: a @ b) for _ in range(20))
+    return 2 * 2048**3 / best
+
+
+def _timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        with tempfile.TemporaryDirectory() as directory:
+            print(json.dumps(measure(arguments.variant, arguments.steps, Path(directory))))
+        return
+    config = load_config()
+    runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    for _ in range(arguments.rounds):
+        for variant in VARIANTS:
+            command = [sys.executable, "-m", "bench.train_step", "--variant", variant, "--steps", str(arguments.steps)]
+            ended = subprocess.run(command, capture_output=True, text=True, check=True)
+            runs[variant].append(json.loads(ended.stdout.splitlines()[-1]))
+    step_s = {v: statistics.median(r["step_s"] for r in rows) for v, rows in runs.items()}
+    peak = {v: statistics.median(r["peak_bytes"] for r in rows) for v, rows in runs.items()}
+    tokens = config.at.batch.batch_tokens
+    for variant in VARIANTS:
+        print(
+            f"{variant:<13} {tokens / step_s[variant]:8,.0f} tokens/s   {step_s[variant] * 1e3:7.0f} ms a step   "
+            f"peak {peak[variant] / 2**30:.2f} GiB"
+        )
+    shape = shape_of(config)
+    matrices = StudentLM(shape).parameter_count()  # tied: the embedding's rows are the head's
+    flops = (
+        6 * matrices * tokens + 12 * shape.layers * shape.heads * shape.head_dim * config.at.batch.seq_len * tokens // 2
+    )
+    runtime = set_up(config.at.runtime)
+    print(f"speed, ours / transformers          {step_s['transformers'] / step_s['ours']:.2f}")
+    print(f"memory, ours / transformers         {peak['ours'] / peak['transformers']:.2f}")
+    print(f"step time, distill / cross-entropy  {step_s['distill'] / step_s['ours']:.3f}")
+    read = statistics.median(row["read_s"] for row in runs["distill"])
+    print(f"reading the cache / distill step    {read / step_s['distill']:.3f}")
+    print(f"share of the matrix peak            {flops / step_s['ours'] / matrix_peak(runtime):.2f}")
+
+
+if __name__ == "__main__":
+    main()
