@@ -4,7 +4,7 @@ The file is read as YAML 1.2, as DVC reads and writes it: DVC writes `-S learnin
 YAML 1.1 reader such as PyYAML takes for a string.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from microlm.errors import UserError
 from microlm.schema import count, parse, positive, within
 
 PARAMS = Path("params.yaml")
+NOTEBOOK_TEMPERATURE = 2.5
 
 
 class ConfigError(UserError, ValueError):
@@ -124,9 +125,16 @@ class PretrainConfig(OptimizationConfig):
 
 @dataclass(frozen=True)
 class ContinuationConfig(OptimizationConfig):
-    """Shared by `continue` and `distill`: the loss alone differs between them."""
+    """Shared by `continue` and `distill`: the loss alone differs between them.
+
+    `windows` chooses what both train on, always for `epochs` times the tokens of the cached windows: all of these, the
+    share `select_fraction` of them that difference sampling or chance picks, or any window of the training text.
+    """
 
     epochs: int = count()
+    windows: Literal["cached", "difference", "random", "any"] = field()
+    select_fraction: float = within(0, 1, low_open=True)
+    dtype: Literal["auto", "bfloat16", "float32"] = field()
     optimizer_state: Literal["reset", "keep"] = field()
 
 
@@ -148,6 +156,24 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class OnPolicyConfig:
+    """What `objective: minillm` samples for each micro-batch (Gu et al. 2024, arXiv:2306.08543)."""
+
+    prompts: int = count()
+    prompt_tokens: int = count()
+    response_tokens: int = within(2, 2**20)
+    teacher_mix: float = within(0, 1, high_open=True)
+    clip: float = positive()
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """How much validation text the probe of cache layouts reads with the teacher's full logits."""
+
+    windows: int = count()
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     items: int = within(4, 10042)
     batch_tokens: int = count()
@@ -165,6 +191,8 @@ class ScaleConfig:
     pretrain: PretrainConfig
     teacher: TeacherConfig
     continuation: ContinuationConfig
+    on_policy: OnPolicyConfig
+    probe: ProbeConfig
     evaluation: EvaluationConfig
 
     def problems(self) -> list[str]:
@@ -176,6 +204,13 @@ class ScaleConfig:
             found.append(f"pretrain.tokens: {self.pretrain.tokens} is less than one step, batch.batch_tokens={step}")
         if epochs * self.teacher.windows < self.batch.rows:
             found.append(f"teacher.windows: {epochs} epochs of them do not fill one step of {self.batch.rows} windows")
+        sampled = self.on_policy
+        if sampled.prompts > self.batch.micro_batch_rows:
+            found.append(f"on_policy.prompts: {sampled.prompts} is more than batch.micro_batch_rows")
+        if sampled.prompt_tokens > self.batch.seq_len:
+            found.append(f"on_policy.prompt_tokens: {sampled.prompt_tokens} is more than batch.seq_len")
+        if sampled.prompt_tokens + sampled.response_tokens > self.model.context:
+            found.append("on_policy.response_tokens: with prompt_tokens they are more than model.context; lower one")
         return found
 
 
@@ -185,19 +220,54 @@ class Config:
 
     scale: str
     seed: int = within(0, 2**63 - 1)
+    init: Literal["control", "scratch"] = field()
+    objective: Literal["rkl", "fkl", "jsd", "skew_rkl", "skew_fkl", "tvd", "notebook", "minillm"] = field()
     alpha: float = within(0, 1)
-    objective: Literal["rkl", "fkl"] = field()
+    alpha_schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = field()
+    alpha_final: float = within(0, 1)
     temperature: float = positive()
+    beta: float = within(0, 1, low_open=True, high_open=True)
+    skew: float = within(0, 1, low_open=True, high_open=True)
+    tail: Literal["lumped", "capped", "table"] = field()
     at: ScaleConfig = field()
+
+    @property
+    def continuation_runtime(self) -> RuntimeConfig:
+        """`runtime` with the dtype that `continuation` may ask for."""
+        dtype = self.at.continuation.dtype
+        return self.at.runtime if dtype == "auto" else replace(self.at.runtime, dtype=dtype)
+
+    @property
+    def distills(self) -> bool:
+        """Whether the distillation term has a weight at all."""
+        return self.objective == "notebook" or self.largest_alpha > 0
+
+    @property
+    def largest_alpha(self) -> float:
+        return self.alpha if self.alpha_schedule == "constant" else max(self.alpha, self.alpha_final)
+
+    @property
+    def cache_temperature(self) -> float:
+        """The temperature at which the cache is read; the notebook's is part of its loss."""
+        return NOTEBOOK_TEMPERATURE if self.objective == "notebook" else self.temperature
 
     def problems(self) -> list[str]:
         if self.at is None:
             return []
-        captured = self.at.teacher.temperatures
-        if self.temperature in captured:
-            return []
-        mend = f"choose one of {captured} or add it to scales.{self.scale}.teacher.temperatures"
-        return [f"temperature: {self.temperature:g} is not captured; {mend}"]
+        found, captured = [], self.at.teacher.temperatures
+        mend = f"add it to scales.{self.scale}.teacher.temperatures"
+        if self.objective == "notebook" and NOTEBOOK_TEMPERATURE not in captured:
+            found.append(f"objective: notebook reads the cache at temperature {NOTEBOOK_TEMPERATURE:g}; {mend}")
+        if self.temperature not in captured:
+            found.append(f"temperature: {self.temperature:g} is not captured; choose one of {captured} or {mend}")
+        if self.objective == "minillm" and self.temperature != 1:
+            found.append(f"temperature: minillm samples at 1, not at {self.temperature:g}; set temperature=1")
+        if self.at.continuation.windows == "any" and self.distills and self.objective != "minillm":
+            found.append(
+                f"scales.{self.scale}.continuation.windows: any includes windows that the teacher has not labelled; "
+                "set alpha=0 with it, or choose cached, difference or random"
+            )
+        return found
 
 
 def load_config(path: str | Path = PARAMS) -> Config:

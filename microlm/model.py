@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_STD = 0.02
+KeysValues = tuple[Tensor, Tensor]
+"""Of one layer, each [B, H, T, E]."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,27 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = self._project(x_BTD, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def extend(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+        """`forward` of positions that follow those of `past`, and the keys and values of both together."""
+        q, k, v = self._project(x_BTD, cos, sin)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        before = k.shape[2] - q.shape[2]
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
+
+    def _project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, H, T, E]."""
         split = (*x_BTD.shape[:2], self.heads, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x_BTD).view(split)).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(self.k_proj(x_BTD).view(split)).transpose(1, 2), cos, sin)
         v = self.v_proj(x_BTD).view(split).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -111,6 +128,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def extend(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+        attended, kept = self.self_attn.extend(self.input_layernorm(x), cos, sin, past)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kept
 
 
 class Trunk(nn.Module):
@@ -183,6 +205,19 @@ class StudentLM(nn.Module):
         for layer in self.model.layers:
             x = block(layer, x, cos, sin, mask)
         return self.model.norm(x)
+
+    def extend(self, tokens: Tensor, cache: list[KeysValues] | None = None) -> tuple[Tensor, list[KeysValues]]:
+        """Hidden states [B, T, D] of tokens [B, T] that follow those in `cache` (None: none), and the longer cache."""
+        past = [None] * len(self.model.layers) if cache is None else cache
+        start = 0 if cache is None else cache[0][0].shape[2]
+        x = self.model.embed_tokens(tokens).to(self.activation_dtype)
+        span = slice(start, start + tokens.shape[1])
+        cos, sin = self.cos[None, span].to(x.dtype), self.sin[None, span].to(x.dtype)
+        kept = []
+        for layer, layer_past in zip(self.model.layers, past):
+            x, longer = layer.extend(x, cos, sin, layer_past)
+            kept.append(longer)
+        return self.model.norm(x), kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., n_vocab] over real tokens alone, in the dtype of `hidden`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from microlm.config import RuntimeConfig
-from microlm.objective import fused_head
+from microlm.objective import vocabulary_blocks
 
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # as Linux names them in /proc/cpuinfo
 MIB = 2**20
@@ -39,7 +39,7 @@ def set_up(config: RuntimeConfig) -> Runtime:
     dtype, why_dtype = _choose_dtype(config.dtype, device)
     compiled, why_compiled = _choose_compilation(config.compile, device)
     if compiled:
-        fused_head.compile_kernels()
+        vocabulary_blocks.compile_kernels()
     reasons = {
         "device": f"cuda ({torch.cuda.get_device_name(device)})"
         if device.type == "cuda"

@@ -31,7 +31,7 @@ def main() -> None:
 def _compare(config: Config) -> None:
     scores = read_scores()
     training = {name: read_json(METRICS_DIRECTORY / f"{name}.json", MADE_BY[name]) for name in MODELS}
-    distillation = {"alpha": config.alpha, "objective": config.objective, "temperature": config.temperature}
+    distillation = {key: getattr(config, key) for key in ("init", "objective", "alpha", "temperature")}
     summary = summarize(scores, training, distillation, config.at.evaluation.bootstrap_draws, config.seed)
     questions = config.at.continuation.hellaswag_items
     draw_figures({"control": config.at.pretrain.hellaswag_items, "continued": questions, "student": questions})

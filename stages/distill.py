@@ -8,7 +8,7 @@ from microlm.runtime import set_up
 
 def main() -> None:
     config = load_config()
-    arms.distill(config, set_up(config.at.runtime))
+    arms.distill(config, set_up(config.continuation_runtime))
 
 
 if __name__ == "__main__":

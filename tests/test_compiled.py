@@ -1,13 +1,14 @@
 """torch.compile of the hot paths changes no result. Needs a C++ compiler, as compiling does."""
 
+import math
 import shutil
 
 import pytest
 import torch
 
 from microlm.model import ModelShape, StudentLM
-from microlm.objective import fused_head
-from microlm.objective.divergences import lump
+from microlm.objective import vocabulary_blocks
+from microlm.objective.divergences import Divergence, lump
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss
 from microlm.teacher.capture import GROUPS, Kernels, top_k
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang+
 N_VOCAB, ROWS, SEQ_LEN = 300, 2, 16
 
 
-def gradients(compiled: bool, temperature: float) -> dict[str, torch.Tensor]:
+def gradients(compiled: bool, temperature: float, divergence: Divergence, tail: str) -> dict[str, torch.Tensor]:
     """Of every parameter, of a distillation loss on a fixed batch."""
     shape = ModelShape(
         N_VOCAB, 320, layers=2, hidden_size=32, heads=2, head_dim=16, intermediate_size=48, context=16, rope_theta=1e4
@@ -32,17 +33,23 @@ def gradients(compiled: bool, temperature: float) -> dict[str, torch.Tensor]:
     ids = log_p.topk(8).indices
     teacher = SparseTeacher(ids, lump(log_p, ids))
     hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
-    objective = Objective(0.5, "rkl", temperature, z_loss=1e-3)
+    objective = Objective(0.5, 0.5 * temperature**2, divergence, temperature, tail, z_loss=1e-3)
     fused_head_loss(hidden, model.head_weight, tokens[:, 1:].flatten(), N_VOCAB, objective, teacher).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_compiled_training_step_has_the_eager_gradients(temperature, monkeypatch):
-    eager = gradients(False, temperature)
-    monkeypatch.setattr(fused_head, "_KERNELS", dict(fused_head._KERNELS))
-    fused_head.compile_kernels()
-    compiled = gradients(True, temperature)
+@pytest.mark.parametrize(
+    ("temperature", "name", "parameter", "tail"),
+    [(1.0, "rkl", math.nan, "lumped"), (2.0, "rkl", math.nan, "lumped"), (1.0, "fkl", math.nan, "capped"),
+     (2.0, "notebook", 0.7, "capped")],
+)  # fmt: skip
+def test_compiled_training_step_has_the_eager_gradients(temperature, name, parameter, tail, monkeypatch):
+    divergence = Divergence(name, parameter)
+    eager = gradients(False, temperature, divergence, tail)
+    monkeypatch.setattr(vocabulary_blocks, "KERNELS", dict(vocabulary_blocks.EAGER))
+    monkeypatch.setattr(vocabulary_blocks, "compiling", False)
+    vocabulary_blocks.compile_kernels()
+    compiled = gradients(True, temperature, divergence, tail)
     for name, gradient in eager.items():
         torch.testing.assert_close(
             compiled[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"

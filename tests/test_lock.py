@@ -26,6 +26,7 @@ HARMLESS = {
     "microlm/errors.py": "words for people",
     "microlm/files.py": "how bytes reach the disk, not which",
     "microlm/language_model.py": "types alone",
+    "microlm/pipeline/teachers.py": "refuses; what it returns hub.py loads",
     "microlm/schema.py": "as config.py",
     "microlm/scratch.py": "where an interrupted stage leaves what it has done",
     "microlm/training/checkpoint.py": "a resumed training gives the same bits",
@@ -33,13 +34,22 @@ HARMLESS = {
 # Imported by many, read by few: a new objective must not cost a new control, an edit of the student not a new cache.
 TRAININGS = {"pretrain", "continue", "distill"}
 MATTERS_TO = {
-    "microlm/gguf_llama.py": {"teacher", "evaluate"},
-    "microlm/teacher/cache.py": {"teacher", "distill"},
+    "microlm/gguf_llama.py": {"teacher", "distill", "evaluate"},
+    "microlm/teacher/cache.py": {"teacher", "select", "distill"},
+    "microlm/objective/capped_tail.py": {"distill"},
+    "microlm/objective/definition.py": {"distill"},
     "microlm/objective/divergences.py": {"distill"},
-    "microlm/model.py": {*TRAININGS, "evaluate"},
+    "microlm/objective/on_policy.py": {"distill"},
+    "microlm/objective/sampling.py": {"distill"},
+    "microlm/objective/schedule.py": {"distill"},
+    "microlm/objective/table_tail.py": {"distill"},
+    "microlm/objective/tails.py": {"distill"},
+    "microlm/pipeline/selection.py": {"select"},  # the others read the list that it wrote
+    "microlm/model.py": {*TRAININGS, "select", "evaluate"},
     # `teacher` reports the teacher's own loss through these; what it caches does not pass through them
-    "microlm/objective/fused_head.py": {*TRAININGS, "evaluate"},
-    "microlm/evaluation/validation.py": {*TRAININGS, "evaluate"},
+    "microlm/objective/fused_head.py": {*TRAININGS, "select", "evaluate"},
+    "microlm/objective/vocabulary_blocks.py": {*TRAININGS, "select", "evaluate"},
+    "microlm/evaluation/validation.py": {*TRAININGS, "select", "evaluate"},
 }
 
 

@@ -18,7 +18,7 @@ from tests.tiny_teacher import write_tiny_teacher
 WHEELS = ROOT / ".resume" / "wheels"
 ARMS = ("control", "continued", "student")
 STAGES = {
-    "check", "fetch", "tokenize", "pretrain", "teacher", "distill", "continue", "compare",
+    "check", "fetch", "tokenize", "pretrain", "teacher", "select", "distill", "continue", "compare",
     "evaluate@control", "evaluate@continued", "evaluate@student", "evaluate@teacher",
 }  # fmt: skip
 AFTER_ALPHA = {"check", "distill", "evaluate@student", "compare"}
@@ -71,7 +71,14 @@ def clone(finished: tuple[Clone, str]) -> Clone:
 def test_fresh_clone_runs_to_the_report(finished: tuple[Clone, str]) -> None:
     clone, printed = finished
     assert set(ran(printed)) == STAGES
-    for path in ("summary", *ARMS, "teacher", "tokenize", *(f"evaluation/{name}" for name in (*ARMS, "teacher"))):
+    for path in (
+        "summary",
+        *ARMS,
+        "teacher",
+        "tokenize",
+        "windows",
+        *(f"evaluation/{name}" for name in (*ARMS, "teacher")),
+    ):
         assert read(clone, f"metrics/{path}.json")
     for path in ("plots/hellaswag.png", "plots/loss.png"):
         assert (clone.directory / path).read_bytes().startswith(b"\x89PNG")

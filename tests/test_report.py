@@ -43,7 +43,13 @@ def _write_scores(top: Path) -> None:
         metrics = {"model": name, "parameters": 134_515_008 if name == "teacher" else 17_500_000}
         metrics |= {"hellaswag": hellaswag, "validation": {"bpb": nats.sum() / window_bytes.sum() / math.log(2)}}
         _write_json(top / f"metrics/evaluation/{name}.json", metrics)
-        _write_json(top / f"metrics/{name}.json", {"tokens": 307_200 if name == "teacher" else 1_998_848})
+        _write_json(
+            top / f"metrics/{name}.json",
+            {
+                "tokens": 307_200 if name == "teacher" else 1_998_848,
+                "tokens_before": 0 if name == "control" else 1_998_848,
+            },
+        )
 
 
 def _write_json(path: Path, value: object) -> None:

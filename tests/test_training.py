@@ -17,8 +17,9 @@ from microlm.corpus.batches import Batches, evenly_spaced
 from microlm.errors import UserError
 from microlm.files import write_json
 from microlm.model import ModelShape, StudentLM
-from microlm.objective.fused_head import HeadLoss, Objective
-from microlm.pipeline.arms import cross_entropy, distillation
+from microlm.objective.fused_head import HeadLoss
+from microlm.objective.schedule import AlphaSchedule, ObjectiveSchedule
+from microlm.pipeline.losses import cross_entropy, distillation
 from microlm.scratch import scratch
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
 from microlm.teacher.capture import capture
@@ -35,6 +36,10 @@ SETTINGS = PretrainConfig(
     warmup_fraction=0.1, decay_fraction=0.5, final_fraction=0.0, clip_norm=1.0, z_loss=0.0, evaluate_every=4,
     validation_windows=4, hellaswag_items=4, tokens=768, windows="all")  # fmt: skip
 CROSS_ENTROPY = cross_entropy(N_VOCAB, 0.0)
+
+
+def reverse_kl(alpha: float, kind: str = "constant", end: float = 0.0) -> ObjectiveSchedule:
+    return ObjectiveSchedule("rkl", AlphaSchedule(kind, alpha, end, 0.1, 0.5), 1.0, None, "lumped", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +105,21 @@ def test_alpha_zero_distills_to_the_continued_control_bit_for_bit(shards, tmp_pa
     write_json(tmp_path / "cache" / MANIFEST, manifest_of(identity, "", "", tmp_path / "cache"))
     cache = TeacherCache(tmp_path / "cache", identity, windows)
     continued, _ = run(shards, tmp_path / "continued")
-    undistilled, _ = run(shards, tmp_path / "zero", distillation(N_VOCAB, Objective(alpha=0.0), cache))
-    distilled, _ = run(shards, tmp_path / "half", distillation(N_VOCAB, Objective(alpha=0.5), cache))
-    assert same_bits(continued, undistilled)
+    undistilled, _ = run(shards, tmp_path / "zero", distillation(N_VOCAB, reverse_kl(0.0), cache))
+    distilled, _ = run(shards, tmp_path / "half", distillation(N_VOCAB, reverse_kl(0.5), cache))
+    never, _ = run(shards, tmp_path / "never", distillation(N_VOCAB, reverse_kl(0.0, "linear", 0.0), cache))
+    falling, _ = run(shards, tmp_path / "falling", distillation(N_VOCAB, reverse_kl(0.5, "linear", 0.0), cache))
+    assert same_bits(continued, undistilled) and same_bits(continued, never)
     assert not same_bits(continued, distilled)
+    assert not same_bits(distilled, falling) and not same_bits(continued, falling)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_checkpoint(shards, tmp_path):
     calls = []
 
-    def breaking(hidden, weight, batch, count) -> HeadLoss:
+    def breaking(*arguments) -> HeadLoss:
         calls.append(1)
-        loss = CROSS_ENTROPY(hidden, weight, batch, count)
+        loss = CROSS_ENTROPY(*arguments)
         return replace(loss, loss=loss.loss * float("nan")) if len(calls) > 2 * (6 + 2) else loss
 
     with pytest.raises(UserError, match=r"step 7 is not finite .*windows .*nothing was updated"):

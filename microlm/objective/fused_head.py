@@ -7,39 +7,21 @@ Wijmans et al. 2024, "Cut your losses in large-vocabulary language models", arXi
 
 A lumped divergence sees a row through k + 1 numbers: the logits of the cached ids and the tail's logsumexp. Autograd
 differentiates it there, on [N, k + 1]; its gradient on a tail token j is that on the tail's logsumexp times
-softmax_tail(j).
+softmax_tail(j). A capped or tabled tail has a slope of its own for each token (capped_tail.py, table_tail.py), computed
+in the second sweep; between the two come a few sweeps over the rows that a cap binds, or one that takes the means.
 
 Shapes: N tokens, D hidden size, V real vocabulary, k cached ids.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from microlm.objective.divergences import DIVERGENCES
-
-BLOCK_ELEMENTS = 2**22  # of one block of logits: 8 MiB in bfloat16
-LOWEST = -1e30  # below any logit, and finite, so that no difference of infinities arises
-
-
-@dataclass(frozen=True)
-class SparseTeacher:
-    """What the cache says of N positions."""
-
-    ids: Tensor  # int64 [N, k], distinct in each row
-    log_p: Tensor  # float [N, k + 1] at the objective's temperature, the tail's log-mass last
-
-
-@dataclass(frozen=True)
-class Objective:
-    """(1 - alpha) CE + alpha T^2 D(teacher, student at temperature T) + z_loss * logsumexp^2."""
-
-    alpha: float = 0.0
-    divergence: str = "rkl"
-    temperature: float = 1.0
-    z_loss: float = 0.0
+from microlm.objective.definition import Objective, SparseTeacher
+from microlm.objective.tails import TREATMENTS, WRITERS, DistillationTerm, RowStatistics
+from microlm.objective.vocabulary_blocks import EAGER, LOWEST, Entries, VocabularyBlocks, kernel
 
 
 @dataclass(frozen=True)
@@ -51,124 +33,12 @@ class HeadLoss:
     divergence: Tensor
 
 
-def update_statistics(z: Tensor, scale: float, peak: Tensor, total: Tensor) -> None:
-    """Online logsumexp of scale * z along rows: exp(peak) * total is the sum so far. In place on `peak` and `total`."""
-    scaled = z.to(peak.dtype) * scale
-    raised = torch.maximum(peak, scaled.amax(-1))
-    total.copy_(total * torch.exp(peak - raised) + torch.exp(scaled - raised[:, None]).sum(-1))
-    peak.copy_(raised)
-
-
-def write_gradient(z: Tensor, log_normalizer: Tensor, weight: Tensor) -> None:
-    """z_ij <- weight_i * exp(z_ij - log_normalizer_i), in place."""
-    z.copy_(torch.exp(z.to(weight.dtype) - log_normalizer[:, None]) * weight[:, None])
-
-
-def write_tempered_gradient(
-    z: Tensor, log_normalizer: Tensor, weight: Tensor, scale: float, log_tail: Tensor, tail_weight: Tensor
-) -> None:
-    """z_ij <- weight_i exp(z_ij - log_normalizer_i) + tail_weight_i exp(scale z_ij - log_tail_i), in place."""
-    exact = z.to(weight.dtype)
-    plain = torch.exp(exact - log_normalizer[:, None]) * weight[:, None]
-    z.copy_(plain + torch.exp(exact * scale - log_tail[:, None]) * tail_weight[:, None])
-
-
-_KERNELS: dict[str, Callable[..., None]] = {
-    kernel.__name__: kernel for kernel in (update_statistics, write_gradient, write_tempered_gradient)
-}
-
-
-def compile_kernels() -> None:
-    """Compile the passes over a block of logits: each becomes one read (and one write) of the block."""
-    for kernel in (update_statistics, write_gradient, write_tempered_gradient):
-        _KERNELS[kernel.__name__] = torch.compile(kernel)  # evaluation brings other shapes
-
-
-class _Entries:
-    """Single entries (row, id) of the [N, V] logits, grouped by the block of the vocabulary that holds them."""
-
-    def __init__(self, ids: Tensor, block: int, n_vocab: int) -> None:
-        width = ids.shape[1]
-        flat = ids.reshape(-1)
-        blocks, order = torch.sort(flat // block, stable=True)
-        edges = torch.arange(0, (n_vocab + block - 1) // block + 1, device=ids.device)
-        self._edges = torch.searchsorted(blocks, edges).tolist()
-        self._order = order
-        self._rows = order // width
-        self._columns = flat[order] % block
-
-    def at(self, block_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, columns inside the block, and places in the flattened ids."""
-        chosen = slice(self._edges[block_index], self._edges[block_index + 1])
-        return self._rows[chosen], self._columns[chosen], self._order[chosen]
-
-
-@dataclass
-class _Statistics:
-    """What the first sweep leaves of each row."""
-
-    log_normalizer: Tensor  # [N] logsumexp over the vocabulary
-    gold: Tensor  # [N] logit of the target
-    head: Tensor | None  # [N, k] logits of the cached ids
-    log_tail: Tensor | None  # [N] logsumexp of z / T over all other ids
-
-
-class _Head:
-    """The logits of N tokens as a stream of blocks over the vocabulary."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, n_vocab: int) -> None:
-        self.hidden, self.n_vocab = hidden, n_vocab
-        self.weight = weight[:n_vocab].to(hidden.dtype)
-        self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        fitting = BLOCK_ELEMENTS // max(1, hidden.shape[0]) // 256 * 256
-        self.block = max(256, min(fitting, 16384))
-
-    def blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """Index, slice of the vocabulary and logits [N, block]; the next block reuses the memory."""
-        buffer = self.hidden.new_empty(self.hidden.shape[0] * self.block)
-        for index, start in enumerate(range(0, self.n_vocab, self.block)):
-            part = slice(start, min(start + self.block, self.n_vocab))
-            z = buffer[: self.hidden.shape[0] * (part.stop - part.start)].view(self.hidden.shape[0], -1)
-            yield index, part, torch.mm(self.hidden, self.weight[part].T, out=z)
-
-    def sweep(self, gold: "_Entries", head: "_Entries | None", width: int, temperature: float) -> _Statistics:
-        rows = self.hidden.shape[0]
-        update = _KERNELS["update_statistics"]
-
-        def accumulators() -> tuple[Tensor, Tensor]:
-            return self.hidden.new_full((rows,), LOWEST, dtype=self.exact), self.hidden.new_zeros(
-                rows, dtype=self.exact
-            )
-
-        peak, total = accumulators()
-        tempered = accumulators() if head is not None and temperature != 1 else None
-        gold_logits = self.hidden.new_empty(rows, dtype=self.exact)
-        head_logits = self.hidden.new_empty(rows * width, dtype=self.exact) if head is not None else None
-        for index, _, z in self.blocks():
-            r, c, places = gold.at(index)
-            gold_logits[places] = z[r, c].to(self.exact)
-            if head is not None:
-                r, c, places = head.at(index)
-                head_logits[places] = z[r, c].to(self.exact)
-                z[r, c] = -torch.inf  # what is left of the row is the tail
-            update(z, 1.0, peak, total)
-            if tempered is not None:
-                update(z, 1.0 / temperature, *tempered)
-        log_normalizer = peak + total.log()
-        if head is None:
-            return _Statistics(log_normalizer, gold_logits, None, None)
-        head_logits = head_logits.view(rows, width)
-        log_tail = log_normalizer if tempered is None else tempered[0] + tempered[1].log()
-        log_normalizer = torch.logaddexp(log_normalizer, head_logits.logsumexp(-1))
-        return _Statistics(log_normalizer, gold_logits, head_logits, log_tail)
-
-
 def token_nats(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
     """Cross-entropy of each token, nats [N], without a gradient. Arguments as `fused_head_loss`."""
     with torch.no_grad():
-        head = _Head(hidden, weight, n_vocab)
-        statistics = head.sweep(_Entries(targets[:, None], head.block, n_vocab), None, 0, 1.0)
-        return statistics.log_normalizer - statistics.gold
+        blocks = VocabularyBlocks(hidden, weight, n_vocab)
+        rows = _first_sweep(blocks, Entries(targets[:, None], blocks.block, n_vocab), None, 0, 1.0)
+        return rows.log_normalizer - rows.gold
 
 
 def fused_head_loss(
@@ -186,42 +56,49 @@ def fused_head_loss(
         hidden: [N, D]; its dtype is that of the matrix products. Sums and losses are float32 (float64 for float64).
         weight: LM head [padded vocabulary, D], float32; rows from `n_vocab` on are padding and never seen.
         targets: int64 [N], gold tokens.
-        objective: alpha = 0 needs no teacher and is plain cross-entropy, bit for bit.
-        teacher: the cache's records of these positions; needed where alpha > 0.
+        objective: kd_weight = 0 needs no teacher and is plain cross-entropy, bit for bit.
+        teacher: the cache's records of these positions; needed where kd_weight > 0.
         count: tokens of the whole step, where these N are one of its parts.
     """
-    if objective.alpha > 0 and teacher is None:
-        raise ValueError("alpha > 0 needs a teacher")
+    if objective.kd_weight > 0 and teacher is None:
+        raise ValueError("kd_weight > 0 needs a teacher")
     loss, cross_entropy, divergence = _FusedHead.apply(hidden, weight, targets, n_vocab, objective, teacher, count)
     return HeadLoss(loss, cross_entropy, divergence)
+
+
+def _pass(name: str) -> Callable[..., None]:
+    return kernel(name, lambda: EAGER[name])
 
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, n_vocab, objective, teacher, count):
-        head = _Head(hidden, weight, n_vocab)
-        gold = _Entries(targets[:, None], head.block, n_vocab)
-        distilling = objective.alpha > 0
-        cached = _Entries(teacher.ids, head.block, n_vocab) if distilling else None
+        blocks = VocabularyBlocks(hidden, weight, n_vocab)
+        gold = Entries(targets[:, None], blocks.block, n_vocab)
+        distilling = objective.kd_weight > 0
+        cached = Entries(teacher.ids, blocks.block, n_vocab) if distilling else None
         width = teacher.ids.shape[1] if distilling else 0
-        rows = head.sweep(gold, cached, width, objective.temperature)
+        rows = _first_sweep(blocks, gold, cached, width, objective.temperature)
 
         nats = rows.log_normalizer - rows.gold
-        ce_weight = (1.0 - objective.alpha) / count
+        ce_weight = objective.ce_weight / count
         loss = ce_weight * nats.sum()
         q_weight = torch.full_like(nats, ce_weight)  # of softmax(z) in the gradient
         if objective.z_loss:
             loss = loss + objective.z_loss / count * rows.log_normalizer.square().sum()
             q_weight = q_weight + 2 * objective.z_loss / count * rows.log_normalizer
-        divergence, slopes = nats.new_zeros(()), None
+        term, total = None, nats.new_zeros(())
         if distilling:
-            kd_weight = objective.alpha * objective.temperature**2 / count
-            divergence, *slopes = _lumped(rows, teacher, objective, kd_weight)
-            loss = loss + kd_weight * divergence
+            # with every id cached there is no tail to treat
+            treat = TREATMENTS["lumped" if width == n_vocab else objective.tail]
+            term = treat(blocks, rows, teacher, cached, objective, objective.kd_weight / count)
+            total = term.total
+            loss = loss + objective.kd_weight / count * total
         if any(ctx.needs_input_grad[:2]):
-            ctx.save_for_backward(*_gradients(head, rows, gold, cached, q_weight, ce_weight, slopes, objective, weight))
-        ctx.mark_non_differentiable(divergence)
-        return loss, nats.sum(), divergence
+            sweep = _GradientSweep(blocks, rows, q_weight, term, objective, objective.kd_weight / count)
+            ctx.save_for_backward(*_gradients(sweep, gold, cached, ce_weight, weight))
+        ctx.mark_non_differentiable(total)
+        return loss, nats.sum(), total
 
     @staticmethod
     def backward(ctx, loss_slope, *_):
@@ -229,63 +106,100 @@ class _FusedHead(torch.autograd.Function):
         return *(g if scale == 1 else g * scale for g in ctx.saved_tensors), None, None, None, None, None
 
 
-def _lumped(
-    rows: _Statistics, teacher: SparseTeacher, objective: Objective, weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence summed over rows, and the slopes of `weight` times it on the cached ids' logits [N, k] and on z / T's
-    tail logsumexp [N].
-    """
-    with torch.enable_grad():
-        head = rows.head.detach().requires_grad_()
-        log_tail = rows.log_tail.detach().requires_grad_()
-        symbols = torch.cat((head / objective.temperature, log_tail[:, None]), dim=-1)
-        log_q = symbols - symbols.logsumexp(-1, keepdim=True)
-        divergence = DIVERGENCES[objective.divergence](teacher.log_p.to(log_q.dtype), log_q).sum()
-        return divergence.detach(), *torch.autograd.grad(weight * divergence, (head, log_tail))
+def _first_sweep(
+    blocks: VocabularyBlocks, gold: Entries, head: Entries | None, width: int, temperature: float
+) -> RowStatistics:
+    update = _pass("update_statistics")
+    peak, total = blocks.filled(LOWEST), blocks.filled(0)
+    tempered = (blocks.filled(LOWEST), blocks.filled(0)) if head is not None and temperature != 1 else None
+    gold_logits = blocks.filled(0)
+    head_logits = torch.empty(len(gold_logits) * width, dtype=blocks.exact, device=gold_logits.device)
+    for index, _, z in blocks:
+        r, c, places = gold.at(index)
+        gold_logits[places] = z[r, c].to(blocks.exact)
+        if head is not None:
+            r, c, places = head.at(index)
+            head_logits[places] = z[r, c].to(blocks.exact)
+            z[r, c] = -torch.inf  # what is left of the row is the tail
+        update(z, 1.0, peak, total)
+        if tempered is not None:
+            update(z, 1.0 / temperature, *tempered)
+    log_normalizer = peak + total.log()
+    if head is None:
+        return RowStatistics(log_normalizer, gold_logits)
+    head_logits = head_logits.view(-1, width)
+    log_tail = log_normalizer if tempered is None else tempered[0] + tempered[1].log()
+    log_normalizer = torch.logaddexp(log_normalizer, head_logits.logsumexp(-1))
+    largest = peak if tempered is None else tempered[0]
+    return RowStatistics(log_normalizer, gold_logits, head_logits, log_tail, largest)
+
+
+class _GradientSweep:
+    """Turns logits into the gradient on them, tail tokens by a pass over the block, cached ids one by one."""
+
+    def __init__(
+        self,
+        blocks: VocabularyBlocks,
+        rows: RowStatistics,
+        q_weight: Tensor,
+        term: DistillationTerm | None,
+        objective: Objective,
+        kd_weight: float,
+    ) -> None:
+        self.blocks, self._rows, self._term = blocks, rows, term
+        self._weight, self._scale, self._kd_weight = q_weight, 1 / objective.temperature, kd_weight
+        self._divergence, self._tail = objective.divergence, objective.tail
+        self.head_values = None
+        if term is None:
+            return
+        q_head = torch.exp(rows.head - rows.log_normalizer[:, None])
+        self.head_values = (q_weight[:, None] * q_head + term.head_slope).reshape(-1)
+        if term.tail_slope is not None and self._scale == 1:
+            # on the tail both terms are multiples of softmax(z): one exponential serves. A tail of no mass has no slope
+            ratio = torch.exp(rows.log_normalizer - rows.log_tail)
+            self._weight = q_weight + torch.where(term.tail_slope == 0, 0.0, term.tail_slope * ratio)
+
+    def write(self, z: Tensor, part: slice) -> None:
+        rows, term, scale = self._rows, self._term, self._scale
+        if term is not None and term.tail_slope is None:
+            name, parameter = self._divergence.name, term.center.new_tensor(self._divergence.parameter)
+            kernel(f"write_{self._tail}_gradient_{name}", lambda: WRITERS[self._tail](name))(
+                z,
+                rows.log_normalizer,
+                self._weight,
+                scale,
+                term.log_normalizer,
+                term.log_c,
+                term.cap[part] if self._tail == "table" else term.cap,
+                term.center,
+                parameter,
+                self._kd_weight * scale,
+            )
+        elif term is None or scale == 1:
+            _pass("write_gradient")(z, rows.log_normalizer, self._weight)
+        else:
+            _pass("write_tempered_gradient")(
+                z, rows.log_normalizer, self._weight, scale, rows.log_tail, term.tail_slope * scale
+            )
 
 
 def _gradients(
-    head: _Head,
-    rows: _Statistics,
-    gold: _Entries,
-    cached: _Entries | None,
-    q_weight: Tensor,
-    ce_weight: float,
-    slopes: list[Tensor] | None,
-    objective: Objective,
-    weight: Tensor,
+    sweep: _GradientSweep, gold: Entries, cached: Entries | None, ce_weight: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The second sweep: logits again, turned into their gradients, and those into gradients of hidden and weight."""
-    hidden_gradient = torch.zeros(head.hidden.shape, dtype=head.exact, device=head.hidden.device)
+    blocks = sweep.blocks
+    hidden_gradient = torch.zeros(blocks.hidden.shape, dtype=blocks.exact, device=blocks.hidden.device)
     weight_gradient = torch.empty_like(weight)
-    weight_gradient[head.n_vocab :] = 0
-    partial = torch.empty_like(head.hidden)
-    hidden_T = head.hidden.T.contiguous()  # the CPU's bf16 product wants its left operand by rows
-    head_values = None
-    if slopes is not None:
-        q_head = torch.exp(rows.head - rows.log_normalizer[:, None])
-        head_values = (q_weight[:, None] * q_head + slopes[0]).reshape(-1)
-        if objective.temperature == 1:
-            # on the tail both terms are multiples of softmax(z): one exponential serves. A tail of no mass has no slope
-            ratio = torch.exp(rows.log_normalizer - rows.log_tail)
-            q_weight = q_weight + torch.where(slopes[1] == 0, 0.0, slopes[1] * ratio)
-    for index, part, z in head.blocks():
-        if slopes is None or objective.temperature == 1:
-            _KERNELS["write_gradient"](z, rows.log_normalizer, q_weight)
-        else:
-            _KERNELS["write_tempered_gradient"](
-                z,
-                rows.log_normalizer,
-                q_weight,
-                1 / objective.temperature,
-                rows.log_tail,
-                slopes[1] / objective.temperature,
-            )
-        if head_values is not None:
+    weight_gradient[blocks.n_vocab :] = 0
+    partial = torch.empty_like(blocks.hidden)
+    hidden_T = blocks.hidden.T.contiguous()  # the CPU's bf16 product wants its left operand by rows
+    for index, part, z in blocks:
+        sweep.write(z, part)
+        if cached is not None:
             r, c, places = cached.at(index)
-            z[r, c] = head_values[places].to(z.dtype)
+            z[r, c] = sweep.head_values[places].to(z.dtype)
         r, c, _ = gold.at(index)
         z[r, c] -= ce_weight
-        hidden_gradient += torch.mm(z, head.weight[part], out=partial)
+        hidden_gradient += torch.mm(z, blocks.weight[part], out=partial)
         weight_gradient[part] = torch.mm(hidden_T, z).T
-    return hidden_gradient.to(head.hidden.dtype), weight_gradient
+    return hidden_gradient.to(blocks.hidden.dtype), weight_gradient

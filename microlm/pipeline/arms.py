@@ -6,22 +6,36 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from microlm import model as model_module
-from microlm.config import Config
+from microlm.config import Config, OptimizationConfig
 from microlm.console import banner
 from microlm.corpus import batches as batches_module
-from microlm.corpus.batches import Batch, Batches, cached_windows, uncached_windows
+from microlm.corpus.batches import Batches, cached_windows, uncached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError
 from microlm.files import sha256_file, write_json
-from microlm.hub import OPTIMIZER, WEIGHTS, load_student, save_student
+from microlm.hub import OPTIMIZER, WEIGHTS, load_student, save_student, teacher_fingerprint
 from microlm.model import ModelShape, StudentLM
-from microlm.objective import divergences, fused_head
-from microlm.objective.fused_head import HeadLoss, Objective, fused_head_loss
+from microlm.objective import (
+    capped_tail,
+    definition,
+    divergences,
+    fused_head,
+    on_policy,
+    sampling,
+    schedule,
+    table_tail,
+    tails,
+    vocabulary_blocks,
+)
+from microlm.objective.on_policy import MiniLLM
+from microlm.objective.schedule import objective_schedule
+from microlm.pipeline import losses
 from microlm.pipeline.evaluator import Evaluator
+from microlm.pipeline.selection import WINDOWS, read_windows
+from microlm.pipeline.teachers import load_fitting_teacher
 from microlm.runtime import Runtime, peak_memory_bytes
 from microlm.scratch import code_digest, scratch
 from microlm.teacher import cache as cache_module
@@ -34,95 +48,84 @@ SHARDS, CACHE, MODELS = Path("data/shards"), Path("data/teacher"), Path("models"
 PLOTS, METRICS = Path("plots"), Path("metrics")
 CROSS_ENTROPY = "cross-entropy"
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round shapes
-CODE = (model_module, batches_module, divergences, fused_head, cache_module, loop, optimizer)
-
-
-def cross_entropy(n_vocab: int, z_loss: float) -> Loss:
-    """The loss of `pretrain` and `continue`."""
-    objective = Objective(z_loss=z_loss)
-
-    def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int) -> HeadLoss:
-        targets = batch.targets.to(hidden.device).flatten()
-        return fused_head_loss(hidden, weight, targets, n_vocab, objective, count=count)
-
-    return loss
-
-
-def distillation(n_vocab: int, objective: Objective, cache: TeacherCache) -> Loss:
-    """The loss of `distill`. With alpha = 0 the cache is not read and the bits are those of `cross_entropy`."""
-
-    def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int) -> HeadLoss:
-        targets = batch.targets.to(hidden.device).flatten()
-        teacher = cache.teacher(batch.windows, objective.temperature, hidden.device) if objective.alpha > 0 else None
-        return fused_head_loss(hidden, weight, targets, n_vocab, objective, teacher, count)
-
-    return loss
+CODE = (
+    *(model_module, batches_module, cache_module, loop, optimizer, losses),
+    *(capped_tail, definition, divergences, fused_head, on_policy, sampling, schedule),
+    *(table_tail, tails, vocabulary_blocks),
+)
 
 
 def pretrain(config: Config, runtime: Runtime) -> None:
     """The control, from scratch: models/control, metrics and curves."""
     shards, tokenizer = TokenShards(SHARDS, "train"), load_tokenizer(SHARDS / "tokenizer")
     at = config.at
-    shape = ModelShape(
-        n_vocab=tokenizer.n_vocab,
-        padded_vocab=-(-tokenizer.n_vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
-        **asdict(at.model),
-    )
-    model = StudentLM(shape, seed=config.seed)
+    model = fresh_student(config, tokenizer)
     windows = None
     if at.pretrain.windows == "uncached":
         windows = uncached_windows(shards, at.batch.seq_len, at.teacher.windows)
     batches = Batches(shards, at.batch, config.seed, windows)
     plan = Plan("control", at.pretrain.tokens // at.batch.batch_tokens, 0, at.pretrain)
-    _run(
-        model,
-        batches,
-        cross_entropy(shape.n_vocab, at.pretrain.z_loss),
-        plan,
-        CROSS_ENTROPY,
-        config,
-        runtime,
-        tokenizer,
-        {},
-    )
+    loss = losses.cross_entropy(model.n_vocab, at.pretrain.z_loss)
+    _run(model, batches, loss, plan, CROSS_ENTROPY, config, runtime, tokenizer, {})
 
 
 def continue_control(config: Config, runtime: Runtime) -> None:
-    """The matched control: cross-entropy on the cached windows, everything else as in `distill`."""
-    _continue("continued", config, runtime, None)
+    """The matched control: cross-entropy, everything else as in `distill`."""
+    start = _Start(config)
+    loss = losses.cross_entropy(start.model.n_vocab, start.rates.z_loss)
+    start.run("continued", loss, CROSS_ENTROPY, config, runtime, {})
 
 
 def distill(config: Config, runtime: Runtime) -> None:
-    """The student: (1 - alpha) CE + alpha D on the cached windows."""
-    shards = TokenShards(SHARDS, "train")
-    windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
-    _continue("student", config, runtime, TeacherCache(CACHE, cache_identity(config, shards), windows))
-
-
-def _continue(arm: str, config: Config, runtime: Runtime, cache: TeacherCache | None) -> None:
-    at, settings = config.at, config.at.continuation
-    shards, tokenizer = TokenShards(SHARDS, "train"), load_tokenizer(SHARDS / "tokenizer")
-    model = load_student(MODELS / "control")
-    if model.n_vocab != tokenizer.n_vocab:
-        raise UserError(
-            f"models/control has {model.n_vocab} tokens, data/shards {tokenizer.n_vocab}; "
-            "make it again with: dvc repro pretrain"
-        )
-    windows = cached_windows(shards, at.batch.seq_len, at.teacher.windows)
-    batches = Batches(shards, at.batch, config.seed, windows)
-    steps = settings.epochs * len(batches.windows) // at.batch.rows
-    plan = Plan(arm, steps, at.pretrain.tokens // at.batch.batch_tokens, settings)
-    inputs: dict[str, object] = {"control": sha256_file(MODELS / "control" / WEIGHTS)}
-    said = CROSS_ENTROPY
-    if cache is None:
-        loss = cross_entropy(model.n_vocab, settings.z_loss)
+    """The student: (1 - alpha) CE + alpha D, D from the teacher's cache or, for minillm, from the teacher itself."""
+    start, asked = _Start(config), objective_schedule(config)
+    identity = cache_identity(config, start.shards)
+    inputs: dict[str, object] = {"objective": asdict(asked)}
+    if config.objective == "minillm":
+        teacher = load_fitting_teacher(config, identity, runtime)
+        sampler = MiniLLM(start.model, teacher, config.at.on_policy, config.seed)
+        loss = losses.on_policy(start.model.n_vocab, asked, sampler)
+        inputs |= {"on_policy": asdict(config.at.on_policy), "teacher": teacher_fingerprint(config.at.teacher, teacher)}
     else:
-        objective = Objective(config.alpha, config.objective, config.temperature, settings.z_loss)
-        loss = distillation(model.n_vocab, objective, cache)
-        mixed = f"{1 - config.alpha:g} {CROSS_ENTROPY} + {config.alpha:g} {config.objective}"
-        said = f"{mixed}, at temperature {config.temperature:g}"
-        inputs |= {"objective": asdict(objective), "cache": sha256_file(CACHE / cache_module.MANIFEST)}
-    _run(model, batches, loss, plan, said, config, runtime, tokenizer, inputs)
+        labelled = cached_windows(start.shards, identity.seq_len, config.at.teacher.windows)
+        loss = losses.distillation(start.model.n_vocab, asked, TeacherCache(CACHE, identity, labelled))
+        inputs |= {"cache": sha256_file(CACHE / cache_module.MANIFEST)}
+    start.run("student", loss, asked.describe(), config, runtime, inputs)
+
+
+def fresh_student(config: Config, tokenizer: Tokenizer) -> StudentLM:
+    """New weights in the shape that params.yaml asks for."""
+    padded = -(-tokenizer.n_vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    shape = ModelShape(n_vocab=tokenizer.n_vocab, padded_vocab=padded, **asdict(config.at.model))
+    return StudentLM(shape, seed=config.seed)
+
+
+class _Start:
+    """Where `continue` and `distill` set out, the same for both: weights, windows, steps and rates."""
+
+    def __init__(self, config: Config) -> None:
+        at = config.at
+        self.shards, self.tokenizer = TokenShards(SHARDS, "train"), load_tokenizer(SHARDS / "tokenizer")
+        self.inputs: dict[str, object] = {"windows": sha256_file(WINDOWS) if WINDOWS.exists() else None}
+        self.rates: OptimizationConfig = at.continuation
+        self.first_step = at.pretrain.tokens // at.batch.batch_tokens
+        if config.init == "scratch":
+            self.model, self.rates, self.first_step = fresh_student(config, self.tokenizer), at.pretrain, 0
+        else:
+            self.model = load_student(MODELS / "control")
+            self.inputs |= {"control": sha256_file(MODELS / "control" / WEIGHTS)}
+        if self.model.n_vocab != self.tokenizer.n_vocab:
+            raise UserError(
+                f"models/control has {self.model.n_vocab} tokens, data/shards {self.tokenizer.n_vocab}; "
+                "make it again with: dvc repro pretrain"
+            )
+        self.batches = Batches(self.shards, at.batch, config.seed, read_windows())
+        labelled = len(cached_windows(self.shards, at.batch.seq_len, at.teacher.windows))
+        self.steps = at.continuation.epochs * labelled // at.batch.rows
+
+    def run(self, arm: str, loss: Loss, said: str, config: Config, runtime: Runtime, inputs: dict[str, object]) -> None:
+        plan = Plan(arm, self.steps, self.first_step, self.rates)
+        _run(self.model, self.batches, loss, plan, said, config, runtime, self.tokenizer, self.inputs | inputs)
 
 
 def _run(
@@ -167,6 +170,7 @@ def _run(
                 "arm": plan.arm,
                 "parameters": model.parameter_count(),
                 "steps": plan.steps,
+                "tokens_before": plan.first_step * config.at.batch.batch_tokens,
                 "tokens": plan.steps * config.at.batch.batch_tokens,
                 "epochs": round(plan.steps * config.at.batch.rows / len(batches.windows), 3),
                 "train_loss": last["train_loss"],

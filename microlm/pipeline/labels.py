@@ -1,8 +1,10 @@
 """The teacher's labels: check that the teacher fits, run it once, write data/teacher and metrics/teacher.json."""
 
 import os
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +18,12 @@ from microlm.errors import UserError
 from microlm.evaluation.validation import ValidationLoss, validation_loss
 from microlm.files import atomic_directory, write_json
 from microlm.language_model import LanguageModel
+from microlm.pipeline.teachers import refuse_misfit
 from microlm.runtime import Runtime, peak_memory_bytes
 from microlm.scratch import code_digest, scratch
 from microlm.teacher import cache as cache_module
 from microlm.teacher import capture as capture_module
-from microlm.teacher.cache import MANIFEST, CacheIdentity, cache_identity, manifest_of
+from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, cache_identity, manifest_of
 from microlm.teacher.capture import capture
 
 SHARDS, CACHE, METRICS = Path("data/shards"), Path("data/teacher"), Path("metrics/teacher.json")
@@ -28,7 +31,11 @@ CODE = (gguf_llama, hub, cache_module, capture_module)
 
 
 def label(config: Config, runtime: Runtime) -> None:
-    """Write the top-k cache of the windows that `continue` and `distill` train on."""
+    """Write the top-k cache of the windows that `continue` and `distill` train on.
+
+    Whatever stops it, a kill or a full disk, the finished blocks stay in the stage's scratch folder until data/teacher
+    and the metrics are whole: the same command goes on from there.
+    """
     shards, tokenizer = TokenShards(SHARDS, "train"), load_tokenizer(SHARDS / "tokenizer")
     identity, windows = (
         cache_identity(config, shards),
@@ -55,14 +62,34 @@ def label(config: Config, runtime: Runtime) -> None:
             fresh = capture(
                 model, shards, windows, identity, directory, config.at.teacher.batch_rows, runtime.compiled, bar.update
             )
-        capture_s = time.perf_counter() - began
-        manifest = manifest_of(identity, weights_sha256, str(runtime.dtype), directory)
-        train = _loss_in(directory, identity, shards, windows, tokenizer)
-        head_mass = _head_mass(directory, identity)
-        with atomic_directory(CACHE) as folder:
-            for name, _ in identity.blocks():
-                os.replace(directory / name, folder / name)
-            write_json(folder / MANIFEST, manifest)
+        tokens_per_s = fresh / (time.perf_counter() - began)
+        publish(directory, identity, manifest_of(identity, weights_sha256, str(runtime.dtype), directory))
+        metrics = _metrics(model, config, identity, directory, shards, windows, tokenizer)
+        speed = {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(time.perf_counter() - began, 1)}
+        write_json(METRICS, metrics | speed | {"peak_memory_bytes": peak_memory_bytes()})
+
+
+def publish(source: Path, identity: CacheIdentity, manifest: dict[str, Any]) -> None:
+    """data/teacher, whole or not at all, from the blocks in `source`, which stay there."""
+    with atomic_directory(CACHE) as folder:
+        for name in (*(name for name, _ in identity.blocks()), TABLE):
+            try:
+                os.link(source / name, folder / name)
+            except OSError:  # another file system, or one without hard links
+                shutil.copyfile(source / name, folder / name)
+        write_json(folder / MANIFEST, manifest)
+
+
+def _metrics(
+    model: LanguageModel,
+    config: Config,
+    identity: CacheIdentity,
+    directory: Path,
+    shards: TokenShards,
+    windows: np.ndarray,
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    train = _loss_in(directory, identity, shards, windows, tokenizer)
     val = validation_loss(
         model,
         TokenShards(SHARDS, "val"),
@@ -71,22 +98,16 @@ def label(config: Config, runtime: Runtime) -> None:
         config.at.pretrain.validation_windows,
         config.at.teacher.batch_rows,
     )
-    write_json(
-        METRICS,
-        {
-            "model": config.at.teacher.model,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens": tokens,
-            "top_k": identity.top_k,
-            "bytes_per_token": identity.record().itemsize,
-            "head_mass": head_mass,
-            "train": {"nats": train.nats, "bpb": train.bpb},
-            "val": {"nats": val.nats, "bpb": val.bpb},
-            "tokens_per_s": round(fresh / capture_s, 1),
-            "elapsed_s": round(time.perf_counter() - began, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
-        },
-    )
+    return {
+        "model": config.at.teacher.model,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": len(windows) * identity.seq_len,
+        "top_k": identity.top_k,
+        "bytes_per_token": identity.record().itemsize,
+        "head_mass": _head_mass(directory, identity),
+        "train": {"nats": train.nats, "bpb": train.bpb},
+        "val": {"nats": val.nats, "bpb": val.bpb},
+    }
 
 
 def refuse_impossible(identity: CacheIdentity, config: Config) -> None:
@@ -94,25 +115,6 @@ def refuse_impossible(identity: CacheIdentity, config: Config) -> None:
         raise UserError(
             f"params.yaml: scales.{config.scale}.teacher.top_k: {identity.top_k} is more than the vocabulary of "
             f"{identity.n_vocab}; lower it"
-        )
-
-
-def refuse_misfit(model: LanguageModel, identity: CacheIdentity, config: Config) -> None:
-    """A teacher speaks of the tokens and windows of this corpus, or is refused before it runs."""
-    where = f"params.yaml: scales.{config.scale}"
-    if model.n_vocab != identity.n_vocab:
-        raise UserError(
-            f"{where}.teacher.model: {identity.teacher} has {model.n_vocab} tokens, data/shards {identity.n_vocab}; "
-            "choose a teacher and a corpus.tokenizer that go together"
-        )
-    if identity.seq_len > model.context:
-        raise UserError(
-            f"{where}.batch.seq_len: {identity.seq_len} is more than the teacher's context of {model.context}; lower it"
-        )
-    if hub.teacher_tokenizer_fingerprint(config.at.teacher) != identity.tokenizer:
-        raise UserError(
-            f"{where}.teacher.model: {identity.teacher} has another tokenizer than data/shards (corpus.tokenizer: "
-            f"{config.at.corpus.tokenizer}); choose a teacher and a corpus.tokenizer that go together"
         )
 
 

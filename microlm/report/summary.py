@@ -86,9 +86,8 @@ def summarize(
     summary |= {"questions": len(scores["student"].items), "windows": len(scores["student"].windows)}
     for name, score in scores.items():
         summary[name] = _model_row(score.metrics)
-    before = training["control"]["tokens"]
     for arm in ARMS:
-        summary[arm] |= {"tokens_before": 0 if arm == "control" else before, "tokens": training[arm]["tokens"]}
+        summary[arm] |= {key: training[arm][key] for key in ("tokens_before", "tokens")}
     summary["teacher"] |= _teacher_cost(summary, training["teacher"]["tokens"])
     for a, b in COMPARISONS:
         summary[f"{a}_minus_{b}"] = _difference(scores[a], scores[b], draws, seed)

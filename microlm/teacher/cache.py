@@ -1,7 +1,9 @@
 """The teacher's top-k cache: fixed-width records, memory-mapped, found by (window, position), O(1) a token.
 
-    data/teacher/manifest.json      whose cache this is (see CacheIdentity), written last
+    data/teacher/manifest.json      whose cache this is (see CacheIdentity), with its own checksum, written last
     data/teacher/block-00000.bin    records of consecutive cached windows, [windows, seq_len]
+    data/teacher/table.bin          for each captured temperature, the logarithm of the tail's average shape over the
+                                    vocabulary (see objective/table_tail.py), float32 [temperatures, n_vocab]
 
 A record holds what the teacher says of the token after a position:
 
@@ -18,17 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from microlm.config import Config
+from microlm import hub
+from microlm.config import Config, TeacherConfig
 from microlm.corpus.batches import cached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
-from microlm.files import read_json, sha256_file
+from microlm.files import read_json, sha256_file, sha256_json
+from microlm.objective.definition import SparseTeacher
 from microlm.objective.divergences import temper
-from microlm.objective.fused_head import SparseTeacher
 
-FORMAT, VERSION = "microlm-teacher-cache", 1
-MANIFEST = "manifest.json"
+FORMAT, VERSION = "microlm-teacher-cache", 2
+MANIFEST, TABLE = "manifest.json", "table.bin"
 REMAKE = "make it again with: dvc repro -f -s teacher"
 SMALLEST_BLOCK, LARGEST_BLOCK, WANTED_BLOCKS = 2**22, 2**28, 16
 
@@ -46,6 +50,9 @@ class CacheIdentity:
     windows: int  # evenly spaced ones of the split
     top_k: int
     temperatures: tuple[float, ...]
+    # None where the reader cannot know or does not care; the manifest always has them
+    weights_sha256: str | None = None
+    dtype: str | None = None  # of the teacher's activations
 
     def record(self) -> np.dtype:
         return np.dtype(
@@ -69,6 +76,11 @@ class CacheIdentity:
         for index, start in enumerate(range(0, self.windows, size)):
             yield f"block-{index:05d}.bin", slice(start, min(start + size, self.windows))
 
+    def claims(self) -> dict[str, Any]:
+        """The manifest's fields that a reader holds against the cache."""
+        unknown = {name for name in ("weights_sha256", "dtype") if getattr(self, name) is None}
+        return {name: value for name, value in self.as_json().items() if name not in unknown}
+
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "temperatures": list(self.temperatures)}
 
@@ -86,23 +98,61 @@ def cache_identity(config: Config, shards: TokenShards) -> CacheIdentity:
         windows=len(cached_windows(shards, config.at.batch.seq_len, teacher.windows)),
         top_k=teacher.top_k,
         temperatures=tuple(teacher.temperatures),
+        weights_sha256=weights_at_hand(teacher),
     )
+
+
+def weights_at_hand(teacher: TeacherConfig) -> str | None:
+    """Fingerprint of the teacher's weights where their files are here; a hub id's are pinned by its revision."""
+    if teacher.model != "packaged" and not any(Path(teacher.model).glob("*.safetensors")):
+        return None
+    try:
+        return hub.teacher_fingerprint(teacher, None)
+    except UserError:  # the packaged teacher was not fetched, and its cache came from elsewhere
+        return None
 
 
 def manifest_of(identity: CacheIdentity, weights_sha256: str, dtype: str, directory: Path) -> dict[str, Any]:
     """The manifest of the blocks in `directory`."""
-    return {
+    manifest = {
         "format": FORMAT,
         "version": VERSION,
         **identity.as_json(),
         "weights_sha256": weights_sha256,
         "dtype": dtype,
         "blocks": [{"file": name, "sha256": sha256_file(directory / name)} for name, _ in identity.blocks()],
+        "table_sha256": sha256_file(directory / TABLE),
     }
+    return sealed(manifest)
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """`manifest` with the sha256 of all the rest of it, so that a damaged one is not taken for another one."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**content, "sha256": sha256_json(content)}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest of this format, whole. UserError naming the file otherwise."""
+    manifest = read_json(path, "teacher")
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        said = f"format {manifest.get('format')!r}, version {manifest.get('version')!r}"
+        raise UserError(f"{path}: {said}, but this code reads {FORMAT!r}, version {VERSION}; {REMAKE}")
+    try:
+        whole = manifest == sealed(manifest)
+    except ValueError:  # it holds a NaN, which no manifest does
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: damaged, its sha256 is not that of its content; {REMAKE}")
+    return manifest
 
 
 class TeacherCache:
-    """A cache open for reading, checked whole: manifest against what is expected, each block's size and sha256."""
+    """A cache open for reading, checked whole: manifest against what is expected, each file's size and sha256.
+
+    Attributes:
+        tables: float32 [temperatures, V].
+    """
 
     def __init__(self, directory: Path, expected: CacheIdentity, windows: np.ndarray) -> None:
         """
@@ -112,14 +162,12 @@ class TeacherCache:
         Raises:
             UserError: naming the file, and the field that differs or the check that failed.
         """
-        manifest = read_json(directory / MANIFEST, "teacher")
         where = directory / MANIFEST
-        if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-            raise UserError(f"{where}: not {FORMAT} version {VERSION}; {REMAKE}")
-        for field, wanted in expected.as_json().items():
+        manifest = read_manifest(where)
+        for field, wanted in expected.claims().items():
             if manifest.get(field) != wanted:
                 raise UserError(f"{where}: {field} is {manifest.get(field)!r}, but this run has {wanted!r}; {REMAKE}")
-        self.identity = expected
+        self.identity, self.manifest = expected, manifest
         self._windows = windows
         self._size = expected.block_windows()
         listed = {block["file"]: block["sha256"] for block in manifest["blocks"]}
@@ -129,6 +177,14 @@ class TeacherCache:
             )
             for name, part in expected.blocks()
         ]
+        shape = (len(expected.temperatures), expected.n_vocab)
+        table = _open_block(directory / TABLE, manifest.get("table_sha256"), np.dtype(np.float32), shape)
+        self.tables = torch.from_numpy(np.array(table))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the teacher's activations at the capture."""
+        return getattr(torch, self.manifest["dtype"].removeprefix("torch."))
 
     def records(self, windows: np.ndarray) -> np.ndarray:
         """Records of whole windows, [B, seq_len] of the record's dtype. KeyError for a window that is not cached."""
@@ -138,14 +194,33 @@ class TeacherCache:
         return np.stack([self._blocks[place // self._size][place % self._size] for place in places])
 
     def teacher(self, windows: np.ndarray, temperature: float, device: torch.device | str = "cpu") -> SparseTeacher:
-        """What the fused head wants of B windows, N = B * seq_len rows, at a captured temperature."""
-        records = self.records(windows).reshape(-1)
-        at = self.identity.temperatures.index(temperature)
-        log_p = torch.from_numpy(records["log_p"].astype(np.float32)).to(device)
-        log_tail = torch.from_numpy(records["log_tail"][:, at].copy()).to(device)
-        return SparseTeacher(
-            torch.from_numpy(records["ids"].astype(np.int64)).to(device), temper(log_p, log_tail, temperature)
+        """What the fused head wants of B windows, N = B * seq_len rows. UserError as `sparse_teacher`."""
+        return sparse_teacher(self.records(windows).reshape(-1), self.identity, self.tables, temperature, device)
+
+
+def sparse_teacher(
+    records: np.ndarray,
+    identity: CacheIdentity,
+    tables: Tensor,
+    temperature: float,
+    device: torch.device | str = "cpu",
+) -> SparseTeacher:
+    """Records [N] and tables [temperatures, V] as the fused head wants them, at a captured temperature.
+
+    Raises:
+        UserError: the tail's mass was not captured at this temperature; nothing else in a record fixes it.
+    """
+    if temperature not in identity.temperatures:
+        raise UserError(
+            f"params.yaml: temperature: {temperature:g} is not in the teacher's cache, which holds "
+            f"{', '.join(f'{captured:g}' for captured in identity.temperatures)}; choose one of these, or add it to "
+            f"teacher.temperatures and {REMAKE}"
         )
+    at = identity.temperatures.index(temperature)
+    log_p = torch.from_numpy(records["log_p"].astype(np.float32)).to(device)
+    log_tail = torch.from_numpy(records["log_tail"][:, at].copy()).to(device)
+    ids = torch.from_numpy(records["ids"].astype(np.int64)).to(device)
+    return SparseTeacher(ids, temper(log_p, log_tail, temperature), tables[at].to(device))
 
 
 def _open_block(path: Path, sha256: str | None, record: np.dtype, shape: tuple[int, int]) -> np.ndarray:

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm.corpus.batches import Batch, read_batch
+from microlm.corpus.batches import Batch, evenly_spaced, read_batch
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import atomic_file
 from microlm.language_model import LanguageModel
-from microlm.teacher.cache import CacheIdentity
+from microlm.teacher.cache import TABLE, CacheIdentity
 
 HEAD_ROWS = 256  # positions whose logits exist at once: their block stays in the processor's cache
+TABLE_WINDOWS = 32  # evenly spaced: the table is a mean of whole distributions, a few thousand positions fix it
 GROUPS = 768  # of the vocabulary, for the first pass of the top k
 
 
@@ -65,7 +66,7 @@ class Recorder:
         weight = model.head_weight[: identity.n_vocab].detach()
         padded = -(-identity.n_vocab // GROUPS) * GROUPS
         self._weight = torch.cat((weight, weight.new_zeros(padded - len(weight), weight.shape[1])))
-        self._identity = identity
+        self.identity = identity
         self._kernels = Kernels.compiled() if compiled else Kernels()
         self._buffer = weight.new_empty(HEAD_ROWS, padded)
 
@@ -76,24 +77,32 @@ class Recorder:
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> np.ndarray:
         z = torch.mm(hidden, self._weight.T, out=self._buffer[: len(hidden)])
-        z[:, self._identity.n_vocab :] = -torch.inf
+        z[:, self.identity.n_vocab :] = -torch.inf
         gold = z.gather(1, targets[:, None])[:, 0].float()
-        values, ids = top_k(z, self._identity.top_k, self._kernels)
+        values, ids = top_k(z, self.identity.top_k, self._kernels)
         values = values.float()
         peak = values[:, 0].contiguous()
         z[torch.arange(len(z), device=z.device)[:, None], ids] = -torch.inf  # scatter_ would copy the whole block
-        tails = {T: self._log_tail(z, peak, T) for T in self._identity.temperatures}
+        tails = {T: self._log_tail(z, peak, T) for T in self.identity.temperatures}
         log_normalizer = torch.logaddexp((values - peak[:, None]).logsumexp(-1), tails[1.0])  # relative to the peak
-        records = np.empty(len(hidden), self._identity.record())
+        records = np.empty(len(hidden), self.identity.record())
         records["ids"] = ids.cpu().numpy()
         records["log_p"] = (values - peak[:, None] - log_normalizer[:, None]).cpu().numpy()
         records["log_tail"] = torch.stack([tail - log_normalizer / T for T, tail in tails.items()], -1).cpu().numpy()
         records["gold"] = (gold - peak - log_normalizer).cpu().numpy()
         return records
 
+    def add_tails(self, hidden: Tensor, totals: Tensor) -> None:
+        """Add to `totals`, float64 [temperatures, V], the tails' probabilities at the positions of hidden [N, D]."""
+        for start in range(0, len(hidden), HEAD_ROWS):
+            z = torch.mm(hidden[start : start + HEAD_ROWS], self._weight.T)[:, : self.identity.n_vocab].float()
+            ids = z.topk(self.identity.top_k).indices
+            for total, temperature in zip(totals, self.identity.temperatures):
+                total += torch.softmax(z / temperature, -1).scatter_(1, ids, 0.0).sum(0, dtype=torch.float64)
+
     def _log_tail(self, z: Tensor, peak: Tensor, temperature: float) -> Tensor:
         total = self._kernels.shifted_sum(z, peak, 1 / temperature)
-        if self._identity.top_k < self._identity.n_vocab:
+        if self.identity.top_k < self.identity.n_vocab:
             total = total.clamp_min(torch.finfo(total.dtype).tiny)  # there is a tail, however little of it float32 sees
         return total.log()
 
@@ -110,6 +119,9 @@ def capture(
 ) -> int:
     """Write every block that `directory` does not hold yet, each whole or not at all.
 
+    Killed at any moment and called again, it leaves the same bytes as a call that was not. `directory` is the caller's
+    alone (see scratch.py).
+
     Args:
         progress: told the tokens done, those of blocks found on disk included.
 
@@ -118,6 +130,8 @@ def capture(
     """
     record = Recorder(model, identity, compiled)
     device = next(model.parameters()).device
+    for torn in directory.glob(".*.tmp"):  # of a killed call, which the disk may have no room for
+        torn.unlink()
     fresh = 0
     for name, part in identity.blocks():
         tokens = (part.stop - part.start) * identity.seq_len
@@ -130,7 +144,25 @@ def capture(
                 file.write(records_of(model, record, read_batch(shards, chosen, identity.seq_len), device).tobytes())
                 progress(len(chosen) * identity.seq_len)
         fresh += tokens
+    if not (directory / TABLE).exists():
+        with atomic_file(directory / TABLE) as file:
+            file.write(tail_table(model, record, shards, windows, batch_rows).tobytes())
     return fresh
+
+
+def tail_table(
+    model: LanguageModel, record: Recorder, shards: TokenShards, windows: np.ndarray, batch_rows: int
+) -> np.ndarray:
+    """log of the mean probability of each token where it is outside the top k, float32 [temperatures, V]."""
+    identity, device = record.identity, next(model.parameters()).device
+    chosen = windows[evenly_spaced(len(windows), TABLE_WINDOWS)]
+    totals = torch.zeros(len(identity.temperatures), identity.n_vocab, dtype=torch.float64, device=device)
+    with torch.inference_mode():
+        for start in range(0, len(chosen), batch_rows):
+            batch = read_batch(shards, chosen[start : start + batch_rows], identity.seq_len)
+            record.add_tails(model.hidden(batch.tokens.to(device)).flatten(0, 1), totals)
+    mean = totals / (len(chosen) * identity.seq_len)
+    return mean.clamp_min(torch.finfo(torch.float32).tiny).log().float().cpu().numpy()
 
 
 def records_of(model: LanguageModel, record: Recorder, batch: Batch, device: torch.device) -> np.ndarray:

@@ -22,8 +22,9 @@ from microlm.training.checkpoint import restore_checkpoint, save_checkpoint
 from microlm.training.optimizer import Optimizers, learning_rate_multiplier
 from microlm.training.telemetry import Evaluation, History
 
-Loss = Callable[[Tensor, Tensor, Batch, int], HeadLoss]
-"""(hidden [N, D], head weight [V, D], batch, tokens of the whole step) -> loss of this part of the step."""
+Loss = Callable[[Tensor, Tensor, Batch, int, float], HeadLoss]
+"""(hidden [N, D], head weight [V, D], batch, tokens of the whole step, share of the training done) -> loss of this
+part of the step."""
 
 Evaluator = Callable[[StudentLM, np.ndarray | None], Evaluation]
 """(model, training windows whose loss is wanted too) -> what is measured."""
@@ -101,7 +102,7 @@ def train(
 
 def take_step(model: StudentLM, batches: Batches, loss: Loss, plan: Plan, optimizers: Optimizers, step: int) -> float:
     """One update. Returns the cross-entropy before it, nats per token, of all micro-batches."""
-    cross_entropy = accumulate_gradients(model, batches, loss, step)
+    cross_entropy = accumulate_gradients(model, batches, loss, step, step / plan.steps)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), plan.optimization.clip_norm))
     if not (math.isfinite(cross_entropy) and math.isfinite(norm)):
         raise UserError(
@@ -112,14 +113,14 @@ def take_step(model: StudentLM, batches: Batches, loss: Loss, plan: Plan, optimi
     return cross_entropy
 
 
-def accumulate_gradients(model: StudentLM, batches: Batches, loss: Loss, step: int) -> float:
+def accumulate_gradients(model: StudentLM, batches: Batches, loss: Loss, step: int, progress: float) -> float:
     """Sum the gradients of the step's micro-batches; returns its cross-entropy, nats per token."""
     model.train()
     device = model.head_weight.device
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches.micro_batches(step):
         hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
-        part = loss(hidden, model.head_weight, batch, batches.config.batch_tokens)
+        part = loss(hidden, model.head_weight, batch, batches.config.batch_tokens, progress)
         part.loss.backward()
         total += part.cross_entropy.double().cpu()
     return total.item() / batches.config.batch_tokens
@@ -131,7 +132,7 @@ def announce_expected_time(model: StudentLM, batches: Batches, loss: Loss, plan:
         return
     for _ in range(2):
         began = time.perf_counter()
-        accumulate_gradients(model, batches, loss, start)
+        accumulate_gradients(model, batches, loss, start, start / plan.steps)
         step_s = time.perf_counter() - began
         model.zero_grad(set_to_none=True)
     rest = plan.steps - start

@@ -1,0 +1,155 @@
+"""MiniLLM: the reverse KL of whole responses, KL(q(y|x) || p(y|x)), by policy gradient (Gu et al. 2024,
+arXiv:2306.08543, section 2.2).
+
+Student q, teacher p, response y of S tokens to a prompt x, r_t = log p(y_t) - log q(y_t), each given x and y_<t. The
+gradient is an expectation over y ~ q of a sum over t of two parts (single-step decomposition):
+
+    single step   grad KL(q(. | y_<t) || p(. | y_<t)), summed exactly over the vocabulary
+    long term     - R_{t+1} grad log q(y_t),  R_{t+1} = sum_{t' > t} r_t'
+
+The teacher is live: a cache of the training windows knows nothing of sampled text.
+
+Shapes: R responses, S tokens each, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microlm.config import OnPolicyConfig
+from microlm.corpus.batches import Batch
+from microlm.errors import UserError
+from microlm.language_model import LanguageModel
+from microlm.objective.sampling import Responses, generator_of, head_logits, sample_responses
+
+
+@dataclass(frozen=True)
+class ScoredResponses:
+    """What both models say of sampled responses. Student's numbers carry their gradient."""
+
+    single_step: Tensor  # [R, S] KL(q || p) of the next token, nats
+    log_q: Tensor  # [R, S] of the sampled tokens
+    log_p: Tensor  # [R, S] of the sampled tokens
+
+
+@dataclass(frozen=True)
+class MiniLLMLoss:
+    """`surrogate` is there for its gradient, its value means nothing. `reverse_kl` is what falls when it works."""
+
+    surrogate: Tensor
+    reverse_kl: Tensor  # KL(q || p) of the next token, mean over the responses' tokens, nats; detached
+
+
+def score(student: LanguageModel, teacher: LanguageModel, responses: Responses) -> ScoredResponses:
+    """One pass of the student with a gradient; the teacher's states are those it sampled from."""
+    first = responses.tokens.shape[1] - responses.sampled.shape[1] - 1
+    hidden = student.hidden(responses.tokens[:, :-1])[:, first:]
+    log_q = _log_probabilities(student, hidden)
+    with torch.no_grad():
+        log_p = _log_probabilities(teacher, responses.teacher_hidden)
+    single_step = (log_q.exp() * (log_q - log_p)).sum(-1)
+    chosen = responses.sampled.unsqueeze(-1)
+    return ScoredResponses(single_step, log_q.gather(-1, chosen)[..., 0], log_p.gather(-1, chosen)[..., 0])
+
+
+def minillm_surrogate(
+    scored: ScoredResponses, teacher_mix: float, clip: float, length_normalized: bool = True
+) -> Tensor:
+    """A scalar whose gradient is the paper's estimate, mean over the responses' tokens.
+
+    Responses are samples of p~ = teacher_mix p + (1 - teacher_mix) q. The importance weight of a token is the ratio
+    w_t = q(y_t) / p~(y_t) of that token alone: the paper's approximation to the product of all ratios up to it. The
+    single-step part, where y_t is summed out, keeps no weight: E[w_t] = 1 whatever came before (the paper writes w_t
+    there too, its code does not). R_{t+1} is divided by the number of its terms, S - t (length normalization), and is
+    0 for the last token.
+
+    Clipping is PPO's (Schulman et al. 2017, arXiv:1707.06347, eq. 7). Each sample serves one update, so that the ratio
+    of new to old policy is 1 and the clipped ratio is w_t: the long-term part of a token is
+    - min(w_t A, clamp(w_t, 1 - clip, 1 + clip) A) with A the normalized R_{t+1}. So where A > 0 and w_t > 1 + clip, or
+    A < 0 and w_t < 1 - clip, the token's long-term gradient is zero; elsewhere it is - w_t A grad log q(y_t), with w_t
+    as it is. As w_t <= 1 / (1 - teacher_mix), a teacher_mix of 0.2 keeps it below 1.25.
+
+    The authors' code also whitens the returns over the batch, scales and clips the rewards and lets R start at t, where
+    the single-step part is counted already; the paper's gradient, which this is, has none of that.
+
+    Args:
+        clip: math.inf never clips.
+    """
+    log_q = scored.log_q.detach()
+    returns = returns_after(scored.log_p - log_q)
+    if length_normalized:
+        returns = returns / torch.arange(returns.shape[1] - 1, -1, -1, device=returns.device).clamp_min(1)
+    ratio = torch.exp(scored.log_q - log_mixture(scored.log_p, log_q, teacher_mix))
+    gain = torch.minimum(ratio * returns, ratio.clamp(1 - clip, 1 + clip) * returns)
+    return (scored.single_step - gain).mean()
+
+
+def unbiased_surrogate(scored: ScoredResponses, teacher_mix: float) -> Tensor:
+    """A scalar whose expected gradient, times S, is that of KL(q(y|x) || p(y|x)), mean over prompts: the oracle.
+
+    Each term is weighted by the product of the ratios of all tokens that it depends on (Precup et al. 2000,
+    per-decision importance sampling): the single-step part at t by those before t, a reward r_t' by those up to t'.
+    Their variance grows exponentially with S, which is why training takes `minillm_surrogate`.
+    """
+    log_q = scored.log_q.detach()
+    log_weights = (log_q - log_mixture(scored.log_p, log_q, teacher_mix)).cumsum(1)
+    before = torch.cat((torch.zeros_like(log_weights[:, :1]), log_weights[:, :-1]), dim=1)
+    returns = returns_after(log_weights.exp() * (scored.log_p - log_q))
+    return (before.exp() * scored.single_step - scored.log_q * returns).mean()
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, teacher_mix: float) -> Tensor:
+    """log p~; exactly log q where teacher_mix is 0."""
+    mix = torch.tensor(teacher_mix, dtype=log_p.dtype, device=log_p.device)
+    return torch.logaddexp(log_p + mix.log(), log_q + torch.log1p(-mix))
+
+
+def returns_after(rewards: Tensor) -> Tensor:
+    """[R, S] -> [R, S]: at t the sum of the rewards after t, 0 at the last."""
+    later = torch.cat((rewards[:, 1:], torch.zeros_like(rewards[:, :1])), dim=1)
+    return later.flip(1).cumsum(1).flip(1)
+
+
+class MiniLLM:
+    """The on-policy term of a batch: prompts from its windows, responses sampled, both models' scores, the surrogate.
+
+    Logits exist at the responses' positions alone: with both models, the softmax and the gradient about 6 R S V floats.
+
+    Args:
+        teacher: in evaluation mode, with the student's vocabulary.
+        seed: with the batch's windows, and the two models, it fixes the responses.
+
+    Raises:
+        UserError: prompt and response are longer than one of the models reads.
+    """
+
+    def __init__(self, student: LanguageModel, teacher: LanguageModel, settings: OnPolicyConfig, seed: int) -> None:
+        length, context = settings.prompt_tokens + settings.response_tokens, min(student.context, teacher.context)
+        if length > context:
+            raise UserError(
+                f"params.yaml: on_policy.response_tokens: prompt_tokens + response_tokens = {length} is more than the "
+                f"models' context of {context}; lower one of them"
+            )
+        self._student, self._teacher, self._settings, self._seed = student, teacher, settings, seed
+
+    def __call__(self, batch: Batch) -> MiniLLMLoss:
+        """Answers the first `prompt_tokens` tokens of the first `prompts` windows, or of all where there are fewer."""
+        settings = self._settings
+        prompts = batch.tokens[: settings.prompts, : settings.prompt_tokens].to(self._student.head_weight.device)
+        responses = sample_responses(
+            self._student,
+            self._teacher,
+            prompts,
+            settings.response_tokens,
+            settings.teacher_mix,
+            generator_of(self._seed, batch.windows),
+        )
+        scored = score(self._student, self._teacher, responses)
+        surrogate = minillm_surrogate(scored, settings.teacher_mix, settings.clip)
+        return MiniLLMLoss(surrogate, scored.single_step.detach().mean())
+
+
+def _log_probabilities(model: LanguageModel, hidden: Tensor) -> Tensor:
+    logits = head_logits(model, hidden)
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,102 @@
+"""The logits of N tokens as a stream of blocks over the vocabulary, and the passes that read a block while it is hot.
+
+Shapes: N tokens, D hidden size, V real vocabulary, k cached ids.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**22  # of one block of logits: 8 MiB in bfloat16
+LOWEST = -1e30  # below any logit, and finite, so that no difference of infinities arises
+
+
+def update_statistics(z: Tensor, scale: float, peak: Tensor, total: Tensor) -> None:
+    """Online logsumexp of scale * z along rows: exp(peak) * total is the sum so far. In place on `peak` and `total`."""
+    scaled = z.to(peak.dtype) * scale
+    raised = torch.maximum(peak, scaled.amax(-1))
+    total.copy_(total * torch.exp(peak - raised) + torch.exp(scaled - raised[:, None]).sum(-1))
+    peak.copy_(raised)
+
+
+def write_gradient(z: Tensor, log_normalizer: Tensor, weight: Tensor) -> None:
+    """z_ij <- weight_i * exp(z_ij - log_normalizer_i), in place."""
+    z.copy_(torch.exp(z.to(weight.dtype) - log_normalizer[:, None]) * weight[:, None])
+
+
+def write_tempered_gradient(
+    z: Tensor, log_normalizer: Tensor, weight: Tensor, scale: float, log_tail: Tensor, tail_weight: Tensor
+) -> None:
+    """z_ij <- weight_i exp(z_ij - log_normalizer_i) + tail_weight_i exp(scale z_ij - log_tail_i), in place."""
+    exact = z.to(weight.dtype)
+    plain = torch.exp(exact - log_normalizer[:, None]) * weight[:, None]
+    z.copy_(plain + torch.exp(exact * scale - log_tail[:, None]) * tail_weight[:, None])
+
+
+EAGER: dict[str, Callable[..., Any]] = {
+    kernel.__name__: kernel for kernel in (update_statistics, write_gradient, write_tempered_gradient)
+}
+KERNELS = dict(EAGER)
+compiling = False
+
+
+def compile_kernels() -> None:
+    """Compile the passes over a block of logits: each becomes one read (and one write) of the block."""
+    global compiling
+    compiling = True
+    KERNELS.update({name: torch.compile(made) for name, made in EAGER.items()})  # evaluation brings other shapes
+
+
+def kernel(name: str, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """A pass by name; one that is not there yet is made, and compiled where the others are."""
+    if name not in KERNELS:
+        KERNELS[name] = torch.compile(make()) if compiling else make()
+    return KERNELS[name]
+
+
+class Entries:
+    """Single entries (row, id) of the [N, V] logits, grouped by the block of the vocabulary that holds them."""
+
+    def __init__(self, ids: Tensor, block: int, n_vocab: int) -> None:
+        width = ids.shape[1]
+        flat = ids.reshape(-1)
+        blocks, order = torch.sort(flat // block, stable=True)
+        edges = torch.arange(0, (n_vocab + block - 1) // block + 1, device=ids.device)
+        self._edges = torch.searchsorted(blocks, edges).tolist()
+        self._order = order
+        self._rows = order // width
+        self._columns = flat[order] % block
+
+    def at(self, block_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns inside the block, and places in the flattened ids."""
+        chosen = slice(self._edges[block_index], self._edges[block_index + 1])
+        return self._rows[chosen], self._columns[chosen], self._order[chosen]
+
+
+class VocabularyBlocks:
+    """hidden [N, D] times weight [V, D], block by block."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, n_vocab: int) -> None:
+        self.hidden, self.n_vocab = hidden, n_vocab
+        self.weight = weight[:n_vocab].to(hidden.dtype)
+        self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        fitting = BLOCK_ELEMENTS // max(1, hidden.shape[0]) // 256 * 256
+        self.block = max(256, min(fitting, 16384))
+
+    def __iter__(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """Index, slice of the vocabulary and logits [N, block]; the next block reuses the memory."""
+        buffer = self.hidden.new_empty(self.hidden.shape[0] * self.block)
+        for index, start in enumerate(range(0, self.n_vocab, self.block)):
+            part = slice(start, min(start + self.block, self.n_vocab))
+            z = buffer[: self.hidden.shape[0] * (part.stop - part.start)].view(self.hidden.shape[0], -1)
+            yield index, part, torch.mm(self.hidden, self.weight[part].T, out=z)
+
+    def of_rows(self, rows: Tensor) -> "VocabularyBlocks":
+        """The same for some of the rows, in blocks of their own size."""
+        return VocabularyBlocks(self.hidden[rows], self.weight, self.n_vocab)
+
+    def filled(self, value: float) -> Tensor:
+        """[N] in the precision of sums."""
+        return self.hidden.new_full((self.hidden.shape[0],), value, dtype=self.exact)

@@ -1,0 +1,50 @@
+"""The losses of the arms, as the training loop takes them."""
+
+from torch import Tensor
+
+from microlm.corpus.batches import Batch
+from microlm.objective.fused_head import HeadLoss, Objective, fused_head_loss
+from microlm.objective.on_policy import MiniLLM
+from microlm.objective.schedule import ObjectiveSchedule
+from microlm.teacher.cache import TeacherCache
+from microlm.training.loop import Loss
+
+
+def cross_entropy(n_vocab: int, z_loss: float) -> Loss:
+    """The loss of `pretrain` and `continue`."""
+    objective = Objective(z_loss=z_loss)
+
+    def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int, _: float) -> HeadLoss:
+        targets = batch.targets.to(hidden.device).flatten()
+        return fused_head_loss(hidden, weight, targets, n_vocab, objective, count=count)
+
+    return loss
+
+
+def distillation(n_vocab: int, schedule: ObjectiveSchedule, cache: TeacherCache) -> Loss:
+    """The loss of `distill`. Where alpha is 0 the cache is not read and the bits are those of `cross_entropy`."""
+
+    def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int, progress: float) -> HeadLoss:
+        objective = schedule(progress)
+        targets = batch.targets.to(hidden.device).flatten()
+        distilling = objective.kd_weight > 0
+        teacher = cache.teacher(batch.windows, objective.temperature, hidden.device) if distilling else None
+        return fused_head_loss(hidden, weight, targets, n_vocab, objective, teacher, count)
+
+    return loss
+
+
+def on_policy(n_vocab: int, schedule: ObjectiveSchedule, minillm: MiniLLM) -> Loss:
+    """(1 - alpha) cross-entropy on the windows + alpha MiniLLM on responses to their first tokens."""
+
+    def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int, progress: float) -> HeadLoss:
+        alpha = schedule.alpha(progress)
+        targets = batch.targets.to(hidden.device).flatten()
+        text = fused_head_loss(hidden, weight, targets, n_vocab, schedule(progress), count=count)
+        if alpha == 0:
+            return text
+        sampled, share = minillm(batch), len(targets) / count
+        divergence = sampled.reverse_kl * len(targets)
+        return HeadLoss(text.loss + alpha * share * sampled.surrogate, text.cross_entropy, divergence)
+
+    return loss

@@ -1,0 +1,82 @@
+"""Gradient error against bytes a token: one line a method, a column for each direction of KL."""
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from microlm.files import atomic_file
+
+INK, FAINT = "#22222a", "#8a8a92"
+# ours in saturated colours and whole lines, peers in greys and broken ones, told apart by their markers
+OURS = {
+    "lumped": ("#8fb4dc", "o"),
+    "capped": ("#2f6db3", "o"),
+    "compact lumped": ("#8fb4dc", "D"),
+    "compact capped": ("#123f78", "D"),
+    "head + samples": ("#b98bc9", "v"),
+    "head + samples, half lumped": ("#7c3f94", "v"),
+    "table tail": ("#d1571e", "s"),
+    "code tail": ("#1b7f5c", "^"),
+}
+PEERS = {
+    "renormalized": ("#55555e", "x"),
+    "dropped": ("#8a8a92", "+"),
+    "floored": ("#8a8a92", "1"),
+    "ghost token": ("#55555e", "2"),
+    "random sampling": ("#b09a55", "x"),
+    "threshold sampling": ("#b09a55", "+"),
+}
+ROWS = {
+    "relative_error": "relative error of a position's gradient",
+    "step_error": "relative error of a step's summed gradient",
+}
+COLUMNS = {"forward": "forward KL", "reverse": "reverse KL"}
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Write the figure of `Probe.table` as PNG: the same bytes for the same numbers."""
+    figure = Figure(figsize=(11, 8.2), layout="constrained", facecolor="white")
+    grid = figure.subplots(len(ROWS), len(COLUMNS), sharex=True, sharey="row")
+    origins = dict(zip(table["method"], table["origin"]))
+    for axes_row, criterion in zip(grid, ROWS):
+        for axes, direction in zip(axes_row, COLUMNS):
+            _panel(axes, table[table["direction"] == direction], criterion)
+    for axes, name in zip(grid[0], COLUMNS.values()):
+        axes.set_title(name, loc="left", fontsize=12, fontweight="bold", color=INK)
+    for axes_row, name in zip(grid, ROWS.values()):
+        axes_row[0].set_ylabel(name, color=INK)
+    for axes in grid[-1]:
+        axes.set_xlabel("bytes a token", color=INK)
+    handles = [Line2D([], [], **_style(name), label=f"{name} ({origin})") for name, origin in origins.items()]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
+    with atomic_file(path) as file:
+        # the library's version would change the bytes, and DVC would see another output
+        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+
+
+def _panel(axes: Axes, rows: pd.DataFrame, criterion: str) -> None:
+    for name, line in rows.groupby("method", sort=False):
+        line = line.sort_values("bytes")
+        axes.plot(line["bytes"], line[criterion], **_style(name))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color="#e4e4e8", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, length=3, labelleft=True)
+
+
+def _style(method: str) -> dict[str, object]:
+    if method in OURS:
+        color, marker = OURS[method]
+        return {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.7, "zorder": 3}
+    color, marker = PEERS[method]
+    return {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.1, "linestyle": (0, (4, 2))}

@@ -1,0 +1,118 @@
+"""The probe: every layout of a cache on real validation text, with the teacher's and the control's full logits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from microlm import hub
+from microlm.config import Config
+from microlm.console import banner, progress_bar
+from microlm.corpus.batches import evenly_spaced, read_batch, window_count
+from microlm.corpus.shards import SHARDS_DIRECTORY, TokenShards
+from microlm.files import atomic_file, write_json
+from microlm.language_model import LanguageModel
+from microlm.pipeline.teachers import load_fitting_teacher
+from microlm.probe.figure import draw
+from microlm.probe.measure import CHUNK, DIRECTIONS, STEP_POSITIONS, Probe
+from microlm.probe.tails import TailModel
+from microlm.runtime import Runtime
+from microlm.teacher.cache import cache_identity
+
+CONTROL = Path("models/control")
+METRICS, TABLE, FIGURE = Path("metrics/probe.json"), Path("plots/probe.csv"), Path("plots/probe.png")
+BUDGETS = (32, 36, 64, 114, 128, 312)  # bytes a token; 36, 114 and 312 are peers' own layouts
+CRITERIA = ("relative_error", "step_error", "cosine")
+LEARNING_POSITIONS = 4096  # of the training split, from which the tail shapes are learned
+
+
+def probe(config: Config, runtime: Runtime) -> None:
+    """Measure, then write metrics/probe.json, plots/probe.csv and plots/probe.png.
+
+    Raises:
+        UserError: the shards, models/control or the teacher are absent or do not go together.
+    """
+    train, val = TokenShards(SHARDS_DIRECTORY, "train"), TokenShards(SHARDS_DIRECTORY, "val")
+    student = hub.load_student(CONTROL, runtime.dtype).to(runtime.device).eval()
+    identity = cache_identity(config, train)
+    teacher = load_fitting_teacher(config, identity, runtime)
+    windows = _spread(val, identity.seq_len, config.at.probe.windows)
+    positions = len(windows) * identity.seq_len
+    banner(
+        f"probe: {config.at.teacher.model} against {CONTROL}",
+        [*runtime.lines(), f"text     {positions:,} validation positions, full logits of both"],
+    )
+    rows = config.at.teacher.batch_rows
+    with torch.inference_mode():
+        tails = _learn(teacher, train, identity.seq_len, rows)
+        measured = Probe(identity.n_vocab, student.head_weight.shape[1], config.seed, tails, runtime.device)
+        heads = [model.head_weight[: identity.n_vocab].float() for model in (teacher, student)]
+        with progress_bar(positions, 0, "tok", "probe") as bar:
+            for hidden in _hidden_states((teacher, student), val, windows, identity.seq_len, rows):
+                for of_both in zip(*(states.split(CHUNK) for states in hidden)):
+                    measured.add(*(h @ weight.T for h, weight in zip(of_both, heads)), *of_both)
+                    bar.update(len(of_both[0]))
+    table = measured.table()
+    with atomic_file(TABLE, "w") as file:
+        table.to_csv(file, index=False, float_format="%.6g")
+    draw(table, FIGURE)
+    write_json(METRICS, summary(table, config, measured.positions))
+
+
+def _spread(shards: TokenShards, seq_len: int, wanted: int) -> np.ndarray:
+    return evenly_spaced(window_count(shards, seq_len), wanted)
+
+
+def _hidden_states(
+    models: tuple[LanguageModel, ...], shards: TokenShards, windows: np.ndarray, seq_len: int, rows: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """float32 hidden states [N, D] of each model, a batch of windows at a time."""
+    device = next(models[0].parameters()).device
+    for start in range(0, len(windows), rows):
+        tokens = read_batch(shards, windows[start : start + rows], seq_len).tokens.to(device)
+        yield tuple(model.hidden(tokens).flatten(0, 1).float() for model in models)
+
+
+def _learn(teacher: LanguageModel, shards: TokenShards, seq_len: int, rows: int) -> TailModel:
+    windows = _spread(shards, seq_len, max(1, LEARNING_POSITIONS // seq_len))
+    hidden = torch.cat([h for (h,) in _hidden_states((teacher,), shards, windows, seq_len, rows)])
+    return TailModel.fit(hidden, teacher.head_weight[: teacher.n_vocab].detach())
+
+
+def at_budget(rows: pd.DataFrame, criterion: str, budget: int) -> float | None:
+    """A method's criterion at `budget` bytes a token, straight between its measured points on logarithmic scales (the
+    cosine's own scale is linear). None outside the bytes that were measured.
+    """
+    rows = rows.sort_values("bytes")
+    if not rows["bytes"].iloc[0] <= budget <= rows["bytes"].iloc[-1]:
+        return None
+    scale, back = (np.asarray, float) if criterion == "cosine" else (np.log, lambda value: float(np.exp(value)))
+    return round(back(np.interp(np.log(budget), np.log(rows["bytes"]), scale(rows[criterion]))), 6)
+
+
+def summary(table: pd.DataFrame, config: Config, positions: int) -> dict[str, Any]:
+    """What metrics/probe.json says: each method at each budget, and the best one."""
+    budgets: dict[str, Any] = {}
+    for budget in BUDGETS:
+        for direction in DIRECTIONS:
+            chosen = table[table["direction"] == direction]
+            methods = {
+                name: {criterion: at_budget(rows, criterion, budget) for criterion in CRITERIA}
+                for name, rows in chosen.groupby("method", sort=False)
+            }
+            methods = {name: numbers for name, numbers in methods.items() if numbers["cosine"] is not None}
+            best = {c: min(methods, key=lambda name: methods[name][c]) for c in CRITERIA[:2]} if methods else {}
+            budgets.setdefault(str(budget), {})[direction] = {"best": best, "methods": methods}
+    exact = table.groupby("direction")["exact_value"].first()
+    return {
+        "teacher": config.at.teacher.model,
+        "student": str(CONTROL),
+        "positions": positions,
+        "step_positions": min(positions, STEP_POSITIONS),
+        "exact_nats": {direction: round(float(exact[direction]), 6) for direction in DIRECTIONS},
+        "bytes_per_token": budgets,
+    }

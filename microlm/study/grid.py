@@ -1,0 +1,190 @@
+"""study/grid.yaml -> runs: what each overrides in params.yaml, checked as configuration before anything is queued."""
+
+import difflib
+import itertools
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from microlm.config import Config, ConfigError, load_config
+from microlm.errors import UserError
+from microlm.files import sha256_json
+
+GRID = Path("study/grid.yaml")
+_GROUP_KEYS = {"about", "settings", "cases", "ladder", "each"}
+_PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)\Z)[A-Za-z_][\w./-]*", re.I)  # a word that -S reads as itself
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of the grid: parameters by their full key in params.yaml."""
+
+    group: str
+    label: str  # of the case, or of the ladder's rung
+    slug: str
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def overrides(self) -> list[str]:
+        """As `dvc exp run -S` takes them, in a fixed order."""
+        return [f"{key}={rendered(value)}" for key, value in sorted(self.settings.items())]
+
+    @property
+    def digest(self) -> str:
+        """The same for two runs that set the same, whatever their groups and labels."""
+        return sha256_json(self.overrides)[:8]
+
+
+@dataclass(frozen=True)
+class Grid:
+    name: str
+    scale: str
+    groups: Mapping[str, str]  # name -> what it is for
+    runs: Sequence[Run]
+    left_out: Mapping[str, str]  # groups of other grids that this one has not
+
+    def unique(self) -> dict[str, list[Run]]:
+        """Runs by digest: what two groups share is run once and counted in both."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            found.setdefault(run.digest, []).append(run)
+        return found
+
+
+def rendered(value: Any) -> str:
+    """A value as DVC's -S reads it (the grammar is Hydra's)."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return "[" + ",".join(map(rendered, value)) + "]"
+    if isinstance(value, str) and not _PLAIN.fullmatch(value):
+        return "'" + value.replace("'", "\\'") + "'"
+    return str(value)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML 1.2 file that holds keys and values. UserError in one line otherwise."""
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; take it from Git again: git checkout {path}") from None
+    except (UnicodeDecodeError, YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must hold keys and values, e.g. `seeds: [1, 2, 3]`")
+    return raw
+
+
+def read_grid(name: str, scale: str, params: Mapping[str, Any], path: Path = GRID) -> Grid:
+    """The runs of grid `name` at a scale of params.yaml (`params`: its content)."""
+    raw = read_yaml(path)
+    grids, groups, seeds = (raw.get(key) for key in ("grids", "groups", "seeds"))
+    if not isinstance(grids, dict) or not isinstance(groups, dict):
+        raise UserError(f"{path}: must hold `grids` (name: [group, ...]) and `groups`")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise UserError(f"{path}: seeds: must be a list of whole numbers, e.g. [1, 2, 3]")
+    if name not in grids:
+        raise UserError(f"{path}: {name!r} is not a grid; choose one of {', '.join(grids)}")
+    if scale not in params["scales"]:
+        raise UserError(f"params.yaml: {scale!r} is not a scale; choose one of {', '.join(params['scales'])}")
+    for group in {group for named in grids.values() for group in named}:
+        _refuse_bad_group(group, groups.get(group), path)
+    runs = [run for group in grids[name] for run in _expand(group, groups[group], scale, seeds, params, path)]
+    about = {group: str(body.get("about", "")) for group, body in groups.items()}
+    chosen = {group: about[group] for group in grids[name]}
+    return Grid(name, scale, chosen, runs, {group: text for group, text in about.items() if group not in chosen})
+
+
+def _refuse_bad_group(name: str, body: Any, path: Path) -> None:
+    if not isinstance(body, dict):
+        raise UserError(f"{path}: groups.{name}: is not there; describe it under `groups` or take it out of `grids`")
+    if unknown := set(body) - _GROUP_KEYS:
+        raise UserError(f"{path}: groups.{name}.{min(unknown)}: unknown; known are {', '.join(sorted(_GROUP_KEYS))}")
+    if ("cases" in body) == ("ladder" in body):
+        raise UserError(f"{path}: groups.{name}: needs either `cases` or `ladder`")
+    for key in _GROUP_KEYS - {"about"}:
+        if key in body and not isinstance(body[key], dict):
+            raise UserError(f"{path}: groups.{name}.{key}: must hold keys and values")
+
+
+def _expand(
+    group: str, body: Mapping[str, Any], scale: str, seeds: Sequence[int], params: Mapping[str, Any], path: Path
+) -> Iterator[Run]:
+    each = body.get("each", {})
+    for label, own in _cases(body):
+        for values in itertools.product(*(value if isinstance(value, list) else [value] for value in each.values())):
+            varied = dict(zip(each, values))
+            settings: Settings = {"scale": scale} | body.get("settings", {}) | varied | (own or {})
+            marks = [
+                value if isinstance(value, str) else f"{key.split('.')[-1]}{value}" for key, value in varied.items()
+            ]
+            slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join([group, str(label), *marks]))
+            full = {_full_key(key, scale, params, f"{path}: {group}.{label}"): v for key, v in settings.items()}
+            for seed in seeds:
+                yield Run(group, str(label), f"{slug}-s{seed}", seed, full | {"seed": seed})
+
+
+def _cases(body: Mapping[str, Any]) -> Iterator[tuple[str, Settings]]:
+    """Cases stand for themselves; each rung of a ladder keeps what the rungs before it set."""
+    if "cases" in body:
+        yield from body["cases"].items()
+        return
+    kept: Settings = {}
+    for label, changed in body["ladder"].items():
+        kept = kept | changed
+        yield label, kept
+
+
+def _full_key(key: str, scale: str, params: Mapping[str, Any], where: str) -> str:
+    """`continuation.dtype` -> `scales.study.continuation.dtype`; UserError for a key that params.yaml has not."""
+    block = params["scales"][scale]
+    first = key.split(".")[0]
+    full = key if first in params else f"scales.{scale}.{key}"
+    node: Any = params
+    for part in _parts(full, scale):
+        if not isinstance(node, dict) or part not in node:
+            known = [*params, *(f"{name}.{leaf}" for name, inner in block.items() for leaf in inner)]
+            near = difflib.get_close_matches(key, known, 1)
+            mend = f"did you mean {near[0]}?" if near else "give a key of params.yaml, e.g. alpha or continuation.dtype"
+            raise UserError(f"{where}: {key}: is not a key of params.yaml; {mend}")
+        node = node[part]
+    return full
+
+
+def _parts(key: str, scale: str) -> list[str]:
+    prefix = f"scales.{scale}."
+    return ["scales", scale, *key.removeprefix(prefix).split(".")] if key.startswith(prefix) else key.split(".")
+
+
+def resolve(run: Run, params: Mapping[str, Any], scale: str) -> tuple[dict[str, Any], Config]:
+    """The content of params.yaml, its chosen scale alone, as the run will see it, and what it means.
+
+    Raises:
+        UserError: one line, naming the run, for each thing that is wrong.
+    """
+    whole = deepcopy({**params, "scales": {scale: params["scales"][scale]}})
+    for key, value in run.settings.items():
+        *path, last = _parts(key, scale)
+        node = whole
+        for part in path:
+            node = node[part]
+        node[last] = value
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "params.yaml"
+        file.write_text(json.dumps(whole), encoding="utf-8")  # JSON is YAML
+        try:
+            return whole, load_config(file)
+        except ConfigError as error:
+            lines = (f"{GRID}: {run.slug}: {line.removeprefix(f'{file}: ')}" for line in str(error).splitlines())
+            raise UserError("\n".join(lines)) from None

@@ -1,0 +1,240 @@
+"""The sections of STUDY.md that hold results: each a list of Markdown paragraphs, empty where no run speaks of it."""
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from microlm.report.table import amount
+from microlm.study.analysis import (
+    AGAINST_CONTINUED,
+    ArmResult,
+    Estimate,
+    Rung,
+    arm_results,
+    estimate,
+    ladder_results,
+    paired,
+)
+
+CONTINUED = "continued_val_bpb"
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *body)]
+    return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
+
+
+def group(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
+    return rows[rows["group"].isin(names)]
+
+
+def arms(rows: pd.DataFrame, figure: str) -> list[str]:
+    rows = group(rows, "arms")
+    if rows.empty:
+        return []
+    results = arm_results(rows)
+    head = [
+        "arm",
+        "start",
+        "seeds",
+        "student",
+        "continued",
+        "student - continued, over seeds",
+        "within a run",
+        "Holm p",
+    ]
+    body = [
+        [
+            result.arm,
+            result.init,
+            str(result.difference.seeds),
+            f"{result.student:.4f}",
+            f"{result.continued:.4f}",
+            str(result.difference),
+            f"[{result.within[0]:+.4f}, {result.within[1]:+.4f}]",
+            f"{result.adjusted_p:.3f}",
+        ]
+        for result in results
+    ]
+    return [
+        "## The arms against their matched control",
+        table(head, body),
+        f"Bits per byte of validation text, means over seeds; {_spans(rows['alpha'], 'alpha')}. `within a run`: mean "
+        f"ends of the runs' own intervals. p: t test over seeds, corrected by Holm for {len(results)} comparisons.",
+        *_said_of_arms(results),
+        _hellaswag(rows),
+        f"![Student minus continued, by arm]({figure})",
+    ]
+
+
+def _said_of_arms(results: Sequence[ArmResult]) -> list[str]:
+    said = []
+    for verdict, lead in (
+        ("better", "Better than the matched control"),
+        ("worse", "Worse than the matched control"),
+        ("not told apart", "Not told apart from the matched control"),
+    ):
+        found = [f"{r.arm} from {r.init} ({r.difference.mean:+.4f})" for r in results if r.verdict == verdict]
+        said.append(f"- {lead}, after the correction: {', '.join(found) or 'none'}.")
+    alone = [r for r in results if r.verdict == "not told apart" and (r.difference.below or r.difference.above)]
+    if alone:
+        names = ", ".join(f"{r.arm} from {r.init} ({'below' if r.difference.below else 'above'})" for r in alone)
+        said.append(f"- Their own interval excludes 0, the corrected test does not: {names}.")
+    same = [r for r in results if all(x < 0 for x in r.each) or all(x > 0 for x in r.each)]
+    named = ", ".join(f"{r.arm} from {r.init} ({'-' if r.each[0] < 0 else '+'})" for r in same)
+    said.append(f"- The same sign in every seed: {named or 'none'}.")
+    return ["\n".join(said)]
+
+
+def _hellaswag(rows: pd.DataFrame) -> str:
+    cells = list(rows.groupby(["label", "init"], sort=False)["student_minus_continued_acc_norm"])
+    found = {f"{arm} from {init}": estimate(values) for (arm, init), values in cells}
+    apart = [f"{name} ({value})" for name, value in found.items() if value.below or value.above]
+    return (
+        "On HellaSwag accuracy the interval over seeds, uncorrected, excludes 0 for "
+        f"{len(apart)} of {len(found)} arms{': ' + ', '.join(apart) if apart else ''}."
+    )
+
+
+def alpha(rows: pd.DataFrame) -> list[str]:
+    rows = group(rows, "alpha")
+    if rows.empty:
+        return []
+    values = sorted(rows["alpha"].unique())
+    body, said = [], []
+    for label, part in rows.groupby("label", sort=False):
+        found = {value: estimate(cell[AGAINST_CONTINUED]) for value, cell in part.groupby("alpha")}
+        body.append([str(label), *(str(found.get(value, "")) for value in values)])
+        best = min(found, key=lambda value: found[value].mean)
+        below, above = ([f"{v:g}" for v, e in found.items() if getattr(e, side)] for side in ("below", "above"))
+        said.append(
+            f"- {label}: lowest mean at alpha {best:g} ({found[best]}). "
+            f"Interval below 0 at: {', '.join(below) or 'none'}; above 0 at: {', '.join(above) or 'none'}."
+        )
+    return [
+        "## The weight of the teacher",
+        table(["student - continued", *(f"alpha {value:g}" for value in values)], body),
+        f"Bits per byte, mean and interval over seeds, uncorrected; start: {', '.join(sorted(set(rows['init'])))}.",
+        "\n".join(said),
+    ]
+
+
+def ladder(rows: pd.DataFrame, labels: Sequence[str]) -> list[str]:
+    rungs = ladder_results(group(rows, "ladder"), list(dict.fromkeys(labels)))
+    if not rungs:
+        return []
+    head = ["rung, each keeps those above", "student - continued", "student - control", "change of student - control"]
+    body = [
+        [rung.label, str(rung.against_continued), str(rung.against_control), str(rung.change or "")] for rung in rungs
+    ]
+    return [
+        "## From the notebook to reverse KL, one difference at a time",
+        table(head, body),
+        "Bits per byte, means and intervals over seeds, uncorrected. `control` is the model that the student starts "
+        "from: above 0, training on made it worse. `continued` has the same optimizer, rate and precision as the "
+        "rung's student. The change is from the rung above, paired on the seed.",
+        "\n".join(f"- {sentence}" for sentence in _said_of_ladder(rungs)),
+    ]
+
+
+def _said_of_ladder(rungs: Sequence[Rung]) -> list[str]:
+    first = rungs[0]
+    state = "worse than" if first.against_control.above else "not shown worse than"
+    if first.against_control.below:
+        state = "better than"
+    said = [f"At rung `{first.label}` the student is {state} the control it starts from: {first.against_control}."]
+    fallen = [rung.label for rung in rungs if rung.against_control.above]
+    if fallen:
+        said.append(f"The student falls below its control (interval above 0) at: {', '.join(fallen)}.")
+        free = next((rung for rung in rungs[1:] if not rung.against_control.above), None)
+        if first.against_control.above and free:
+            said.append(f"Going down the table, the fall is first no longer shown at rung `{free.label}`.")
+    else:
+        said.append("At no rung is the student shown to be worse than its control: there is no fall here to explain.")
+    changes = [rung for rung in rungs if rung.change]
+    for side, word in (("below", "lower"), ("above", "raise")):
+        named = [f"{r.label} ({r.change})" for r in changes if getattr(r.change, side)]
+        said.append(f"Steps that {word} student - control, interval apart from 0: {', '.join(named) or 'none'}.")
+    if changes:
+        most = min(changes, key=lambda rung: rung.change.mean)
+        said.append(f"The largest fall in the mean is at rung `{most.label}`: {most.change}.")
+    return said
+
+
+def cost(rows: pd.DataFrame) -> list[str]:
+    plain = group(rows, "arms")
+    if plain.empty:
+        return []
+    ratio = plain.groupby("init")["labelling_to_distilling_flops"].mean()
+    tokens = plain.groupby("init")["tokens"].mean()
+    said = [
+        "## Cost",
+        f"Matched by tokens, as above: student and `continued` each saw {_by_start(tokens.map(amount))}. The teacher "
+        f"labelled {amount(plain['teacher_tokens'].iloc[0])} tokens once for all runs; in multiples of the arithmetic of "
+        f"one distillation that is {_by_start(ratio.map('{:.2f}'.format))} (2 FLOPs a parameter and token forward, 4 more "
+        "backward; minillm runs the teacher besides).",
+    ]
+    more = group(rows, "flop")
+    if more.empty:
+        return said
+    reached = (more.groupby("init")["tokens"].mean() / tokens).dropna()
+    body, found = [], {}
+    for (arm, init), part in plain.groupby(["label", "init"], sort=False):
+        difference = paired(part, "student_val_bpb", more[more["init"] == init], CONTINUED)
+        if difference:
+            found[f"{arm} from {init}"] = difference
+            seconds = [f"{part[f'{model}_elapsed_s'].mean():.0f}" for model in ("student", "continued")]
+            body.append([str(arm), str(init), str(difference), *seconds])
+    head = ["arm", "start", "student - continued at equal FLOPs", "student, s", "continued, s"]
+    return [
+        *said,
+        f"Matched by arithmetic: group `flop` gives `continued` {_by_start(reached.map('{:.2f}'.format))} times the "
+        f"tokens, from all of the text; a student that pays for the labelling alone equals "
+        f"{_by_start((1 + ratio).map('{:.2f}'.format))} times.",
+        *([table(head, body), _sides(found)] if body else []),
+    ]
+
+
+def _sides(found: dict[str, Estimate]) -> str:
+    below, above = ([name for name, value in found.items() if getattr(value, side)] for side in ("below", "above"))
+    return (
+        "Paired on the seed, uncorrected. At equal arithmetic the student is better (interval below 0) for: "
+        f"{', '.join(below) or 'none'}; `continued` is better for: {', '.join(above) or 'none'}."
+    )
+
+
+def selection(rows: pd.DataFrame) -> list[str]:
+    rows = group(rows, "arms", "random")
+    chosen = rows[rows["windows"] == "difference"]
+    body, found = [], {}
+    for init in chosen["init"].unique():
+        mine = chosen[chosen["init"] == init]
+        for other in ("cached", "random"):
+            theirs = rows[(rows["windows"] == other) & (rows["init"] == init)]
+            if difference := paired(mine, CONTINUED, theirs, CONTINUED):
+                name = f"from {init}, against {'all cached' if other == 'cached' else other} windows"
+                found[name] = difference
+                body.append([str(init), "all cached" if other == "cached" else other, str(difference)])
+    if not body:
+        return []
+    below, above = ([name for name, value in found.items() if getattr(value, side)] for side in ("below", "above"))
+    return [
+        "## Windows chosen by difference sampling",
+        "Cross-entropy alone, on the windows where the teacher most beats the control, minus the same on other "
+        "windows, equal tokens.",
+        table(["start", "against windows", "continued - continued"], body),
+        f"Paired on the seed, uncorrected. The selection is better for: {', '.join(below) or 'none'}; worse for: "
+        f"{', '.join(above) or 'none'}.",
+    ]
+
+
+def _by_start(values: pd.Series) -> str:
+    """The common value, or each with its start."""
+    if values.nunique() == 1:
+        return str(values.iloc[0])
+    return ", ".join(f"{value} from {init}" for init, value in values.items())
+
+
+def _spans(values: pd.Series, name: str) -> str:
+    different = sorted(values.unique())
+    return f"{name} {', '.join(f'{value:g}' for value in different)}"

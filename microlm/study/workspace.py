@@ -1,0 +1,90 @@
+"""The study's own clone: DVC's queue stashes and resets the working tree with every run it takes, so never the user's.
+
+The clone stands at the commit that was HEAD when the study began, whatever is edited meanwhile, and shares the
+repository's DVC cache, so that what one has trained the other need not.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from microlm.errors import UserError
+from microlm.study.pipeline import Pipeline
+
+FOLDER = Path(".resume/study")
+
+
+def environment() -> dict[str, str]:
+    """With this interpreter's programs first on PATH, so that `dvc` and the stages' `python` are its own."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("DVC_ROOT", "PYTHONPATH")}
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def run(directory: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command in a folder; RuntimeError with what it printed if it fails and `check` is set."""
+    ended = subprocess.run(
+        command, cwd=directory, env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if check and ended.returncode:
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {ended.returncode}: {(ended.stderr or ended.stdout).strip()}"
+        )
+    return ended
+
+
+def git(directory: Path, *arguments: str) -> str:
+    return run(directory, "git", *arguments).stdout.strip()
+
+
+def dvc(directory: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return run(directory, sys.executable, "-m", "dvc", *arguments, check=check)
+
+
+def prepare(root: Path, scale: str) -> Path:
+    """The clone at HEAD of the repository `root`, empty of data. No run may be under way in it.
+
+    Raises:
+        UserError: `root` is no Git repository, or code that decides a number is not committed.
+    """
+    clone = (root / FOLDER / "repository").absolute()
+    try:
+        head = git(root, "rev-parse", "HEAD")
+    except RuntimeError:
+        raise UserError(f"{root}: is no Git repository with a commit; the study runs committed code only") from None
+    if not (clone / ".git").is_dir():
+        clone.parent.mkdir(parents=True, exist_ok=True)
+        git(root, "clone", "--quiet", "--no-checkout", str(root.absolute()), str(clone))
+        for key, value in (("user.name", "study"), ("user.email", "study@localhost")):
+            git(clone, "config", key, value)
+    git(clone, "fetch", "--quiet", str(root.absolute()), "HEAD")
+    git(clone, "checkout", "--quiet", "--force", "-B", "study", head)
+    git(clone, "clean", "--quiet", "--force", "-d")
+    cache = dvc(root, "cache", "dir").stdout.strip()
+    dvc(clone, "cache", "dir", "--local", str((root / cache).resolve()))
+    (clone / ".resume").mkdir(exist_ok=True)
+    wheels, shared = clone / ".resume" / "wheels", (root / ".resume" / "wheels").absolute()
+    shared.mkdir(parents=True, exist_ok=True)
+    if not wheels.is_symlink():
+        wheels.symlink_to(shared)
+    _refuse_uncommitted(root, clone, scale)
+    return clone
+
+
+def _refuse_uncommitted(root: Path, clone: Path, scale: str) -> None:
+    here, there = (Pipeline(place, scale).code() for place in (root, clone))
+    changed = sorted(file for file in here.keys() | there.keys() if here.get(file) != there.get(file))
+    if _params(root) != _params(clone):
+        changed.append("params.yaml")
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)}: changed since the last commit, and the study runs committed code only; "
+            "commit the change, or put it aside with: git stash"
+        )
+
+
+def _params(root: Path) -> Mapping[str, object]:
+    return YAML(typ="safe", pure=True).load((root / "params.yaml").read_text(encoding="utf-8"))

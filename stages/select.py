@@ -1,0 +1,15 @@
+"""The windows that `continue` and `distill` train on: data/windows.npy and metrics/windows.json."""
+
+from microlm.config import load_config
+from microlm.errors import run_stage
+from microlm.pipeline.selection import select_windows
+from microlm.runtime import set_up
+
+
+def main() -> None:
+    config = load_config()
+    select_windows(config, set_up(config.at.runtime))
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,65 @@
+"""Run a grid of study/grid.yaml through the DVC queue -> study/results.csv, STUDY.md. Run again, it goes on."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from microlm.config import load_config
+from microlm.errors import UserError, run_stage
+from microlm.study.driver import Study
+from microlm.study.grid import read_grid, read_yaml
+from microlm.study.report import write_report
+from microlm.study.results import STUDY_SCALE
+
+ROOT = Path(".")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"stages.study: {message}; see python -m stages.study --help")
+
+
+def main() -> None:
+    parser = Parser(prog="python -m stages.study", description=__doc__)
+    parser.add_argument("--grid", default="pruned", help="a grid of study/grid.yaml: pruned (default) or full")
+    parser.add_argument("--scale", default=STUDY_SCALE, help=f"a scale of params.yaml (default {STUDY_SCALE})")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: cores / runtime.threads)")
+    parser.add_argument("--list", action="store_true", help="print the runs and what each overrides; run nothing")
+    parser.add_argument("--report", action="store_true", help="write the report of what is there; run nothing")
+    asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: the workers too
+    load_config()  # all that is wrong in params.yaml, before its copies are
+    params = read_yaml(ROOT / "params.yaml")
+    grid = read_grid(asked.grid, asked.scale, params)
+    study = Study(ROOT, grid, params)
+    if asked.list:
+        for task in study.tasks:
+            print(f"{task.runs[0].slug}: {' '.join(task.runs[0].overrides)}")
+        return
+    failed = [] if asked.report else study.run(_jobs(asked.jobs, asked.scale, params))
+    print(f"study: {write_report(ROOT, grid)}")
+    if failed:
+        raise UserError(f"study: {len(failed)} runs failed, see above: {', '.join(failed)}; mend it and run this again")
+
+
+def _jobs(asked: int | None, scale: str, params: dict[str, Any]) -> int:
+    """How many runs at once. Two that share cores slow each other many times over, so that is refused."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = params["scales"][scale]["runtime"]["threads"]
+    most = cores // threads if isinstance(threads, int) else 1
+    jobs = max(1, most) if asked is None else asked
+    if jobs < 1:
+        raise UserError(f"stages.study: --jobs {jobs}: must be at least 1")
+    if jobs > max(1, most):
+        raise UserError(
+            f"stages.study: --jobs {jobs}: with scales.{scale}.runtime.threads={threads} they would share {cores} "
+            f"cores; use at most {max(1, most)}, or set threads: {max(1, cores // jobs)} in params.yaml"
+        )
+    return jobs
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main))

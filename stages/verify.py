@@ -1,0 +1,67 @@
+"""Is data/teacher the teacher's own? Replay random cached windows through the live teacher and compare every record.
+
+    python -m stages.verify [--windows 16] [--seed 0] [--teacher MODEL] [--replay-only]
+
+Not a stage of the pipeline: a question that a person may ask at any time. Ends with 1 where the answer is no.
+"""
+
+import argparse
+from dataclasses import replace
+from typing import NoReturn
+
+import numpy as np
+
+from microlm import hub
+from microlm.config import load_config
+from microlm.console import banner, progress_bar
+from microlm.corpus.batches import cached_windows
+from microlm.corpus.shards import SHARDS_DIRECTORY, TokenShards
+from microlm.errors import UserError, run_stage
+from microlm.pipeline.labels import CACHE
+from microlm.pipeline.teachers import load_fitting_teacher
+from microlm.runtime import set_up
+from microlm.teacher.cache import TeacherCache, cache_identity
+from microlm.teacher.verify import refuse_other_weights, replay
+
+
+class Arguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"stages.verify: {message}; see python -m stages.verify --help")
+
+
+def arguments() -> argparse.Namespace:
+    parser = Arguments(prog="stages.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, default=16, help="how many cached windows to replay")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows")
+    parser.add_argument("--teacher", metavar="MODEL", help="replay this teacher, not the one of params.yaml")
+    parser.add_argument("--replay-only", action="store_true", help="do not compare the weights' sha256")
+    given = parser.parse_args()
+    for name, least in (("windows", 1), ("seed", 0)):
+        if getattr(given, name) < least:
+            parser.error(f"--{name}: {getattr(given, name)} is less than {least}")
+    return given
+
+
+def main() -> None:
+    given, config = arguments(), load_config()
+    shards = TokenShards(SHARDS_DIRECTORY, "train")
+    windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
+    identity = cache_identity(config, shards)
+    if given.teacher or given.replay_only:
+        identity = replace(identity, weights_sha256=None)
+    cache = TeacherCache(CACHE, identity, windows)
+    asked = replace(config.at.teacher, model=given.teacher, revision=None) if given.teacher else config.at.teacher
+    config = replace(config, at=replace(config.at, teacher=asked))
+    runtime = replace(set_up(config.at.runtime), dtype=cache.dtype)
+    model = load_fitting_teacher(config, replace(identity, teacher=asked.model), runtime)
+    if not given.replay_only:
+        refuse_other_weights(cache, hub.teacher_fingerprint(asked, model), CACHE, asked.model)
+    chosen = np.sort(np.random.default_rng(given.seed).choice(windows, min(given.windows, len(windows)), replace=False))
+    with progress_bar(len(chosen) * identity.seq_len, 0, "tok", "verify") as bar:
+        found = replay(model, cache, shards, chosen, asked.batch_rows, bar.update)
+    banner(f"verify: {len(chosen)} of {len(windows):,} cached windows, {asked.model}", found.lines(cache.dtype))
+    found.refuse_excess(cache.dtype, CACHE, asked.model)
+
+
+if __name__ == "__main__":
+    run_stage(main)

