@@ -9,10 +9,13 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint smoke plots-page
+.PHONY: help setup repro measure study verify test lint smoke plots-page
 
 help:
 	@echo "make repro       set up, run the pipeline (dvc repro), print the comparison table"
+	@echo "make measure     after that: the error of the teacher's cache (probe) and what it saves (ledger)"
+	@echo "make verify      after that: replay random windows of the cache through the live teacher"
+	@echo "make study       the study: STUDY.md from a grid of runs through the DVC queue; run again, it goes on"
 	@echo "make test        set up, run the tests"
 	@echo "make setup       set up .venv only; then: . .venv/bin/activate"
 	@echo "make lint        ruff over the code"
@@ -35,6 +38,15 @@ repro: $(STAMP)
 	@touch $(VENV)/started
 	python -m dvc repro
 	@test metrics/summary.json -nt $(VENV)/started || python -m stages.compare --show  # `compare` has printed it otherwise
+
+measure: $(STAMP)
+	python -m dvc repro measure/dvc.yaml
+
+verify: $(STAMP)
+	python -m stages.verify
+
+study: $(STAMP)
+	python -m stages.study
 
 test: $(STAMP)
 	python -m pytest -q

@@ -40,7 +40,8 @@ def main() -> None:
             print(f"{task.runs[0].slug}: {' '.join(task.runs[0].overrides)}")
         return
     failed = [] if asked.report else study.run(_jobs(asked.jobs, asked.scale, params))
-    print(f"study: {write_report(ROOT, grid)}")
+    if asked.report or len(failed) < len(study.tasks):
+        print(f"study: {write_report(ROOT, grid)}")
     if failed:
         raise UserError(f"study: {len(failed)} runs failed, see above: {', '.join(failed)}; mend it and run this again")
 

@@ -95,6 +95,27 @@ BAD = {
     "negative seed": (("seed",), -1, "seed", "out of range"),
     "temperature of zero": (("temperature",), 0.0, "temperature", "more than 0"),
     "temperature that is not captured": (("temperature",), 7.0, "temperature", "teacher.temperatures"),
+    "final alpha above its range": (("alpha_final",), 1.5, "alpha_final", "at least 0 and at most 1"),
+    "unknown schedule of alpha": (("alpha_schedule",), "step", "alpha_schedule", "one of constant"),
+    "beta at the end that is forward KL": (("beta",), 0, "beta", "more than 0 and less than 1"),
+    "beta at the end that is reverse KL": (("beta",), 1.0, "beta", "more than 0 and less than 1"),
+    "skew of nothing": (("skew",), 0.0, "skew", "more than 0 and less than 1"),
+    "skew of everything": (("skew",), 1, "skew", "more than 0 and less than 1"),
+    "treatment that the cache cannot serve": (("tail",), "renormalize", "tail", "one of lumped, capped, table"),
+    "unknown start": (("init",), "teacher", "init", "one of control, scratch"),
+    "notebook without its temperature": (
+        (*LAPTOP, "teacher", "temperatures"),
+        [1.0],
+        "objective: notebook",
+        "teacher.temperatures",
+    ),
+    "minillm at another temperature": (("temperature",), 2.5, "temperature: minillm", "set temperature=1"),
+    "windows without labels": ((*LAPTOP, "continuation", "windows"), "any", "continuation.windows", "alpha=0"),
+    "selection of nothing": ((*LAPTOP, "continuation", "select_fraction"), 0.0, "select_fraction", "more than 0"),
+    "more prompts than windows": ((*LAPTOP, "on_policy", "prompts"), 17, "on_policy.prompts", "micro_batch_rows"),
+    "prompts longer than windows": ((*LAPTOP, "on_policy", "prompt_tokens"), 300, "prompt_tokens", "seq_len"),
+    "responses beyond the context": ((*LAPTOP, "on_policy", "response_tokens"), 1000, "response_tokens", "context"),
+    "sampling from the teacher alone": ((*LAPTOP, "on_policy", "teacher_mix"), 1.0, "teacher_mix", "less than 1"),
     "top_k of zero": ((*LAPTOP, "teacher", "top_k"), 0, "top_k", "out of range"),
     "unknown scale": (("scale",), "desktop", "scale", "choose one of"),
     "unknown objective": (("objective",), "kl", "objective", "one of rkl"),
@@ -116,7 +137,9 @@ BAD = {
 def test_bad_value_is_one_line_naming_file_key_and_mend(
     tmp_path: Path, keys: Keys, value: Any, named: str, mend: str
 ) -> None:
-    path = written(tmp_path, with_value(keys, value))
+    params = with_value(keys, value)
+    params |= {"objective": name for name in ("notebook", "minillm") if name in named}
+    path = written(tmp_path, params)
     [line] = complaint(path)
     assert line.startswith(f"{path}: ")
     assert named in line

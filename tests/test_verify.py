@@ -149,12 +149,34 @@ def test_a_cache_made_wrong_is_refused_though_every_checksum_is_right(
     block = directory / "block-00000.bin"
     records = np.fromfile(block, cache.identity.record())
     corrupt(records)
+    found = replay(model, rewritten(directory, cache.identity, records), shards, WINDOWS, batch_rows=4)
+    assert found.excess(torch.float32) is not None
+
+
+def rewritten(directory: Path, identity: CacheIdentity, records: np.ndarray) -> TeacherCache:
+    """The cache with other records in its only block, and a manifest that names them."""
+    block = directory / "block-00000.bin"
     block.write_bytes(records.tobytes())
     manifest = json.loads((directory / MANIFEST).read_text())
     manifest["blocks"] = [{"file": block.name, "sha256": sha256_file(block)}]
     write_json(directory / MANIFEST, sealed(manifest))
-    found = replay(model, TeacherCache(directory, cache.identity, WINDOWS), shards, WINDOWS, batch_rows=4)
-    assert found.excess(torch.float32) is not None
+    return TeacherCache(directory, identity, WINDOWS)
+
+
+def test_true_probabilities_of_ids_that_are_not_the_likeliest_are_refused(shards, tmp_path):
+    model, directory = teacher(3), tmp_path / "cache"
+    identity = cache_of(directory, model, shards, torch.float32).identity
+    records = np.fromfile(directory / "block-00000.bin", identity.record())
+    with torch.no_grad():
+        log_p = torch.log_softmax(model.logits(model.hidden(read_batch(shards, WINDOWS, SEQ_LEN).tokens)), -1)
+    log_p = log_p.flatten(0, 1)
+    ids = log_p.topk(identity.top_k + 1).indices[:, 1:]  # the second to the sixth
+    records["ids"], records["log_p"] = ids, log_p.gather(1, ids)
+    rest = log_p.scatter(1, ids, -torch.inf)
+    for column, temperature in enumerate(identity.temperatures):
+        records["log_tail"][:, column] = (rest / temperature).logsumexp(-1)
+    found = replay(model, rewritten(directory, identity, records), shards, WINDOWS, batch_rows=4)
+    assert "which ids are the likeliest" in found.excess(torch.float32)
 
 
 @given(st.sampled_from((torch.bfloat16, torch.float16, torch.float32)), st.floats(0, 1e3))

@@ -1,12 +1,14 @@
-"""The tabled tail: what the teacher says outside the cached ids, taken to have the shape of its average tail.
+"""The tabled tail: what the teacher says outside the cached ids, taken to have the shape of its average distribution.
 
 A student puts mass where the teacher's tail is, and reverse KL weighs the teacher's log-probabilities there by the
 student's. The cache holds the tail's mass at each position; one table of the vocabulary, the same at every position and
-so free of bytes per token, holds how that mass is spread on average:
+so free of bytes per token, holds how that mass is spread:
 
-    p_j = c u_j on the tail,  u_j = mean over positions of p_j where j is outside the top k,  c so that they sum to p_t
+    p_j = c u_j on the tail,  u_j = mean over positions of p_j,  c so that they sum to p_t
 
-Unlike the lumped and the capped tail this is an estimate and no bound. `python -m stages.probe` measures its error.
+The mean over all positions is the better table: that over positions where j is outside the top k knows less of the
+tokens that are frequent somewhere, and these are where a student has its mass. Unlike the lumped and the capped tail
+this is an estimate and no bound. `python -m stages.probe` measures its error.
 """
 
 from collections.abc import Callable

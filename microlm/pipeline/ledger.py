@@ -92,7 +92,7 @@ def ledger(config: Config, runtime: Runtime) -> dict[str, Any]:
             "live_over_cached": rounded(live / cached) if cached else None,
         },
         "break_even": {
-            "epochs": met.epochs,
+            "epochs": rounded(met.epochs),
             "students": met.students,
             "epochs_a_student": epochs,
             "reason": met.reason,

@@ -40,7 +40,7 @@ COLUMNS = {"forward": "forward KL", "reverse": "reverse KL"}
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Write the figure of `Probe.table` as PNG: the same bytes for the same numbers."""
     figure = Figure(figsize=(11, 8.2), layout="constrained", facecolor="white")
-    grid = figure.subplots(len(ROWS), len(COLUMNS), sharex=True, sharey="row")
+    grid = figure.subplots(len(ROWS), len(COLUMNS), sharex=True)
     origins = dict(zip(table["method"], table["origin"]))
     for axes_row, criterion in zip(grid, ROWS):
         for axes, direction in zip(axes_row, COLUMNS):

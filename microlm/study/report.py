@@ -7,7 +7,7 @@ import pandas as pd
 from microlm.errors import UserError
 from microlm.files import atomic_file
 from microlm.report.table import amount
-from microlm.study import sections
+from microlm.study import costs, sections
 from microlm.study.figure import draw_arms
 from microlm.study.grid import Grid
 from microlm.study.results import COLUMNS, FOLDER, STUDY_SCALE, read_results, results_path
@@ -55,10 +55,11 @@ def report_text(rows: pd.DataFrame, grid: Grid, figure: str, notes: str = "") ->
         *_asked(rows),
         *_grid(rows, grid),
         *sections.arms(rows, figure),
+        *sections.others(rows, grid.groups),
         *sections.alpha(rows),
         *sections.ladder(rows, [run.label for run in grid.runs if run.group == "ladder"]),
-        *sections.cost(rows),
-        *sections.selection(rows),
+        *costs.cost(rows),
+        *costs.selection(rows),
         *(["## Reading of these results", "Written by hand, unlike the rest.", notes.strip()] if notes.strip() else []),
         *_elsewhere(grid),
     ]

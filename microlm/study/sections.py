@@ -1,22 +1,19 @@
 """The sections of STUDY.md that hold results: each a list of Markdown paragraphs, empty where no run speaks of it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from microlm.report.table import amount
 from microlm.study.analysis import (
     AGAINST_CONTINUED,
     ArmResult,
-    Estimate,
     Rung,
     arm_results,
     estimate,
     ladder_results,
-    paired,
 )
 
-CONTINUED = "continued_val_bpb"
+OWN_SECTION = ("alpha", "ladder", "random", "flop")
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -28,10 +25,38 @@ def group(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     return rows[rows["group"].isin(names)]
 
 
+def arm_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of every group of arms, whose names begin with `arms`."""
+    return rows[rows["group"].str.startswith("arms")]
+
+
 def arms(rows: pd.DataFrame, figure: str) -> list[str]:
-    rows = group(rows, "arms")
+    rows = arm_rows(rows)
     if rows.empty:
         return []
+    return [
+        "## The arms against their matched control",
+        *_against_continued(rows),
+        _hellaswag(rows),
+        f"![Student minus continued, by arm]({figure})",
+    ]
+
+
+def others(rows: pd.DataFrame, groups: Mapping[str, str]) -> list[str]:
+    """A table for each group (name -> what it is for) that has no section of its own."""
+    said = []
+    for name, about in groups.items():
+        part = group(rows, name)
+        if part.empty or name.startswith("arms") or name in OWN_SECTION:
+            continue
+        if part["alpha"].nunique() > 1:
+            part = part.assign(label=part["label"] + part["alpha"].map(", alpha {:g}".format))
+        said += [f"## {about[:1].upper()}{about[1:] or name}", *_against_continued(part)]
+    return said
+
+
+def _against_continued(rows: pd.DataFrame) -> list[str]:
+    """The table of student against continued, what it is, and what it allows to say."""
     results = arm_results(rows)
     head = [
         "arm",
@@ -57,13 +82,10 @@ def arms(rows: pd.DataFrame, figure: str) -> list[str]:
         for result in results
     ]
     return [
-        "## The arms against their matched control",
         table(head, body),
         f"Bits per byte of validation text, means over seeds; {_spans(rows['alpha'], 'alpha')}. `within a run`: mean "
         f"ends of the runs' own intervals. p: t test over seeds, corrected by Holm for {len(results)} comparisons.",
         *_said_of_arms(results),
-        _hellaswag(rows),
-        f"![Student minus continued, by arm]({figure})",
     ]
 
 
@@ -159,80 +181,6 @@ def _said_of_ladder(rungs: Sequence[Rung]) -> list[str]:
         most = min(changes, key=lambda rung: rung.change.mean)
         said.append(f"The largest fall in the mean is at rung `{most.label}`: {most.change}.")
     return said
-
-
-def cost(rows: pd.DataFrame) -> list[str]:
-    plain = group(rows, "arms")
-    if plain.empty:
-        return []
-    ratio = plain.groupby("init")["labelling_to_distilling_flops"].mean()
-    tokens = plain.groupby("init")["tokens"].mean()
-    said = [
-        "## Cost",
-        f"Matched by tokens, as above: student and `continued` each saw {_by_start(tokens.map(amount))}. The teacher "
-        f"labelled {amount(plain['teacher_tokens'].iloc[0])} tokens once for all runs; in multiples of the arithmetic of "
-        f"one distillation that is {_by_start(ratio.map('{:.2f}'.format))} (2 FLOPs a parameter and token forward, 4 more "
-        "backward; minillm runs the teacher besides).",
-    ]
-    more = group(rows, "flop")
-    if more.empty:
-        return said
-    reached = (more.groupby("init")["tokens"].mean() / tokens).dropna()
-    body, found = [], {}
-    for (arm, init), part in plain.groupby(["label", "init"], sort=False):
-        difference = paired(part, "student_val_bpb", more[more["init"] == init], CONTINUED)
-        if difference:
-            found[f"{arm} from {init}"] = difference
-            seconds = [f"{part[f'{model}_elapsed_s'].mean():.0f}" for model in ("student", "continued")]
-            body.append([str(arm), str(init), str(difference), *seconds])
-    head = ["arm", "start", "student - continued at equal FLOPs", "student, s", "continued, s"]
-    return [
-        *said,
-        f"Matched by arithmetic: group `flop` gives `continued` {_by_start(reached.map('{:.2f}'.format))} times the "
-        f"tokens, from all of the text; a student that pays for the labelling alone equals "
-        f"{_by_start((1 + ratio).map('{:.2f}'.format))} times.",
-        *([table(head, body), _sides(found)] if body else []),
-    ]
-
-
-def _sides(found: dict[str, Estimate]) -> str:
-    below, above = ([name for name, value in found.items() if getattr(value, side)] for side in ("below", "above"))
-    return (
-        "Paired on the seed, uncorrected. At equal arithmetic the student is better (interval below 0) for: "
-        f"{', '.join(below) or 'none'}; `continued` is better for: {', '.join(above) or 'none'}."
-    )
-
-
-def selection(rows: pd.DataFrame) -> list[str]:
-    rows = group(rows, "arms", "random")
-    chosen = rows[rows["windows"] == "difference"]
-    body, found = [], {}
-    for init in chosen["init"].unique():
-        mine = chosen[chosen["init"] == init]
-        for other in ("cached", "random"):
-            theirs = rows[(rows["windows"] == other) & (rows["init"] == init)]
-            if difference := paired(mine, CONTINUED, theirs, CONTINUED):
-                name = f"from {init}, against {'all cached' if other == 'cached' else other} windows"
-                found[name] = difference
-                body.append([str(init), "all cached" if other == "cached" else other, str(difference)])
-    if not body:
-        return []
-    below, above = ([name for name, value in found.items() if getattr(value, side)] for side in ("below", "above"))
-    return [
-        "## Windows chosen by difference sampling",
-        "Cross-entropy alone, on the windows where the teacher most beats the control, minus the same on other "
-        "windows, equal tokens.",
-        table(["start", "against windows", "continued - continued"], body),
-        f"Paired on the seed, uncorrected. The selection is better for: {', '.join(below) or 'none'}; worse for: "
-        f"{', '.join(above) or 'none'}.",
-    ]
-
-
-def _by_start(values: pd.Series) -> str:
-    """The common value, or each with its start."""
-    if values.nunique() == 1:
-        return str(values.iloc[0])
-    return ", ".join(f"{value} from {init}" for init, value in values.items())
 
 
 def _spans(values: pd.Series, name: str) -> str:

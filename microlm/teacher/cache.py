@@ -2,8 +2,8 @@
 
     data/teacher/manifest.json      whose cache this is (see CacheIdentity), with its own checksum, written last
     data/teacher/block-00000.bin    records of consecutive cached windows, [windows, seq_len]
-    data/teacher/table.bin          for each captured temperature, the logarithm of the tail's average shape over the
-                                    vocabulary (see objective/table_tail.py), float32 [temperatures, n_vocab]
+    data/teacher/table.bin          for each captured temperature, the logarithm of the mean distribution (see
+                                    objective/table_tail.py), float32 [temperatures, n_vocab]
 
 A record holds what the teacher says of the token after a position:
 

@@ -92,13 +92,12 @@ class Recorder:
         records["gold"] = (gold - peak - log_normalizer).cpu().numpy()
         return records
 
-    def add_tails(self, hidden: Tensor, totals: Tensor) -> None:
-        """Add to `totals`, float64 [temperatures, V], the tails' probabilities at the positions of hidden [N, D]."""
+    def add_distributions(self, hidden: Tensor, totals: Tensor) -> None:
+        """Add to `totals`, float64 [temperatures, V], the distributions at the positions of hidden [N, D]."""
         for start in range(0, len(hidden), HEAD_ROWS):
             z = torch.mm(hidden[start : start + HEAD_ROWS], self._weight.T)[:, : self.identity.n_vocab].float()
-            ids = z.topk(self.identity.top_k).indices
             for total, temperature in zip(totals, self.identity.temperatures):
-                total += torch.softmax(z / temperature, -1).scatter_(1, ids, 0.0).sum(0, dtype=torch.float64)
+                total += torch.softmax(z / temperature, -1).sum(0, dtype=torch.float64)
 
     def _log_tail(self, z: Tensor, peak: Tensor, temperature: float) -> Tensor:
         total = self._kernels.shifted_sum(z, peak, 1 / temperature)
@@ -153,14 +152,14 @@ def capture(
 def tail_table(
     model: LanguageModel, record: Recorder, shards: TokenShards, windows: np.ndarray, batch_rows: int
 ) -> np.ndarray:
-    """log of the mean probability of each token where it is outside the top k, float32 [temperatures, V]."""
+    """log of the mean probability of each token over all positions, float32 [temperatures, V]."""
     identity, device = record.identity, next(model.parameters()).device
     chosen = windows[evenly_spaced(len(windows), TABLE_WINDOWS)]
     totals = torch.zeros(len(identity.temperatures), identity.n_vocab, dtype=torch.float64, device=device)
     with torch.inference_mode():
         for start in range(0, len(chosen), batch_rows):
             batch = read_batch(shards, chosen[start : start + batch_rows], identity.seq_len)
-            record.add_tails(model.hidden(batch.tokens.to(device)).flatten(0, 1), totals)
+            record.add_distributions(model.hidden(batch.tokens.to(device)).flatten(0, 1), totals)
     mean = totals / (len(chosen) * identity.seq_len)
     return mean.clamp_min(torch.finfo(torch.float32).tiny).log().float().cpu().numpy()
 

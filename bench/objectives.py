@@ -1,0 +1,97 @@
+"""A training step under every objective and treatment of the tail, on the control and the cache of a finished run.
+
+Real weights, real records: how many tokens a cap binds depends on both. All variants run in one process, so that they
+share compiled code and memory; rounds alternate, and the ratio is of medians to cross-entropy's. `live` is the
+configured objective with the teacher run in every step. Run it after `make repro`.
+
+    python -m bench.objectives [--rounds 5] [--only rkl-lumped rkl-capped ...]
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from microlm.config import Config, load_config
+from microlm.corpus.batches import Batches, cached_windows
+from microlm.corpus.shards import TokenShards
+from microlm.hub import load_student
+from microlm.model import StudentLM
+from microlm.objective.schedule import objective_schedule
+from microlm.pipeline import losses
+from microlm.pipeline.teachers import load_fitting_teacher
+from microlm.runtime import Runtime, set_up
+from microlm.teacher.cache import TeacherCache, cache_identity
+from microlm.teacher.live import LiveTeacher
+from microlm.training.loop import Loss, accumulate_gradients
+from microlm.training.optimizer import Optimizers
+
+SHARDS, CACHE, CONTROL = Path("data/shards"), Path("data/teacher"), Path("models/control")
+OBJECTIVES = ("fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd", "notebook")
+TAILS = ("lumped", "capped", "table")
+BASE, LIVE = "cross-entropy", "live"
+
+
+def variants(config: Config, runtime: Runtime, model: StudentLM, only: list[str]) -> dict[str, Loss]:
+    """Name -> loss."""
+    shards = TokenShards(SHARDS, "train")
+    identity = cache_identity(config, shards)
+    windows = cached_windows(shards, identity.seq_len, config.at.teacher.windows)
+    cache = TeacherCache(CACHE, identity, windows)
+    found = {BASE: losses.cross_entropy(model.n_vocab, 0.0)}
+    for objective in OBJECTIVES:
+        for tail in TAILS:
+            asked = objective_schedule(replace(config, objective=objective, tail=tail))
+            found[f"{objective}-{tail}"] = losses.distillation(model.n_vocab, asked, cache)
+    if not only or LIVE in only:
+        live = load_fitting_teacher(config, identity, runtime)
+        teacher = LiveTeacher(live, identity, cache.tables, shards, runtime.compiled)
+        found[LIVE] = losses.distillation(model.n_vocab, objective_schedule(config), teacher)
+    return {name: loss for name, loss in found.items() if not only or name in (BASE, *only)}
+
+
+def step_of(model: StudentLM, batches: Batches, loss: Loss, optimizers: Optimizers) -> Callable[[int], None]:
+    def step(index: int) -> None:
+        accumulate_gradients(model, batches, loss, index, 0.5)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(0.0)  # the arithmetic of an update that leaves the weights as they are
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=[])
+    arguments = parser.parse_args()
+    config = load_config()
+    runtime = set_up(config.at.runtime)
+    model = load_student(CONTROL, runtime.dtype).to(runtime.device).train()
+    if runtime.compiled:
+        model.compile_blocks()
+    shards = TokenShards(SHARDS, "train")
+    windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
+    batches = Batches(shards, config.at.batch, config.seed, windows)
+    optimizers = Optimizers(model, config.at.continuation)
+    steps = {
+        n: step_of(model, batches, x, optimizers) for n, x in variants(config, runtime, model, arguments.only).items()
+    }
+    for step in steps.values():  # compilation and first touches of memory
+        step(0)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(arguments.rounds):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step(index)
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name:<18} {median * 1e3:7.0f} ms   {median / medians[BASE]:.3f} of {BASE}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
