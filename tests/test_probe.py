@@ -11,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from microlm.config import load_config
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import read_json, write_json
+from microlm.model import ModelShape, StudentLM
 from microlm.objective.capped_tail import cap_tail
 from microlm.objective.divergences import lump, temper
 from microlm.probe import methods as m
@@ -283,6 +285,34 @@ def test_the_stage_refuses_without_control_or_teacher(tmp_path, monkeypatch):
     write_both_splits(tmp_path, shards)
     with pytest.raises(UserError, match=r"models/control/config.json is not there; make it with: dvc repro pretrain"):
         probe(config, runtime)
+    shape = ModelShape(
+        V, 64, layers=1, hidden_size=8, heads=1, head_dim=8, intermediate_size=8, context=256, rope_theta=1e4
+    )
+    write_control(tmp_path / "models" / "control", StudentLM(shape))
+    with pytest.raises(UserError, match=r"make it with: dvc repro fetch") as refused:
+        probe(config, runtime)
+    assert "\n" not in str(refused.value)
+
+
+def write_control(folder: Path, model: StudentLM) -> None:
+    folder.mkdir(parents=True)
+    save_file({name: weight.contiguous() for name, weight in model.state_dict().items()}, folder / "model.safetensors")
+    shape = model.shape
+    write_json(
+        folder / "config.json",
+        {
+            "microlm_n_vocab": shape.n_vocab,
+            "vocab_size": shape.padded_vocab,
+            "num_hidden_layers": shape.layers,
+            "hidden_size": shape.hidden_size,
+            "num_attention_heads": shape.heads,
+            "head_dim": shape.head_dim,
+            "intermediate_size": shape.intermediate_size,
+            "max_position_embeddings": shape.context,
+            "rope_parameters": {"rope_theta": shape.rope_theta},
+            "rms_norm_eps": shape.norm_eps,
+        },
+    )
 
 
 def write_both_splits(folder: Path, shards: TokenShards) -> None:

@@ -282,7 +282,7 @@ def test_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     commit, csv = clone.git("rev-parse", "HEAD"), tmp_path / "study" / "results-smoke.csv"
     command = [sys.executable, "-m", "stages.study", "--scale", "smoke", "--jobs", "1"]
 
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path)
     while not csv.exists():
         assert process.poll() is None, "the study ended before its first row"
         time.sleep(0.2)

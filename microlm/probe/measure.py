@@ -24,10 +24,12 @@ DIRECTIONS = ("forward", "reverse")
 BASIS = ("q", "q log q", *DIRECTIONS, "f", "q log f")
 OF_TERMS = [BASIS.index(term) for term in TERMS]
 BRACKET_NATS = 1e-3  # what rounding in the records may add to a bound
+# of a table's columns: `listed` are mean listed entries, `value` and `exact_value` nats, `bias_nats` their difference,
+# `lower_holds` and `upper_holds` shares of positions, `step_error` is over STEP_POSITIONS, `whole_error` over all
 MEANS = ("value", "cosine", "relative_error", "norm_ratio", "lower_holds", "upper", "upper_holds")
 COLUMNS = (
     *("method", "origin", "k", "direction", "bytes", "listed", "exact_value", *MEANS),
-    *("step_error", "whole_error"),
+    *("bias_nats", "step_error", "whole_error"),
 )
 
 
@@ -166,8 +168,9 @@ class Probe:
                 exact = float(self._sums[(direction,)] / self.positions)
                 errors = self._steps.relative(key, (direction,), full_steps)
                 size = method.token_bytes(k, listed)
+                bias = means[0] - exact
                 means += [None] * (len(MEANS) - len(means))
-                rows.append((method.name, method.origin, k, direction, size, listed, exact, *means, *errors))
+                rows.append((method.name, method.origin, k, direction, size, listed, exact, *means, bias, *errors))
         return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -144,7 +144,7 @@ def drawn_at(at: Positions, points: Tensor) -> Tensor:
 def random_sampling(at: Positions, n: int, draws: Generator) -> Target:
     """Random-sampling KD (Anshumann et al. 2025, arXiv:2503.16870): n draws with replacement, counts / n as target."""
     total = at.cumulative[:, -1:]
-    ids = drawn_at(at, torch.rand(len(total), n, generator=draws, dtype=total.dtype) * total)
+    ids = drawn_at(at, torch.rand(len(total), n, generator=draws, dtype=total.dtype, device=total.device) * total)
     return counted(ids, torch.full_like(total[:, 0], 1 / n), torch.full_like(total[:, 0], -torch.inf))
 
 
@@ -160,7 +160,7 @@ def tail_samples(at: Positions, certain: Tensor, size: Tensor, width: int, draws
     """
     before = torch.where(certain > 0, at.cumulative.gather(-1, (certain - 1).clamp_min(0)[:, None])[:, 0], 0.0)
     step = (at.cumulative[:, -1] - before) / size.clamp_min(1)
-    start = torch.rand(len(before), 1, generator=draws, dtype=before.dtype)
+    start = torch.rand(len(before), 1, generator=draws, dtype=before.dtype, device=before.device)
     places = torch.arange(width, device=before.device) + start
     return drawn_at(at, before[:, None] + places * step[:, None]), step
 
