@@ -1,6 +1,7 @@
 """What a reader of the teacher's cache refuses: whatever is not wholly the cache that it expects."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace

@@ -102,7 +102,7 @@ def compact_capped(at: Positions, k: int, _: Generator) -> Target:
 
 
 def table_tail(at: Positions, k: int, _: Generator) -> Target:
-    return cap(compact(at, k, "table"), at)
+    return compact(at, k, "table")
 
 
 def code_tail(at: Positions, k: int, _: Generator) -> Target:
@@ -213,6 +213,9 @@ DROPPED = {"forward": FORWARD, "reverse": treatments.dropped_reverse_kl}
 FLOORED = {"reverse": treatments.floored_reverse_kl}
 
 
+DRAWS = (2, 4, 8, 16, 32, 64, 128, 256, 512)  # with replacement: distinct ids are far fewer
+
+
 def own_bytes(k: int, _: float) -> float:
     return record_bytes(k)
 
@@ -240,7 +243,7 @@ METHODS = (
     Method("dropped", "verl", head_alone, lambda k, _: 4 * k, DROPPED),
     Method("floored", "NeMo-RL", head_alone, lambda k, _: 4 * k, FLOORED),
     Method("ghost token", "Megatron-LM", ghost, lambda k, _: 5 * k, BOTH),
-    Method("random sampling", "RS-KD", random_sampling, lambda _, listed: 3 * listed, WITHOUT_TAIL),
+    Method("random sampling", "RS-KD", random_sampling, lambda _, listed: 3 * listed, WITHOUT_TAIL, ks=DRAWS),
     Method("threshold sampling", "VarOpt", threshold_sampling, lambda k, _: 4 * k, WITHOUT_TAIL),
     Method("table tail", "ours", table_tail, compact_record_bytes, BOTH),
     Method("code tail", "ours", code_tail, coded_bytes, BOTH, ks=(4, 8, 16, 32)),
