@@ -23,7 +23,7 @@ from microlm.study.driver import Progress, Study, Task, next_task, tasks_of
 from microlm.study.grid import GRID, Grid, Run, read_grid, read_yaml, rendered, resolve
 from microlm.study.pipeline import Pipeline
 from microlm.study.results import add_rows, read_results
-from microlm.study.workspace import FOLDER, prepare
+from microlm.study.workspace import FOLDER, git, prepare
 from tests.clones import ROOT, Clone
 from tests.test_study_report import row
 from tests.tiny_teacher import write_tiny_teacher
@@ -245,6 +245,9 @@ def test_uncommitted_code_is_refused_and_the_working_tree_is_left_alone(tmp_path
     assert "\n" not in str(refused.value)
     assert edited.read_text() == content
     clone.commit("the edit")
+    # without dvc.lock, and the same commit each time, or what ended meanwhile would not be found again
+    commits = {git(prepare(tmp_path, "study"), "rev-parse", "HEAD") for _ in range(2)}
+    assert len(commits) == 1 and not (there / "dvc.lock").exists() and (tmp_path / "dvc.lock").exists()
     assert (prepare(tmp_path, "study") / "microlm/training/loop.py").read_text() == content
 
 

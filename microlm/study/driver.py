@@ -40,6 +40,7 @@ class Progress:
     waiting: list[Task]
     done: int = 0
     began: float = field(default_factory=time.monotonic)
+    first_end: float | None = None
     flying: dict[str, Task] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     broken: dict[str, str] = field(default_factory=dict)  # digest of work -> run in which it failed
@@ -116,9 +117,9 @@ class Study:
         if (queue.directory / ".git").is_dir():
             queue.clear()  # what a killed study left running
         prepare(self.root, self.scale)
-        at_start = progress.done
         try:
             self._collect_earlier(queue, progress)
+            at_start = progress.done
             while progress.waiting or progress.flying:
                 self._fill(queue, progress)
                 self._collect(queue, progress, at_start)
@@ -187,10 +188,14 @@ class Study:
         self.say("\n".join([f"study: {task.name} failed:", *(f"    {line}" for line in told)]))
 
     def _tell(self, task: Task, progress: Progress, at_start: int) -> None:
-        spent, fresh = time.monotonic() - progress.began, progress.done - at_start
+        now, fresh = time.monotonic(), progress.done - at_start
         left = len(progress.waiting) + len(progress.flying)
+        if progress.first_end is None:  # the first run makes what all share, and foretells nothing
+            progress.first_end, to_go = now, f"{left} runs to go"
+        else:
+            to_go = f"about {duration((now - progress.first_end) / max(1, fresh - 1) * left)} to go"
         difference = self.last["student_minus_continued_val_bpb"]
         self.say(
             f"study: {progress.done}/{len(self.tasks)} {task.runs[0].slug}: student - continued {difference:+.4f} bits "
-            f"per byte; {duration(spent)} so far, about {duration(spent / fresh * left)} to go"
+            f"per byte; {duration(now - progress.began)} so far, {to_go}"
         )

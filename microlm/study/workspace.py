@@ -24,10 +24,19 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
-def run(directory: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """A command in a folder; RuntimeError with what it printed if it fails and `check` is set."""
+def run(directory: Path, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command in a folder; RuntimeError with what it printed if it fails and `check` is set.
+
+    Args:
+        variables: more of the environment.
+    """
     ended = subprocess.run(
-        command, cwd=directory, env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
+        command,
+        cwd=directory,
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
     if check and ended.returncode:
         raise RuntimeError(
@@ -63,6 +72,7 @@ def prepare(root: Path, scale: str) -> Path:
     git(clone, "fetch", "--quiet", str(root.absolute()), "HEAD")
     git(clone, "checkout", "--quiet", "--force", "-B", "study", head)
     git(clone, "clean", "--quiet", "--force", "-d")
+    _drop_lock(clone, head)
     cache = dvc(root, "cache", "dir").stdout.strip()
     dvc(clone, "cache", "dir", "--local", str((root / cache).resolve()))
     (clone / ".resume").mkdir(exist_ok=True)
@@ -72,6 +82,20 @@ def prepare(root: Path, scale: str) -> Path:
         wheels.symlink_to(shared)
     _refuse_uncommitted(root, clone, scale)
     return clone
+
+
+def _drop_lock(clone: Path, head: str) -> None:
+    """Commit the removal of dvc.lock, always as the same commit on top of `head`.
+
+    It describes another scale: where DVC takes a stage from its run cache, it looks up the lock's old data/parts, which
+    a fresh clone has not. Without a lock DVC still finds what the run cache holds.
+    """
+    if not (clone / "dvc.lock").exists():
+        return
+    git(clone, "rm", "--quiet", "dvc.lock")
+    date = git(clone, "show", "--no-patch", "--format=%cI", head)
+    dates = {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
+    run(clone, "git", "commit", "--quiet", "--no-verify", "--message", "study: without dvc.lock", **dates)
 
 
 def _refuse_uncommitted(root: Path, clone: Path, scale: str) -> None:
