@@ -25,7 +25,7 @@ from microlm.files import write_json
 from microlm.model import ModelShape, StudentLM
 from microlm.objective.fused_head import Objective, fused_head_loss
 from microlm.runtime import Runtime, peak_memory_bytes, set_up
-from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
+from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, TeacherCache, manifest_of
 from microlm.training.optimizer import Optimizers
 
 VOCABULARY, TOP_K = 49152, 64
@@ -48,12 +48,13 @@ def random_cache(directory: Path, config: Config) -> TeacherCache:
     records["log_p"], records["log_tail"] = log_p[..., :-1], log_p[..., -1:]
     for name, part in identity.blocks():
         (directory / name).write_bytes(records[part].tobytes())
+    (directory / TABLE).write_bytes(np.full((1, VOCABULARY), -np.log(VOCABULARY), np.float32).tobytes())
     write_json(directory / MANIFEST, manifest_of(identity, "", "", directory))
     return TeacherCache(directory, identity, np.arange(batch.rows))
 
 
 def our_step(config: Config, runtime: Runtime, cache: TeacherCache | None) -> Callable[[], None]:
-    batch, objective = config.at.batch, Objective(0.5 if cache else 0.0)
+    batch, objective = config.at.batch, Objective(0.5, 0.5) if cache else Objective()
     model = StudentLM(shape_of(config)).set_activation_dtype(runtime.dtype).train()
     if runtime.compiled:
         model.compile_blocks()

@@ -138,7 +138,9 @@ def test_bad_value_is_one_line_naming_file_key_and_mend(
     tmp_path: Path, keys: Keys, value: Any, named: str, mend: str
 ) -> None:
     params = with_value(keys, value)
-    params |= {"objective": name for name in ("notebook", "minillm") if name in named}
+    for objective in ("notebook", "minillm"):
+        if objective in named:
+            params["objective"] = objective
     path = written(tmp_path, params)
     [line] = complaint(path)
     assert line.startswith(f"{path}: ")

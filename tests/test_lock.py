@@ -10,11 +10,15 @@ import pytest
 from ruamel.yaml import YAML
 
 from microlm.files import read_json
+from microlm.probe.table import markdown as probe_markdown
 from microlm.report.table import markdown
 from tests.clones import ROOT, Clone
 
-PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
-STAGES: dict[str, dict[str, Any]] = {name: stage.get("do", stage) for name, stage in PIPELINE["stages"].items()}
+STAGES: dict[str, dict[str, Any]] = {
+    name: stage.get("do", stage)
+    for pipeline in ("dvc.yaml", "measure/dvc.yaml")
+    for name, stage in YAML(typ="safe", pure=True).load((ROOT / pipeline).read_text())["stages"].items()
+}
 UP_TO_DATE = "Data and pipelines are up to date."
 
 # What a stage may import without naming it: an edit to these changes no number, or changes it through a named input.
@@ -27,6 +31,7 @@ HARMLESS = {
     "microlm/files.py": "how bytes reach the disk, not which",
     "microlm/language_model.py": "types alone",
     "microlm/pipeline/teachers.py": "refuses; what it returns hub.py loads",
+    "microlm/probe/table.py": "words for the docs",
     "microlm/schema.py": "as config.py",
     "microlm/scratch.py": "where an interrupted stage leaves what it has done",
     "microlm/training/checkpoint.py": "a resumed training gives the same bits",
@@ -34,21 +39,21 @@ HARMLESS = {
 # Imported by many, read by few: a new objective must not cost a new control, an edit of the student not a new cache.
 TRAININGS = {"pretrain", "continue", "distill"}
 MATTERS_TO = {
-    "microlm/gguf_llama.py": {"teacher", "distill", "evaluate"},
-    "microlm/teacher/cache.py": {"teacher", "select", "distill"},
-    "microlm/objective/capped_tail.py": {"distill"},
-    "microlm/objective/definition.py": {"distill"},
-    "microlm/objective/divergences.py": {"distill"},
+    "microlm/gguf_llama.py": {"teacher", "distill", "evaluate", "probe", "ledger"},
+    "microlm/teacher/cache.py": {"teacher", "select", "distill", "probe", "ledger"},
+    "microlm/objective/capped_tail.py": {"distill", "ledger"},
+    "microlm/objective/definition.py": {"distill", "ledger"},
+    "microlm/objective/divergences.py": {"distill", "ledger", "probe"},
     "microlm/objective/on_policy.py": {"distill"},
     "microlm/objective/sampling.py": {"distill"},
-    "microlm/objective/schedule.py": {"distill"},
-    "microlm/objective/table_tail.py": {"distill"},
-    "microlm/objective/tails.py": {"distill"},
+    "microlm/objective/schedule.py": {"distill", "ledger"},
+    "microlm/objective/table_tail.py": {"distill", "ledger"},
+    "microlm/objective/tails.py": {"distill", "ledger"},
     "microlm/pipeline/selection.py": {"select"},  # the others read the list that it wrote
-    "microlm/model.py": {*TRAININGS, "select", "evaluate"},
+    "microlm/model.py": {*TRAININGS, "select", "evaluate", "probe", "ledger"},
     # `teacher` reports the teacher's own loss through these; what it caches does not pass through them
-    "microlm/objective/fused_head.py": {*TRAININGS, "select", "evaluate"},
-    "microlm/objective/vocabulary_blocks.py": {*TRAININGS, "select", "evaluate"},
+    "microlm/objective/fused_head.py": {*TRAININGS, "select", "evaluate", "ledger"},
+    "microlm/objective/vocabulary_blocks.py": {*TRAININGS, "select", "evaluate", "ledger"},
     "microlm/evaluation/validation.py": {*TRAININGS, "select", "evaluate"},
 }
 
@@ -60,7 +65,7 @@ def clone(tmp_path: Path) -> Clone:
 
 def is_fresh(clone: Clone) -> tuple[bool, str]:
     """Whether nothing would run, and what DVC said."""
-    ended = clone.run(sys.executable, "-m", "dvc", "repro", "--allow-missing", "--dry", status=None)
+    ended = clone.run(sys.executable, "-m", "dvc", "repro", "-P", "--allow-missing", "--dry", status=None)
     return ended.returncode == 0 and UP_TO_DATE in ended.stdout, ended.stdout + ended.stderr
 
 
@@ -153,6 +158,14 @@ def test_no_output_turns_the_run_cache_off(name: str) -> None:
     assert [path for path, said in options(STAGES[name], "outs") if "cache" in said or "persist" in said] == []
     kept = options(STAGES[name], "metrics") + options(STAGES[name], "plots")
     assert [path for path, said in kept if said.get("cache") is not False] == []
+
+
+def test_docs_show_the_committed_probe() -> None:
+    docs = (ROOT / "docs" / "distillation.md").read_text()
+    shown = docs.split("<!-- probe:begin -->\n")[1].split("<!-- probe:end -->")[0]
+    assert shown == probe_markdown(read_json(ROOT / "metrics" / "probe.json", "measure/dvc.yaml:probe")), (
+        "put what `python -m stages.probe --markdown` prints between the markers in docs/distillation.md"
+    )
 
 
 def test_readme_shows_the_committed_results():

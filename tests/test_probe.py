@@ -229,7 +229,7 @@ def test_bytes_are_those_of_the_layouts():
     assert sizes["lumped"] == sizes["capped"] == identity.record().itemsize
     assert sizes["head + samples"] == identity.record().itemsize + 16 * 2
     compact = np.dtype([("ids", "<u2", 16), ("drop", "u1", 16), ("tail", "<f2"), ("gold", "<f2")])
-    assert sizes["compact capped"] == sizes["table tail"] == compact.itemsize
+    assert sizes["compact capped"] == sizes["compact table tail"] == compact.itemsize
     assert sizes["code tail"] == compact.itemsize + code_bytes(128) == compact.itemsize + 32
     assert sizes["random sampling"] == 36 and sizes["ghost token"] == 80
     assert [m.distillkit_bytes(k) for k in (50, 128)] == [114, 312]

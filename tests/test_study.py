@@ -23,7 +23,7 @@ from microlm.study.driver import Progress, Study, Task, next_task, tasks_of
 from microlm.study.grid import GRID, Grid, Run, read_grid, read_yaml, rendered, resolve
 from microlm.study.pipeline import Pipeline
 from microlm.study.results import add_rows, read_results
-from microlm.study.workspace import FOLDER, git, prepare
+from microlm.study.workspace import FOLDER, git, prepare, run
 from tests.clones import ROOT, Clone
 from tests.test_study_report import row
 from tests.tiny_teacher import write_tiny_teacher
@@ -53,6 +53,7 @@ def written(folder: Path, grid: dict[str, Any]) -> Path:
     starts=st.lists(st.sampled_from(["control", "scratch"]), min_size=1, unique=True),
     seeds=st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True),
 )
+@settings(deadline=None)
 def test_group_is_cases_times_each_times_seeds(
     tmp_path_factory: pytest.TempPathFactory, cases: dict, alphas: list, starts: list, seeds: list
 ) -> None:
@@ -81,16 +82,17 @@ def test_every_point_of_the_committed_grid_is_a_configuration(scale: str) -> Non
 
 
 def test_committed_grid_holds_what_the_study_promises() -> None:
-    runs = committed().runs
-    by_group = {group: [run for run in runs if run.group.startswith(group)] for group in ("arms", "alpha", "ladder")}
+    grid = committed()
+    where = {run.slug: grid.sections.get(run.group, run.group) for run in grid.runs}
+    by_group = {name: [run for run in grid.runs if where[run.slug] == name] for name in ("arms", "alpha", "ladder")}
     everywhere = {"fkl", "rkl", "jsd", "skew", "notebook", "selection"}
     for start, expected in (("control", {*everywhere, "minillm"}), ("scratch", everywhere)):
         assert {run.label for run in by_group["arms"] if run.settings["init"] == start} >= expected
     assert {run.settings["objective"] for run in by_group["alpha"]} >= {"fkl", "rkl"}
     for group, points in by_group.items():
-        for run in points:
-            same = [other for other in points if other.slug.rsplit("-", 1)[0] == run.slug.rsplit("-", 1)[0]]
-            assert len({other.seed for other in same}) >= 3, (group, run.slug)
+        for point in points:
+            same = [other for other in points if other.slug.rsplit("-", 1)[0] == point.slug.rsplit("-", 1)[0]]
+            assert len({other.seed for other in same}) >= 3, (group, point.slug)
 
 
 def test_ladder_goes_from_the_notebook_to_reverse_kl_and_each_rung_keeps_the_rest() -> None:
@@ -249,6 +251,12 @@ def test_uncommitted_code_is_refused_and_the_working_tree_is_left_alone(tmp_path
     commits = {git(prepare(tmp_path, "study"), "rev-parse", "HEAD") for _ in range(2)}
     assert len(commits) == 1 and not (there / "dvc.lock").exists() and (tmp_path / "dvc.lock").exists()
     assert (prepare(tmp_path, "study") / "microlm/training/loop.py").read_text() == content
+
+
+def test_a_command_ends_with_its_process_not_with_what_that_left_running(tmp_path: Path) -> None:
+    left = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    pid = int(run(tmp_path, sys.executable, "-c", left).stdout)
+    os.kill(pid, signal.SIGKILL)  # ProcessLookupError if `run` had waited for it
 
 
 @pytest.mark.parametrize(

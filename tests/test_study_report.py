@@ -104,8 +104,10 @@ def synthetic(values: dict[tuple[str, str], list[float]]) -> tuple[Grid, pd.Data
         for (group, label), each in values.items()
         for seed, difference in enumerate(each, start=1)
     ]
-    grid = Grid("g", "study", {group: "" for group, _ in values}, [run for run, _ in points], {})
-    return grid, pd.DataFrame([row(run, difference) for run, difference in points], columns=COLUMNS)
+    sections = {"arms_again": "arms"}
+    grid = Grid("g", "study", {group: "" for group, _ in values}, [run for run, _ in points], {}, sections)
+    rows = pd.DataFrame([row(run, difference) for run, difference in points], columns=COLUMNS)
+    return grid, rows.assign(section=rows["group"].replace(sections))
 
 
 @given(st.lists(st.floats(-1, 1).map(lambda x: round(x, 6)), min_size=2, max_size=8))
@@ -154,6 +156,8 @@ def test_report_says_what_the_rows_say_and_no_more(tmp_path: Path) -> None:
     assert "Worse than the matched control, after the correction: up from control (+0.2000)." in text
     assert "Not told apart from the matched control, after the correction: unsure from control" in text
     assert "All of it is here." in text and "Reading of these results" not in text
+    alone = report_text(rows[rows["seed"] == 1], grid, "f")
+    assert "One seed, hence no test: down from control (-0.1000), up from" in alone and "nan" not in alone
     assert "Written by hand" in report_text(rows, grid, "f", "What I make of it.")
     arms = rows[rows["group"] != "forms"]
     partial = report_text(rows.iloc[:-2], grid, "f")

@@ -19,7 +19,8 @@ OURS = {
     "compact capped": ("#123f78", "D"),
     "head + samples": ("#b98bc9", "v"),
     "head + samples, half lumped": ("#7c3f94", "v"),
-    "table tail": ("#d1571e", "s"),
+    "table tail": ("#eda27c", "o"),
+    "compact table tail": ("#d1571e", "D"),
     "code tail": ("#1b7f5c", "^"),
 }
 PEERS = {

@@ -102,6 +102,10 @@ def compact_capped(at: Positions, k: int, _: Generator) -> Target:
 
 
 def table_tail(at: Positions, k: int, _: Generator) -> Target:
+    return completed(at, at.ranked_log_p[:, :k].half(), at.tail_mass(k).log().float(), "table")
+
+
+def compact_table_tail(at: Positions, k: int, _: Generator) -> Target:
     return compact(at, k, "table")
 
 
@@ -245,6 +249,7 @@ METHODS = (
     Method("ghost token", "Megatron-LM", ghost, lambda k, _: 5 * k, BOTH),
     Method("random sampling", "RS-KD", random_sampling, lambda _, listed: 3 * listed, WITHOUT_TAIL, ks=DRAWS),
     Method("threshold sampling", "VarOpt", threshold_sampling, lambda k, _: 4 * k, WITHOUT_TAIL),
-    Method("table tail", "ours", table_tail, compact_record_bytes, BOTH),
+    Method("table tail", "ours", table_tail, own_bytes, BOTH),
+    Method("compact table tail", "ours", compact_table_tail, compact_record_bytes, BOTH),
     Method("code tail", "ours", code_tail, coded_bytes, BOTH, ks=(4, 8, 16, 32)),
 )

@@ -42,9 +42,10 @@ def estimate(values: Sequence[float]) -> Estimate:
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
         return Estimate(float(x.mean()), math.nan, math.nan, math.nan, len(x))
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * stats.sem(x)
+    error = stats.sem(x)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * error
     # equal values have no spread to test against: a mean of 0 is then certain, any other impossible
-    p = float(x.mean() == 0) if half == 0 else stats.ttest_1samp(x, 0).pvalue
+    p = float(x.mean() == 0) if error == 0 else 2 * stats.t.sf(abs(x.mean()) / error, len(x) - 1)
     return Estimate(float(x.mean()), float(x.mean() - half), float(x.mean() + half), float(p), len(x))
 
 
@@ -74,6 +75,8 @@ class ArmResult:
 
     @property
     def verdict(self) -> str:
+        if math.isnan(self.adjusted_p):
+            return "untested"
         if self.adjusted_p < SIGNIFICANT:
             return "better" if self.difference.mean < 0 else "worse"
         return "not told apart"

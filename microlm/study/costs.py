@@ -4,13 +4,13 @@ import pandas as pd
 
 from microlm.report.table import amount
 from microlm.study.analysis import Estimate, paired
-from microlm.study.sections import arm_rows, group, table
+from microlm.study.sections import section, table
 
 CONTINUED = "continued_val_bpb"
 
 
 def cost(rows: pd.DataFrame) -> list[str]:
-    plain = arm_rows(rows)
+    plain = section(rows, "arms")
     if plain.empty:
         return []
     ratio = plain.groupby("init")["labelling_to_distilling_flops"].mean()
@@ -22,7 +22,7 @@ def cost(rows: pd.DataFrame) -> list[str]:
         f"of one distillation that is {_by_start(ratio.map('{:.2f}'.format))} (2 FLOPs a parameter and token forward, "
         "4 more backward; minillm runs the teacher besides).",
     ]
-    more = group(rows, "flop")
+    more = section(rows, "flop")
     if more.empty:
         return said
     reached = (more.groupby("init")["tokens"].mean() / tokens).dropna()
@@ -52,7 +52,7 @@ def _sides(found: dict[str, Estimate]) -> str:
 
 
 def selection(rows: pd.DataFrame) -> list[str]:
-    rows = pd.concat([arm_rows(rows), group(rows, "random")])
+    rows = section(rows, "arms", "random")
     chosen = rows[rows["windows"] == "difference"]
     body, found = [], {}
     for init in chosen["init"].unique():

@@ -79,7 +79,7 @@ class Study:
         self.code = sha256_json(pipeline.code())[:12]
         self.tasks = tasks_of(grid, params, pipeline)
         self.csv = results_path(grid.scale, root)
-        self.runs = len(grid.runs)
+        self.runs, self.jobs = len(grid.runs), 1
 
     def todo(self) -> list[Task]:
         """Tasks of which at least one row is missing or of other code or settings."""
@@ -92,6 +92,7 @@ class Study:
 
     def run(self, jobs: int) -> list[str]:
         """Run what is to do; returns the names of the runs that failed, whose logs have been shown."""
+        self.jobs = jobs
         waiting = self.todo()
         progress = Progress(waiting, len(self.tasks) - len(waiting))
         finished = [task for task in self.tasks if task not in waiting]
@@ -107,13 +108,13 @@ class Study:
         except Timeout:
             raise UserError(f"{folder}: another study is running here; wait for it or stop it") from None
         try:
-            self._run_locked(jobs, progress)
+            self._run_locked(progress)
         finally:
             lock.release()
         return progress.failed
 
-    def _run_locked(self, jobs: int, progress: Progress) -> None:
-        queue = DvcQueue((self.root / FOLDER / "repository").absolute(), jobs)
+    def _run_locked(self, progress: Progress) -> None:
+        queue = DvcQueue((self.root / FOLDER / "repository").absolute(), self.jobs)
         if (queue.directory / ".git").is_dir():
             queue.clear()  # what a killed study left running
         prepare(self.root, self.scale)
@@ -190,10 +191,11 @@ class Study:
     def _tell(self, task: Task, progress: Progress, at_start: int) -> None:
         now, fresh = time.monotonic(), progress.done - at_start
         left = len(progress.waiting) + len(progress.flying)
-        if progress.first_end is None:  # the first run makes what all share, and foretells nothing
-            progress.first_end, to_go = now, f"{left} runs to go"
-        else:
-            to_go = f"about {duration((now - progress.first_end) / max(1, fresh - 1) * left)} to go"
+        # the first run makes what all share, and runs side by side end together: neither foretells anything
+        progress.first_end = progress.first_end or now
+        to_go = f"{left} runs to go"
+        if fresh > 2 * self.jobs:
+            to_go = f"about {duration((now - progress.first_end) / (fresh - 1) * left)} to go"
         difference = self.last["student_minus_continued_val_bpb"]
         self.say(
             f"study: {progress.done}/{len(self.tasks)} {task.runs[0].slug}: student - continued {difference:+.4f} bits "

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from microlm.files import atomic_file
 from microlm.study.analysis import arm_results
-from microlm.study.sections import arm_rows
+from microlm.study.sections import section
 
 COLOURS = {"control": "#2f6db3", "scratch": "#d1571e"}
 MARKERS = {"control": "o", "scratch": "^"}  # tell them apart in grey print
@@ -17,7 +17,7 @@ INK, FAINT = "#22222a", "#8a8a92"
 
 def draw_arms(rows: pd.DataFrame, path: Path) -> None:
     """Write the PNG: the same bytes for the same numbers."""
-    figure = arms_figure(arm_rows(rows))
+    figure = arms_figure(section(rows, "arms"))
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
 

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from microlm.errors import UserError
 from microlm.files import sha256_json
 
 GRID = Path("study/grid.yaml")
-_GROUP_KEYS = {"about", "settings", "cases", "ladder", "each"}
+_GROUP_KEYS = {"about", "section", "settings", "cases", "ladder", "each"}
 _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)\Z)[A-Za-z_][\w./-]*", re.I)  # a word that -S reads as itself
 
 Settings = dict[str, Any]
@@ -53,6 +53,7 @@ class Grid:
     groups: Mapping[str, str]  # name -> what it is for
     runs: Sequence[Run]
     left_out: Mapping[str, str]  # groups of other grids that this one has not
+    sections: Mapping[str, str] = field(default_factory=dict)  # where the report shows a group, if not under its name
 
     def unique(self) -> dict[str, list[Run]]:
         """Runs by digest: what two groups share is run once and counted in both."""
@@ -103,7 +104,9 @@ def read_grid(name: str, scale: str, params: Mapping[str, Any], path: Path = GRI
     runs = [run for group in grids[name] for run in _expand(group, groups[group], scale, seeds, params, path)]
     about = {group: str(body.get("about", "")) for group, body in groups.items()}
     chosen = {group: about[group] for group in grids[name]}
-    return Grid(name, scale, chosen, runs, {group: text for group, text in about.items() if group not in chosen})
+    left_out = {group: text for group, text in about.items() if group not in chosen}
+    sections = {group: str(body["section"]) for group, body in groups.items() if "section" in body}
+    return Grid(name, scale, chosen, runs, left_out, sections)
 
 
 def _refuse_bad_group(name: str, body: Any, path: Path) -> None:
@@ -113,7 +116,7 @@ def _refuse_bad_group(name: str, body: Any, path: Path) -> None:
         raise UserError(f"{path}: groups.{name}.{min(unknown)}: unknown; known are {', '.join(sorted(_GROUP_KEYS))}")
     if ("cases" in body) == ("ladder" in body):
         raise UserError(f"{path}: groups.{name}: needs either `cases` or `ladder`")
-    for key in _GROUP_KEYS - {"about"}:
+    for key in _GROUP_KEYS - {"about", "section"}:
         if key in body and not isinstance(body[key], dict):
             raise UserError(f"{path}: groups.{name}.{key}: must hold keys and values")
 

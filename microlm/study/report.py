@@ -35,11 +35,12 @@ def write_report(root: Path, grid: Grid) -> Path:
 
 
 def rows_of(grid: Grid, path: Path) -> pd.DataFrame:
-    """The rows of the grid's runs, in the grid's order."""
+    """The rows of the grid's runs, in the grid's order, and the section of the report that each belongs to."""
     by_run = {row["run"]: row for row in read_results(path)}
     found = ((run, by_run[run.slug]) for run in grid.runs if run.slug in by_run)
     current = [row for run, row in found if row["overrides"] == " ".join(run.overrides)]
-    return pd.DataFrame(current, columns=COLUMNS)
+    rows = pd.DataFrame(current, columns=COLUMNS)
+    return rows.assign(section=rows["group"].replace(dict(grid.sections)))
 
 
 def report_text(rows: pd.DataFrame, grid: Grid, figure: str, notes: str = "") -> str:

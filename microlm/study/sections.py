@@ -1,5 +1,6 @@
 """The sections of STUDY.md that hold results: each a list of Markdown paragraphs, empty where no run speaks of it."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -13,7 +14,7 @@ from microlm.study.analysis import (
     ladder_results,
 )
 
-OWN_SECTION = ("alpha", "ladder", "random", "flop")
+OWN_SECTION = ("arms", "alpha", "ladder", "random", "flop")
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -21,17 +22,12 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
 
 
-def group(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
-    return rows[rows["group"].isin(names)]
-
-
-def arm_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of every group of arms, whose names begin with `arms`."""
-    return rows[rows["group"].str.startswith("arms")]
+def section(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
+    return rows[rows["section"].isin(names)]
 
 
 def arms(rows: pd.DataFrame, figure: str) -> list[str]:
-    rows = arm_rows(rows)
+    rows = section(rows, "arms")
     if rows.empty:
         return []
     return [
@@ -46,8 +42,8 @@ def others(rows: pd.DataFrame, groups: Mapping[str, str]) -> list[str]:
     """A table for each group (name -> what it is for) that has no section of its own."""
     said = []
     for name, about in groups.items():
-        part = group(rows, name)
-        if part.empty or name.startswith("arms") or name in OWN_SECTION:
+        part = section(rows, name)
+        if part.empty or name in OWN_SECTION:
             continue
         if part["alpha"].nunique() > 1:
             part = part.assign(label=part["label"] + part["alpha"].map(", alpha {:g}".format))
@@ -77,7 +73,7 @@ def _against_continued(rows: pd.DataFrame) -> list[str]:
             f"{result.continued:.4f}",
             str(result.difference),
             f"[{result.within[0]:+.4f}, {result.within[1]:+.4f}]",
-            f"{result.adjusted_p:.3f}",
+            "-" if math.isnan(result.adjusted_p) else f"{result.adjusted_p:.3f}",
         ]
         for result in results
     ]
@@ -96,8 +92,10 @@ def _said_of_arms(results: Sequence[ArmResult]) -> list[str]:
         ("worse", "Worse than the matched control"),
         ("not told apart", "Not told apart from the matched control"),
     ):
-        found = [f"{r.arm} from {r.init} ({r.difference.mean:+.4f})" for r in results if r.verdict == verdict]
+        found = [_named(result) for result in results if result.verdict == verdict]
         said.append(f"- {lead}, after the correction: {', '.join(found) or 'none'}.")
+    if untested := [_named(result) for result in results if result.verdict == "untested"]:
+        said.append(f"- One seed, hence no test: {', '.join(untested)}.")
     alone = [r for r in results if r.verdict == "not told apart" and (r.difference.below or r.difference.above)]
     if alone:
         names = ", ".join(f"{r.arm} from {r.init} ({'below' if r.difference.below else 'above'})" for r in alone)
@@ -106,6 +104,10 @@ def _said_of_arms(results: Sequence[ArmResult]) -> list[str]:
     named = ", ".join(f"{r.arm} from {r.init} ({'-' if r.each[0] < 0 else '+'})" for r in same)
     said.append(f"- The same sign in every seed: {named or 'none'}.")
     return ["\n".join(said)]
+
+
+def _named(result: ArmResult) -> str:
+    return f"{result.arm} from {result.init} ({result.difference.mean:+.4f})"
 
 
 def _hellaswag(rows: pd.DataFrame) -> str:
@@ -119,7 +121,7 @@ def _hellaswag(rows: pd.DataFrame) -> str:
 
 
 def alpha(rows: pd.DataFrame) -> list[str]:
-    rows = group(rows, "alpha")
+    rows = section(rows, "alpha")
     if rows.empty:
         return []
     values = sorted(rows["alpha"].unique())
@@ -142,7 +144,7 @@ def alpha(rows: pd.DataFrame) -> list[str]:
 
 
 def ladder(rows: pd.DataFrame, labels: Sequence[str]) -> list[str]:
-    rungs = ladder_results(group(rows, "ladder"), list(dict.fromkeys(labels)))
+    rungs = ladder_results(section(rows, "ladder"), list(dict.fromkeys(labels)))
     if not rungs:
         return []
     head = ["rung, each keeps those above", "student - continued", "student - control", "change of student - control"]

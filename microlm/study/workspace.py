@@ -7,6 +7,7 @@ repository's DVC cache, so that what one has trained the other need not.
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,14 +31,14 @@ def run(directory: Path, *command: str, check: bool = True, **variables: str) ->
     Args:
         variables: more of the environment.
     """
-    ended = subprocess.run(
-        command,
-        cwd=directory,
-        env=environment() | variables,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    # into files: queue workers inherit their starter's output, and a pipe is only at its end when all of them are gone
+    with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
+        status = subprocess.run(
+            command, cwd=directory, env=environment() | variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        ).returncode
+        out.seek(0)
+        err.seek(0)
+        ended = subprocess.CompletedProcess(command, status, out.read(), err.read())
     if check and ended.returncode:
         raise RuntimeError(
             f"{' '.join(command)} ended with {ended.returncode}: {(ended.stderr or ended.stdout).strip()}"
