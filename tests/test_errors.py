@@ -277,3 +277,22 @@ def test_file_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)
     assert sha256_file(tmp_path / "file") == sha256_bytes(content)
+
+
+def test_a_reader_that_has_seen_enough_ends_the_program_without_a_traceback(tmp_path: Path) -> None:
+    code = """
+from microlm.errors import run_stage
+def main():
+    for i in range(200_000):
+        print("line", i)
+run_stage(main)
+"""
+    ended = subprocess.run(
+        f"{sys.executable} -c '{code}' | head -1",
+        shell=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.stdout, ended.stderr) == ("line 0\n", "")
