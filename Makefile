@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro measure study verify test lint smoke plots-page
+.PHONY: help setup repro measure study verify test soak lint smoke plots-page
 
 help:
 	@echo "make repro       set up, run the pipeline (dvc repro), print the comparison table"
@@ -17,6 +17,7 @@ help:
 	@echo "make verify      after that: replay random windows of the cache through the live teacher"
 	@echo "make study       the study: STUDY.md from a grid of runs through the DVC queue; run again, it goes on"
 	@echo "make test        set up, run the tests"
+	@echo "make soak        the tests that take minutes: a study stopped and gone on with"
 	@echo "make setup       set up .venv only; then: . .venv/bin/activate"
 	@echo "make lint        ruff over the code"
 	@echo "make smoke       the whole pipeline at scale smoke, in a temporary clone"
@@ -50,6 +51,9 @@ study: $(STAMP)
 
 test: $(STAMP)
 	python -m pytest -q
+
+soak: $(STAMP)
+	MICROLM_SOAK=1 python -m pytest -q tests/test_study.py
 
 lint: $(STAMP)
 	python -m ruff check .

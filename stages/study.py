@@ -11,8 +11,9 @@ from microlm.config import load_config
 from microlm.errors import UserError, run_stage
 from microlm.study.driver import Study
 from microlm.study.grid import read_grid, read_yaml
-from microlm.study.report import write_report
-from microlm.study.results import STUDY_SCALE
+from microlm.study.report import rows_of, write_report
+from microlm.study.results import STUDY_SCALE, results_path
+from microlm.study.sections import markdown
 
 ROOT = Path(".")
 
@@ -29,11 +30,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="runs at once (default: cores / runtime.threads)")
     parser.add_argument("--list", action="store_true", help="print the runs and what each overrides; run nothing")
     parser.add_argument("--report", action="store_true", help="write the report of what is there; run nothing")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the arms' table as README.md has it; run nothing"
+    )
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: the workers too
     load_config()  # all that is wrong in params.yaml, before its copies are
     params = read_yaml(ROOT / "params.yaml")
     grid = read_grid(asked.grid, asked.scale, params)
+    if asked.markdown:
+        print(markdown(rows_of(grid, results_path(grid.scale, ROOT))), end="")
+        return
     study = Study(ROOT, grid, params)
     if asked.list:
         for task in study.tasks:

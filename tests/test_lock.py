@@ -12,6 +12,10 @@ from ruamel.yaml import YAML
 from microlm.files import read_json
 from microlm.probe.table import markdown as probe_markdown
 from microlm.report.table import markdown
+from microlm.study.grid import read_grid, read_yaml
+from microlm.study.report import report_text, rows_of
+from microlm.study.results import STUDY_SCALE, results_path
+from microlm.study.sections import markdown as study_markdown
 from tests.clones import ROOT, Clone
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -158,6 +162,17 @@ def test_no_output_turns_the_run_cache_off(name: str) -> None:
     assert [path for path, said in options(STAGES[name], "outs") if "cache" in said or "persist" in said] == []
     kept = options(STAGES[name], "metrics") + options(STAGES[name], "plots")
     assert [path for path, said in kept if said.get("cache") is not False] == []
+
+
+def test_readme_and_report_show_the_committed_study() -> None:
+    grid = read_grid("pruned", STUDY_SCALE, read_yaml(ROOT / "params.yaml"))
+    rows = rows_of(grid, results_path(STUDY_SCALE, ROOT))
+    shown = (ROOT / "README.md").read_text().split("<!-- study:begin -->\n")[1].split("<!-- study:end -->")[0]
+    assert shown == study_markdown(rows), "put what `python -m stages.study --markdown` prints into README.md"
+    notes = (ROOT / "study" / "notes.md").read_text()
+    assert (ROOT / "STUDY.md").read_text() == report_text(rows, grid, "study/study.png", notes), (
+        "make STUDY.md again with: python -m stages.study --report"
+    )
 
 
 def test_docs_show_the_committed_probe() -> None:

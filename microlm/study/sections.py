@@ -38,6 +38,17 @@ def arms(rows: pd.DataFrame, figure: str) -> list[str]:
     ]
 
 
+def markdown(rows: pd.DataFrame) -> str:
+    """For README.md: a row for each arm, a column for each start, with student minus continued over seeds."""
+    found = {(result.arm, result.init): result for result in arm_results(section(rows, "arms"))}
+    starts = [start for start in ("control", "scratch") if any(init == start for _, init in found)]
+    body = []
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        cells = [str(found[arm, start].difference) if (arm, start) in found else "not run" for start in starts]
+        body.append([f"`{arm}`", *cells])
+    return table(["student - continued", *(f"from {start}" for start in starts)], body) + "\n"
+
+
 def others(rows: pd.DataFrame, groups: Mapping[str, str]) -> list[str]:
     """A table for each group (name -> what it is for) that has no section of its own."""
     said = []
