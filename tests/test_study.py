@@ -222,6 +222,7 @@ def test_done_is_what_has_a_row_of_today_s_code_and_settings(tmp_path: Path) -> 
     clone = Clone(tmp_path)
     grid = committed()
     study = Study(tmp_path, grid, PARAMS)
+    study.csv.unlink(missing_ok=True)  # the committed study's
     assert study.todo() == study.tasks
     first, second, third = study.tasks[:3]
     for task, code in ((first, study.code), (second, "older"), (third, study.code)):
