@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from microlm.errors import UserError
+from microlm.files import read_yaml
 from microlm.schema import count, parse, positive, within
 
 PARAMS = Path("params.yaml")
@@ -246,11 +244,6 @@ class Config:
     def largest_alpha(self) -> float:
         return self.alpha if self.alpha_schedule == "constant" else max(self.alpha, self.alpha_final)
 
-    @property
-    def cache_temperature(self) -> float:
-        """The temperature at which the cache is read; the notebook's is part of its loss."""
-        return NOTEBOOK_TEMPERATURE if self.objective == "notebook" else self.temperature
-
     def problems(self) -> list[str]:
         if self.at is None:
             return []
@@ -296,12 +289,6 @@ def load_config(path: str | Path = PARAMS) -> Config:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is not there; run from the top folder of the repository") from None
-    except (UnicodeDecodeError, YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not readable as YAML: {reason}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must hold keys and values, e.g. `scale: laptop`")
-    return raw
+        return read_yaml(path, "run from the top folder of the repository", "scale: laptop")
+    except UserError as error:
+        raise ConfigError(str(error)) from None

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from microlm.errors import UserError
 
 
@@ -101,6 +104,27 @@ def read_json(path: str | Path, made_by: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (not a JSON object); make it again with: dvc repro -f -s {made_by}")
     return value
+
+
+def read_yaml(path: Path, absent: str, example: str) -> dict[str, Any]:
+    """A YAML 1.2 file that holds keys and values.
+
+    Args:
+        absent: how to mend that it is not there.
+        example: of a key and its value.
+
+    Raises:
+        UserError: it is not there, not YAML or not keys and values; one line.
+    """
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; {absent}") from None
+    except (UnicodeDecodeError, YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must hold keys and values, e.g. `{example}`")
+    return raw
 
 
 def sha256_bytes(content: bytes) -> str:

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
+from microlm import files
 from microlm.config import Config, ConfigError, load_config
 from microlm.errors import UserError
 from microlm.files import sha256_json
@@ -75,16 +73,8 @@ def rendered(value: Any) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML 1.2 file that holds keys and values. UserError in one line otherwise."""
-    try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; take it from Git again: git checkout {path}") from None
-    except (UnicodeDecodeError, YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: must hold keys and values, e.g. `seeds: [1, 2, 3]`")
-    return raw
+    """A YAML file of the repository. UserError in one line where it is not one."""
+    return files.read_yaml(path, f"take it from Git again: git checkout {path}", "seeds: [1, 2, 3]")
 
 
 def read_grid(name: str, scale: str, params: Mapping[str, Any], path: Path = GRID) -> Grid:
