@@ -1,7 +1,9 @@
 """Stream the corpus through the tokenizer into token shards -> data/shards/, metrics/tokenize.json."""
 
 import os
+import signal
 import time
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,49 +11,49 @@ from typing import Any
 from tqdm import tqdm
 
 from microlm.config import load_config
-from microlm.corpus.shards import SHARDS_DIRECTORY, write_shards
-from microlm.corpus.sources import describe, documents
-from microlm.corpus.tokenizer import AWKWARD_TEXTS, build_tokenizer
+from microlm.corpus import encoding, hub, shards, sources, tokenizer, writing
 from microlm.errors import run_stage
 from microlm.files import write_json
+from microlm.scratch import code_digest, scratch
 
 METRICS = Path("metrics/tokenize.json")
 CHECKED_DOCUMENTS = 500
-COUNTS = ("documents", "tokens", "text_bytes")
+CODE = (encoding, hub, shards, sources, tokenizer, writing)
 
 
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    splits = {name: {key: split[key] for key in COUNTS} for name, split in manifest["splits"].items()}
-    total = {key: sum(split[key] for split in splits.values()) for key in COUNTS}
+    splits = {name: {key: split[key] for key in writing.COUNTS} for name, split in manifest["splits"].items()}
+    total = {key: sum(split[key] for split in splits.values()) for key in writing.COUNTS}
     return {**total, "bytes_per_token": total["text_bytes"] / total["tokens"], **splits}
 
 
 def main() -> None:
     config = load_config()
     corpus, threads = config.at.corpus, config.at.runtime.threads
+    if corpus.source == "hub":
+        # where pyarrow waits for the hub no handler would run; what is finished is on the disk at any moment
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     started = time.perf_counter()
-    tokenizer = build_tokenizer(corpus.tokenizer)
-    tokenizer.check(AWKWARD_TEXTS)
-    tokenizer.check(islice(documents(corpus), CHECKED_DOCUMENTS))
-    with tqdm(unit="B", unit_scale=True, desc="tokenize", disable=None, leave=False) as bar:
+    encoder = tokenizer.build_tokenizer(corpus.tokenizer)
+    source = sources.describe(corpus)
+    inputs = [asdict(corpus), source, encoder.fingerprint, code_digest(*CODE)]
+    with scratch("tokenize", inputs) as directory, tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
         def progress(n_documents: int, n_tokens: int, n_bytes: int) -> None:
             bar.set_postfix(documents=n_documents, tokens=n_tokens, refresh=False)
             bar.update(n_bytes - bar.n)
 
-        manifest = write_shards(
-            documents(corpus),
-            tokenizer,
-            SHARDS_DIRECTORY,
-            describe(corpus),
-            validation_fraction=corpus.validation_fraction,
-            shard_tokens=corpus.shard_tokens,
-            train_tokens=corpus.train_tokens,
-            threads=os.cpu_count() or 1 if threads == "auto" else threads,
-            progress=progress,
-        )
-    metrics = summary(manifest)
-    write_json(METRICS, {**metrics, "elapsed_s": round(time.perf_counter() - started, 1)})
+        writer = writing.ShardWriter(directory, encoder, corpus.shard_tokens, corpus.train_tokens)
+        if not writer.counts()[0]:
+            encoder.check(tokenizer.AWKWARD_TEXTS)
+            encoder.check(islice(sources.documents(corpus), CHECKED_DOCUMENTS))
+        else:
+            print("tokenize: goes on behind {:,} documents, {:,} tokens".format(*writer.counts()), flush=True)
+        rest = sources.batches(corpus, start=writer.position)
+        workers = os.cpu_count() or 1 if threads == "auto" else threads
+        writer.write(encoding.encoded(rest, encoder, corpus.validation_fraction, workers), progress)
+        metrics = summary(writer.publish(shards.SHARDS_DIRECTORY, source))
+        write_json(METRICS, {**metrics, "elapsed_s": round(time.perf_counter() - started, 1)})
     train, val = (metrics[split]["tokens"] for split in ("train", "val"))
     print(f"tokenize: {metrics['documents']:,} documents, {train:,} training and {val:,} validation tokens")
 

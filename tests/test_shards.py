@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microlm.corpus.shards import HEADER, MAGIC, VERSION, TokenShards, split_of, token_dtype, write_shards
+from microlm.config import CorpusConfig
+from microlm.corpus.shards import HEADER, MAGIC, VERSION, TokenShards, split_of, token_dtype
+from microlm.corpus.sources import documents
 from microlm.corpus.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from microlm.errors import UserError
-from microlm.files import sha256_json
+from microlm.files import read_json, sha256_file, sha256_json, write_json
+from tests.toy_shards import write_shards
 
 FIXTURE = Path(__file__).parent / "fixtures" / "documents.jsonl"
 TEXTS = [json.loads(line)["text"] for line in FIXTURE.read_text(encoding="utf-8").splitlines()]
@@ -29,7 +32,7 @@ def tokenizer(parts: Path) -> Tokenizer:
 
 def write(target: Path, tokenizer: Tokenizer, texts: list[str] = TEXTS, **changes: Any) -> dict[str, Any]:
     options = {"validation_fraction": FRACTION, "shard_tokens": 1500, **changes}
-    return write_shards(texts, tokenizer, target, {"source": "test"}, **options)
+    return write_shards(texts, tokenizer, target, **options)
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +82,38 @@ def test_reading_outside_is_an_index_error(folder: Path) -> None:
             shards.read(start, length)
 
 
-def test_the_same_corpus_gives_the_same_bytes_whatever_the_threads(
+def test_the_same_corpus_gives_the_same_bytes_whatever_the_workers(
     folder: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    write(tmp_path / "again", tokenizer, threads=3)
+    write(tmp_path / "again", tokenizer, workers=3)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert names == sorted(
         str(path.relative_to(tmp_path / "again")) for path in (tmp_path / "again").rglob("*") if path.is_file()
     )
     assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
+
+
+# sha256 of manifest.json without its seal, and so of every shard, as one process wrote them when nothing was resumed or
+# shared out
+GOLDEN = {
+    "gpt2": "35267e85293d357cf6120e970b4f87ec0dbbb829456ab04f67e572c01e8a111f",  # the fixture, as at scale smoke
+    "smollm2": "01590d7a17a6669fdb7e75a27b3a96f3396dd89d94cd4f32368d3f0ab509eb55",  # 300 packaged documents
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_bytes_are_those_that_were_always_written(parts: Path, tmp_path: Path, name: str, workers: int) -> None:
+    packaged = CorpusConfig("packaged", name, validation_fraction=0.04, train_tokens=None, shard_tokens=8192)
+    texts, fraction = (TEXTS, 0.1) if name == "gpt2" else (list(islice(documents(packaged, parts), 300)), 0.04)
+    options = {"validation_fraction": fraction, "shard_tokens": 8192, "workers": workers}
+    write(tmp_path / "shards", build_tokenizer(name, parts), texts, **options)
+    manifest = read_json(tmp_path / "shards" / "manifest.json", "tokenize")
+    del manifest["sha256"]
+    write_json(tmp_path / "unsealed.json", manifest)
+    assert sha256_file(tmp_path / "unsealed.json") == GOLDEN[name]
+    for split in ("train", "val"):
+        TokenShards(tmp_path / "shards", split)  # holds every file against the manifest
 
 
 def test_copies_of_a_document_fall_into_one_split(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -108,9 +108,9 @@ def test_files_that_give_no_text_are_an_error(tmp_path: Path, prepare: Callable[
         list(documents(config(paths=[str(tmp_path / "nothing*")])))
 
 
-def fineweb_edu(folder: Path, texts: list[str]) -> Path:
-    """A dataset folder with FineWeb-Edu's layout and schema."""
-    row = {
+def fineweb_edu_row() -> dict[str, Any]:
+    """What FineWeb-Edu says of a document beside its text."""
+    return {
         "id": "<urn:uuid:0>",
         "dump": "CC-MAIN-2024-10",
         "url": "http://example.org/",
@@ -121,6 +121,10 @@ def fineweb_edu(folder: Path, texts: list[str]) -> Path:
         "score": 3.2,
         "int_score": 3,
     }
+
+
+def fineweb_edu(folder: Path, texts: list[str]) -> Path:
+    """A dataset folder with FineWeb-Edu's layout and schema."""
     files = {
         "sample/10BT/000_00000": texts[:2],
         "sample/10BT/001_00000": texts[2:],
@@ -129,7 +133,7 @@ def fineweb_edu(folder: Path, texts: list[str]) -> Path:
     for name, half in files.items():
         path = folder / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_parquet(path, [{"text": text, **row} for text in half])
+        write_parquet(path, [{"text": text, **fineweb_edu_row()} for text in half])
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
     card += "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
     (folder / "README.md").write_text(card)

@@ -81,16 +81,16 @@ class Batches:
         epochs, offsets = np.divmod(places, len(self.windows))
         return np.concatenate([self._permuted(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        """The step's forward passes, in order."""
-        windows = self.of_step(step)
-        rows = self.config.micro_batch_rows
-        return [
-            read_batch(self.shards, windows[i : i + rows], self.config.seq_len) for i in range(0, len(windows), rows)
-        ]
+    def micro_batches(self, step: int, first: int = 0, every: int = 1) -> list[Batch]:
+        """The step's forward passes, in order; of several processes each takes `every`-th ones from its `first` on."""
+        windows, rows = self.of_step(step), self.config.micro_batch_rows
+        starts = range(0, len(windows), rows)[first::every]
+        return [read_batch(self.shards, windows[i : i + rows], self.config.seq_len) for i in starts]
 
     def _permuted(self, epoch: int) -> np.ndarray:
-        if self._order[0] != epoch:
+        found, windows = self._order  # read at once: another thread may ask for another epoch
+        if found != epoch:
             order = np.random.Generator(np.random.PCG64([self.seed, int(epoch)])).permutation(len(self.windows))
-            self._order = (epoch, self.windows[order])
-        return self._order[1]
+            windows = self.windows[order]
+            self._order = (epoch, windows)
+        return windows

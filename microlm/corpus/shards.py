@@ -6,23 +6,19 @@ tokens: uint16 where the vocabulary allows, else uint32. `manifest.json`, writte
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import UserError
-from microlm.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
+from microlm.files import read_json, refuse_unsealed, sha256_file, sha256_json
 
 FORMAT = "microlm-shards"
 VERSION = 1
 MAGIC = b"MICROLM1"
 HEADER = struct.Struct("<8sIIQ232x")  # magic, version, bytes a token, tokens: 256 bytes
 SHARDS_DIRECTORY = Path("data/shards")
-BATCH_DOCUMENTS = 1024
 REMAKE = "make it again with: dvc repro -f -s tokenize"
 
 Split = Literal["train", "val"]
@@ -37,134 +33,6 @@ def split_of(text: str, validation_fraction: float) -> Split:
     """The split of a document: a function of its text alone, so that copies of it are never on both sides."""
     hashed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return "val" if hashed < validation_fraction * 2**64 else "train"
-
-
-class ShardWriter:
-    """Writes one split into `directory`, a shard at a time; holds no more than one document in memory."""
-
-    def __init__(
-        self, directory: Path, split: Split, tokenizer: Tokenizer, shard_tokens: int, limit: int | None = None
-    ) -> None:
-        """`limit`: tokens after which the split is full; the last document is cut to fit."""
-        self.documents = self.tokens = self.text_bytes = 0
-        self._directory, self._split, self._tokenizer = directory, split, tokenizer
-        self._shard_tokens, self._limit = shard_tokens, limit
-        self._dtype = token_dtype(tokenizer.n_vocab)
-        self._eot = np.array([tokenizer.eot_id], self._dtype)
-        self._shards: list[dict[str, Any]] = []
-        self._file = None
-        self._in_file = 0
-
-    @property
-    def full(self) -> bool:
-        return self._limit is not None and self.tokens >= self._limit
-
-    def write(self, ids: np.ndarray) -> None:
-        """Append one document: the end-of-text token, then `ids` [n]. Nothing is written once the split is full."""
-        if self.full:
-            return
-        document = np.concatenate((self._eot, ids.astype(self._dtype)))
-        if self._limit is not None:
-            document = document[: self._limit - self.tokens]
-        self.documents += 1
-        self.tokens += len(document)
-        self.text_bytes += int(self._tokenizer.byte_lengths[document].sum())
-        while len(document):
-            if self._file is None:
-                self._open()
-            fits = document[: self._shard_tokens - self._in_file]
-            self._file.write(fits.tobytes())
-            self._in_file += len(fits)
-            document = document[len(fits) :]
-            if self._in_file == self._shard_tokens:
-                self._close_file()
-
-    def _open(self) -> None:
-        path = self._directory / f"{self._split}-{len(self._shards):05d}.bin"
-        self._file, self._in_file = open(path, "wb"), 0
-        self._file.write(bytes(HEADER.size))
-
-    def _close_file(self) -> None:
-        path = Path(self._file.name)
-        self._file.seek(0)
-        self._file.write(HEADER.pack(MAGIC, VERSION, self._dtype.itemsize, self._in_file))
-        self._file.close()
-        self._file = None
-        self._shards.append({"file": path.name, "tokens": self._in_file, "sha256": sha256_file(path)})
-
-    def close(self) -> dict[str, Any]:
-        """Finish the last shard; returns the split's entry in the manifest."""
-        if self._file is not None:
-            self._close_file()
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-            "digest": sha256_json([shard["sha256"] for shard in self._shards]),
-            "shards": self._shards,
-        }
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, BATCH_DOCUMENTS)):
-        yield batch
-
-
-def write_shards(
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    target: Path,
-    source: dict[str, Any],
-    *,
-    validation_fraction: float,
-    shard_tokens: int,
-    train_tokens: int | None = None,
-    threads: int = 1,
-    progress: Callable[[int, int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Tokenize `documents` into the shard folder `target`, whole or not at all; returns its manifest.
-
-    Args:
-        source: what the manifest says about where the documents come from.
-        train_tokens: stop once the training split has this many tokens; None reads everything.
-        progress: called after each batch with the documents, tokens and bytes of text written so far.
-
-    Raises:
-        UserError: a split would be empty.
-    """
-    with atomic_directory(target) as directory:
-        train = ShardWriter(directory, "train", tokenizer, shard_tokens, train_tokens)
-        val = ShardWriter(directory, "val", tokenizer, shard_tokens)
-        for batch in _batches(documents):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch, threads), strict=True):
-                (val if split_of(text, validation_fraction) == "val" else train).write(ids)
-                if train.full:
-                    break
-            if progress:
-                progress(*(getattr(train, key) + getattr(val, key) for key in ("documents", "tokens", "text_bytes")))
-            if train.full:
-                break
-        splits = {"train": train.close(), "val": val.close()}
-        _refuse_empty(splits)
-        tokenizer.save(directory / "tokenizer")
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "fingerprint", "n_vocab", "eot_id")},
-            "source": source,
-            "splits": splits,
-        }
-        write_json(directory / "manifest.json", manifest)
-    return manifest
-
-
-def _refuse_empty(splits: dict[str, dict[str, Any]]) -> None:
-    documents = sum(split["documents"] for split in splits.values())
-    for name, split in splits.items():
-        if not split["tokens"]:
-            mend = "give more documents or change corpus.validation_fraction"
-            raise UserError(f"corpus: none of its {documents} documents fell into the {name} split; {mend}")
 
 
 class TokenShards:
@@ -183,6 +51,7 @@ class TokenShards:
         directory = Path(directory)
         self.split = split
         self.manifest = read_json(directory / "manifest.json", "tokenize")
+        refuse_unsealed(self.manifest, directory / "manifest.json", REMAKE)
         if (self.manifest.get("format"), self.manifest.get("version")) != (FORMAT, VERSION):
             raise UserError(f"{directory / 'manifest.json'}: not {FORMAT} version {VERSION}; {REMAKE}")
         entry = self.manifest["splits"][split]

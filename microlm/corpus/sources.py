@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import datasets
 import pyarrow
 
 from microlm.config import CorpusConfig
+from microlm.corpus import hub
 from microlm.corpus import parts as packaged
 from microlm.errors import UserError
 from microlm.files import sha256_file
@@ -26,26 +28,69 @@ datasets.utils.logging.set_verbosity(
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 READ_ERRORS = (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+BATCH_DOCUMENTS = 1024
 
 
-def documents(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> Iterator[str]:
-    """The texts of the corpus, one document each, always in the same order.
+@dataclass(frozen=True)
+class Position:
+    """How far a corpus has been read: `row` documents of file number `file`, and all of the files before it."""
+
+    file: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts that follow one another in one file; `after` is the position behind the last."""
+
+    texts: list[str]
+    after: Position
+
+
+@dataclass(frozen=True)
+class _File:
+    """Documents that are opened together. `complaint` and `mend`: what an error says where they cannot be read."""
+
+    name: str
+    column: str
+    open: Callable[[], datasets.IterableDataset]
+    complaint: str
+    mend: str = ""
+
+
+def batches(
+    config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY, start: Position | None = None
+) -> Iterator[Documents]:
+    """The documents of the corpus from `start` on, always in the same order, at most BATCH_DOCUMENTS at a time.
+
+    Files before `start` are not opened; the rows before it are read again, but not looked at.
 
     Raises:
         UserError: no file matches, a column is missing, a document has no text, nothing is there at all, or the hub
             is out of reach.
     """
-    reader: Callable[[], Iterator[str]] = {
-        "packaged": lambda: _packaged(parts),
-        "files": lambda: _files(config),
-        "hub": lambda: _hub(config),
-    }[config.source]
-    empty = True
-    for text in reader():
-        empty = False
-        yield text
+    files = {"packaged": lambda: [_packaged(parts)], "files": lambda: _files(config), "hub": lambda: _hub(config)}
+    start = start or Position()
+    empty = start == Position()
+    for number, file in enumerate(files[config.source]()):
+        row = start.row if number == start.file else 0
+        if number < start.file:
+            continue
+        try:
+            for texts in _texts(file, row):
+                empty = False
+                row += len(texts)
+                yield Documents(texts, Position(number, row))
+        except READ_ERRORS as error:
+            raise UserError(f"{file.name}: {file.complaint} ({_short(error)}){file.mend}") from None
     if empty:
         raise UserError(f"corpus.source {config.source}: holds no document; name one that does")
+
+
+def documents(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> Iterator[str]:
+    """The texts of the corpus, one document each: `batches` from the start, one by one."""
+    for batch in batches(config, parts):
+        yield from batch.texts
 
 
 def describe(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> dict[str, Any]:
@@ -65,7 +110,7 @@ def describe(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> di
     return {"source": "hub", "dataset": config.dataset, "subset": config.subset, "revision": config.revision}
 
 
-def _packaged(parts: Path) -> Iterator[str]:
+def _packaged(parts: Path) -> _File:
     """Leads of Wikipedia articles and BoolQ's passages, mixed by a hash of the text, the same everywhere."""
     wiki = packaged.part_file(packaged.WIKI, packaged.WIKI_SUMMARIES, parts)
     boolq = packaged.part_file(packaged.EVALUATION, packaged.BOOLQ, parts)
@@ -78,7 +123,8 @@ def _packaged(parts: Path) -> Iterator[str]:
     texts += sorted({passage.strip() for passage in passages})
     # not the hash that chooses the validation split: in its order, validation would come first
     texts.sort(key=lambda text: hashlib.sha256(b"order\0" + text.encode()).digest())
-    return iter(texts)
+    rows = datasets.Dataset.from_dict({"text": texts})
+    return _File(str(parts), "text", rows.to_iterable_dataset, "not readable")
 
 
 def matching_files(paths: Iterable[str]) -> list[Path]:
@@ -97,47 +143,56 @@ def matching_files(paths: Iterable[str]) -> list[Path]:
     return sorted(found)
 
 
-def _files(config: CorpusConfig) -> Iterator[str]:
-    """Every document of every file. A .txt file is one document; its text needs no column."""
+def _files(config: CorpusConfig) -> Iterator[_File]:
+    """A .txt file is one document; its text needs no column."""
     for path in matching_files(config.paths or []):
         if not path.stat().st_size:
             raise UserError(f"{path}: empty; mend the file or leave it out of corpus.paths")
         builder = BUILDERS[path.suffix]
         options = {"sample_by": "document"} if builder == "text" else {}
-        try:
-            rows = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
-            yield from _texts(rows, "text" if builder == "text" else config.text_column, str(path))
-        except READ_ERRORS as error:
-            raise UserError(f"{path}: not readable as {builder} ({_short(error)})") from None
+        column = "text" if builder == "text" else config.text_column
+        yield _File(str(path), column, _opener(builder, str(path), **options), f"not readable as {builder}")
 
 
-def _hub(config: CorpusConfig) -> Iterator[str]:
-    where = f"{config.dataset} at {config.revision}"
+def _hub(config: CorpusConfig) -> list[_File]:
+    """The files of the dataset's training split, in its order."""
+    name = f"{config.dataset} at {config.revision}"
+    complaint, mend = "not readable from the hub", f"; {hub.MEND}"
     try:
-        rows = datasets.load_dataset(
-            config.dataset, name=config.subset, split="train", streaming=True, revision=config.revision
-        )
-        yield from _texts(rows, config.text_column, where)
-    except READ_ERRORS as error:
-        mend = "check corpus.dataset, subset and revision and the network, or use source: files"
-        raise UserError(f"{where}: not readable from the hub ({_short(error)}); {mend}") from None
+        builder = hub.find_dataset(config)
+        files = builder.config.data_files["train"]
+    except (*READ_ERRORS, KeyError) as error:
+        raise UserError(f"{name}: {complaint} ({_short(error)}){mend}") from None
+    return [
+        _File(f"{name}, {Path(str(file)).name}", config.text_column, _opener(builder.name, str(file)), complaint, mend)
+        for file in files
+    ]
 
 
-def _texts(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[str]:
-    """The texts in `column`, each checked. Rows are counted from 1."""
-    for number, row in enumerate(rows, start=1):
-        if column not in row:
+def _opener(builder: str, file: str, **options: Any) -> Callable[[], datasets.IterableDataset]:
+    return lambda: datasets.load_dataset(builder, data_files=[file], split="train", streaming=True, **options)
+
+
+def _texts(file: _File, row: int) -> Iterator[list[str]]:
+    """The texts of `file` behind its first `row` rows, each checked. Rows are counted from 1 in messages."""
+    # by batches: a row at a time, `datasets` needs fifteen times as long
+    for columns in file.open().skip(row).iter(BATCH_DOCUMENTS):
+        if file.column not in columns:
             raise UserError(
-                f"{where}: has no column {column!r}, only {', '.join(row)}; set corpus.text_column to one of them"
+                f"{file.name}: has no column {file.column!r}, only {', '.join(columns)}; "
+                "set corpus.text_column to one of them"
             )
-        text = row[column]
-        if not isinstance(text, str):
-            raise UserError(
-                f"{where}: row {number}: {column!r} holds {type(text).__name__}, not text; mend or remove the row"
-            )
-        if not text.strip():
-            raise UserError(f"{where}: row {number}: the document has no text; mend or remove the row")
-        yield text
+        texts = columns[file.column]
+        for number, text in enumerate(texts, start=row + 1):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise UserError(
+                    f"{file.name}: row {number}: {file.column!r} holds {kind}, not text; mend or remove the row"
+                )
+            if not text.strip():
+                raise UserError(f"{file.name}: row {number}: the document has no text; mend or remove the row")
+        row += len(texts)
+        yield texts
 
 
 def _short(error: BaseException) -> str:

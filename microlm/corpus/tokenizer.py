@@ -31,7 +31,7 @@ from microlm.corpus.definition import (
     vocabulary_bytes,
 )
 from microlm.errors import UserError
-from microlm.files import atomic_file, sha256_bytes, sha256_json, write_json
+from microlm.files import atomic_file, check_sums, sha256_bytes, sha256_json, write_json
 
 # Where implementations of the same tokenizer are known to differ.
 AWKWARD_TEXTS = (
@@ -54,6 +54,7 @@ class Tokenizer:
     Attributes:
         n_vocab: number of ids, without padding.
         eot_id: id of the end-of-text token, which stands before every document.
+        special_tokens: {spelling: id}.
         fingerprint: sha256 over what decides the ids: bytes of each, special and added tokens, pattern, normalizer.
         byte_lengths: int32 [n_vocab], bytes of text behind each id; 0 for special tokens.
     """
@@ -61,16 +62,16 @@ class Tokenizer:
     def __init__(self, name: str, definition: dict[str, Any], source: str) -> None:
         """`definition` is the content of a tokenizer.json, `source` where it came from (for error messages)."""
         self.name = name
-        self._definition = definition
+        self._definition, self._source = definition, source
         model = definition["model"]
         added = definition.get("added_tokens") or []
-        self._special = {token["content"]: token["id"] for token in added if token["special"]}
+        self.special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
         self._added = {token["content"]: token["id"] for token in added if not token["special"]}
-        if END_OF_TEXT not in self._special:
+        if END_OF_TEXT not in self.special_tokens:
             raise UserError(
                 f"{source}: has no special token {END_OF_TEXT} to stand between documents; use another tokenizer"
             )
-        self.eot_id = self._special[END_OF_TEXT]
+        self.eot_id = self.special_tokens[END_OF_TEXT]
         reserved = {token["id"] for token in added}
         ranks = vocabulary_bytes(model["vocab"], reserved, source)
         self.n_vocab = 1 + max(chain(ranks.values(), reserved))
@@ -92,13 +93,17 @@ class Tokenizer:
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot_id}
         )
 
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, dict[str, Any], str]]:
+        # for another process: a copied reference would forget to read special spellings as plain text
+        return Tokenizer, (self.name, self._definition, self._source)
+
     def _fingerprint(self, pattern: str) -> str:
         tokens = sha256_bytes(b"".join(len(content).to_bytes(4, "little") + content for content in self._bytes))
         normalizer = self._definition.get("normalizer")
         return sha256_json(
             {
                 "tokens": tokens,
-                "special": self._special,
+                "special": self.special_tokens,
                 "added": self._added,
                 "pattern": pattern,
                 "normalizer": normalizer,
@@ -123,15 +128,26 @@ class Tokenizer:
         plain = text
         if self._normalizer and not text.isascii():
             plain = self._normalizer.normalize_str(text)
-        if any(token in plain for token in self._shortest_added):
-            ids = self._encode_around_added(plain)
-        else:
-            ids = self._core.encode_to_numpy(plain, disallowed_special=())
+        ids = self.encode_as_it_is(plain)
         if (
             len(ids) and ids.max() >= self.n_vocab
         ):  # a byte without an id: the reference drops it, then merges its neighbours
             return np.array(self.reference.encode(text, add_special_tokens=False).ids, np.uint32)
         return ids
+
+    def encode_as_it_is(self, text: str) -> np.ndarray:
+        """Ids of `text` without the normalizer, uint32. A byte that the vocabulary lacks has one from n_vocab on."""
+        if any(token in text for token in self._shortest_added):
+            return self._encode_around_added(text)
+        return self._core.encode_to_numpy(text, disallowed_special=())
+
+    def encode_piece(self, content: bytes) -> list[int]:
+        """Ids of any bytes merged as one word, without normalizer and pattern; from n_vocab on as above."""
+        return self._core._encode_single_piece(content)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Bytes of text behind an id: none for a special token, one for an id from n_vocab on."""
+        return self._bytes[token] if token < self.n_vocab else self._core.decode_single_token_bytes(token)
 
     def _encode_around_added(self, text: str) -> np.ndarray:
         """Added tokens that are not special cut the text before the pattern sees it, the longest first."""
@@ -273,6 +289,7 @@ def build_tokenizer(spec: str, parts: Path = packaged.PARTS_DIRECTORY) -> Tokeni
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote: the same ids and fingerprint."""
     directory = Path(directory)
+    check_sums(directory, ("tokenizer.json", "tokenizer_config.json"), "make it again with: dvc repro -f -s tokenize")
     try:
         name = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("name_or_path")
     except (OSError, ValueError) as error:

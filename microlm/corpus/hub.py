@@ -1,0 +1,54 @@
+"""A dataset on the hub, at its pinned revision: found, or refused in one line that says what to mend."""
+
+import tempfile
+from pathlib import Path
+
+import datasets
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from microlm.config import CorpusConfig
+from microlm.corpus.patience import be_patient
+from microlm.errors import UserError
+
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # counts are another host's, whose absence would be waited out
+
+MEND = "check corpus.dataset, subset and revision and the network, or use source: files"
+LOG_IN = "log in (hf auth login, or HF_TOKEN)"
+
+
+def find_dataset(config: CorpusConfig) -> datasets.DatasetBuilder:
+    """The builder of the subset, whose `config.data_files` has the files of each split. A folder passes for a dataset.
+
+    Raises:
+        UserError: the hub refuses for good (no such dataset or revision, no access), or is out of reach for minutes.
+    """
+    be_patient()
+    if not Path(config.dataset).exists():
+        _refuse_absent(config)
+    # an empty cache: `datasets` would fall back on whichever revision it finds there
+    with tempfile.TemporaryDirectory() as empty:
+        return datasets.load_dataset_builder(
+            config.dataset, name=config.subset, revision=config.revision, cache_dir=empty
+        )
+
+
+def _refuse_absent(config: CorpusConfig) -> None:
+    where = f"{config.dataset} at {config.revision}"
+    try:
+        HfApi().dataset_info(config.dataset, revision=config.revision)
+    except GatedRepoError:
+        mend = f"accept its terms on the dataset's page, then {LOG_IN}"
+        raise UserError(f"{where}: the hub gives this dataset only to who has accepted its terms; {mend}") from None
+    except RevisionNotFoundError:
+        mend = "set corpus.revision to the full hash of one of its commits"
+        raise UserError(f"{where}: the hub has the dataset, but no such revision; {mend}") from None
+    except RepositoryNotFoundError:
+        mend = f"correct corpus.dataset, or {LOG_IN} with an account that may read it"
+        raise UserError(f"{where}: the hub has no such dataset, or hides it; {mend}") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status not in (401, 403):
+            raise
+        mend = f"{LOG_IN} with an account that may read it, or unset HF_TOKEN where it is no longer valid"
+        raise UserError(f"{where}: the hub refuses access (HTTP status {status}); {mend}") from None
