@@ -27,8 +27,10 @@ from microlm.pipeline.teachers import load_fitting_teacher
 from microlm.runtime import Runtime, set_up
 from microlm.teacher.cache import TeacherCache, cache_identity
 from microlm.teacher.live import LiveTeacher
+from microlm.training.feed import Feed
 from microlm.training.loop import Loss, accumulate_gradients
 from microlm.training.optimizer import Optimizers
+from microlm.training.replica import Replica
 
 SHARDS, CACHE, CONTROL = Path("data/shards"), Path("data/teacher"), Path("models/control")
 OBJECTIVES = ("fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd", "notebook")
@@ -55,8 +57,10 @@ def variants(config: Config, runtime: Runtime, model: StudentLM, only: list[str]
 
 
 def step_of(model: StudentLM, batches: Batches, loss: Loss, optimizers: Optimizers) -> Callable[[int], None]:
+    replica, feed = Replica(model), Feed(batches, model.head_weight.device)
+
     def step(index: int) -> None:
-        accumulate_gradients(model, batches, loss, index, 0.5)
+        accumulate_gradients(replica, feed, loss, index, 0.5)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(0.0)  # the arithmetic of an update that leaves the weights as they are
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from microlm.language_model import KeysValues, Prefix
+
 INIT_STD = 0.02
-KeysValues = tuple[Tensor, Tensor]
-"""Of one layer, each [B, H, T, E]."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,16 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def extend(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+    def extend(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, KeysValues]:
         """`forward` of positions that follow those of `past`, and the keys and values of both together."""
         q, k, v = self._project(x_BTD, cos, sin)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        before = k.shape[2] - q.shape[2]
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+        if mask is None:
+            before = k.shape[2] - q.shape[2]
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
@@ -129,8 +132,10 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def extend(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
-        attended, kept = self.self_attn.extend(self.input_layernorm(x), cos, sin, past)
+    def extend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        attended, kept = self.self_attn.extend(self.input_layernorm(x), cos, sin, past, mask)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kept
 
@@ -147,6 +152,8 @@ class Trunk(nn.Module):
 
 class StudentLM(nn.Module):
     """The student. `hidden` and `logits` are apart, so that the loss and the scorers choose where the head runs."""
+
+    plain_head = True
 
     def __init__(self, shape: ModelShape, seed: int = 0) -> None:
         super().__init__()
@@ -184,35 +191,65 @@ class StudentLM(nn.Module):
         """Compile the block's training pass; all layers share one graph. Evaluation, whose shapes vary, stays eager."""
         self._training_block = torch.compile(Block.__call__, dynamic=False)
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
         """Final normed hidden states.
 
         Args:
             tokens: int64 [B, T].
-            positions: int64 [B, T]; None counts from 0.
-            mask: bool [B, 1, T, T], True where attention may look; None is causal.
+            positions: int64 [B, T]; None counts from 0, or from where `prefix` ends.
+            mask: bool [B, 1, T, T], True where attention may look; None is causal. After a prefix of P tokens it is
+                [B, 1, T, P + T].
+            prefix: what `read_prefix` returned; the rows go on after it.
 
         Returns:
             [B, T, D] in the activations' dtype.
         """
         x = self.model.embed_tokens(tokens).to(self.activation_dtype)
+        before = 0 if prefix is None else prefix.length
         if positions is None:
-            cos, sin = self.cos[None, : tokens.shape[1]], self.sin[None, : tokens.shape[1]]
+            cos, sin = self._turns(slice(before, before + tokens.shape[1]))
         else:
             cos, sin = self.cos[positions], self.sin[positions]
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        if prefix is not None:
+            for index, layer in enumerate(self.model.layers):
+                x, _ = layer.extend(x, cos, sin, prefix.layer(index, len(x)), mask)
+            return self.model.norm(x)
         block = self._training_block if self.training and mask is None else Block.__call__
         for layer in self.model.layers:
             x = block(layer, x, cos, sin, mask)
         return self.model.norm(x)
+
+    def read_prefix(self, tokens: Tensor, prefix: Prefix | None = None) -> Prefix:
+        """Keys and values of tokens int64 [P] or [R, P], read after `prefix` if there is one."""
+        tokens = torch.atleast_2d(tokens)
+        before = 0 if prefix is None else prefix.length
+        x = self.model.embed_tokens(tokens).to(self.activation_dtype)
+        cos, sin = (turn.to(x.dtype) for turn in self._turns(slice(before, before + tokens.shape[1])))
+        span = []
+        for index, layer in enumerate(self.model.layers):
+            past = None if prefix is None else prefix.layer(index, len(x))
+            x, (keys, values) = layer.extend(x, cos, sin, past)
+            span.append((keys[:, :, before:].clone(), values[:, :, before:].clone()))  # a view would keep the rest
+        spans = () if prefix is None else prefix.spans
+        return Prefix((*spans, tuple(span)), self.model.norm(x[:, -1]))
+
+    def _turns(self, span: slice) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions in `span`, each [1, T, E]."""
+        return self.cos[None, span], self.sin[None, span]
 
     def extend(self, tokens: Tensor, cache: list[KeysValues] | None = None) -> tuple[Tensor, list[KeysValues]]:
         """Hidden states [B, T, D] of tokens [B, T] that follow those in `cache` (None: none), and the longer cache."""
         past = [None] * len(self.model.layers) if cache is None else cache
         start = 0 if cache is None else cache[0][0].shape[2]
         x = self.model.embed_tokens(tokens).to(self.activation_dtype)
-        span = slice(start, start + tokens.shape[1])
-        cos, sin = self.cos[None, span].to(x.dtype), self.sin[None, span].to(x.dtype)
+        cos, sin = (turn.to(x.dtype) for turn in self._turns(slice(start, start + tokens.shape[1])))
         kept = []
         for layer, layer_past in zip(self.model.layers, past):
             x, longer = layer.extend(x, cos, sin, layer_past)

@@ -6,9 +6,10 @@
 import sys
 
 from microlm.config import Config, load_config
-from microlm.errors import UserError, run_stage
+from microlm.errors import UserError, plain, run_stage
 from microlm.evaluation import METRICS_DIRECTORY, MODELS
 from microlm.files import read_json, write_json
+from microlm.report.benchmarks import benchmark_rows
 from microlm.report.figures import draw_figures
 from microlm.report.summary import MADE_BY, read_scores, summarize
 from microlm.report.table import markdown, report_text
@@ -23,7 +24,7 @@ def main() -> None:
         _compare(load_config())
     summary = read_json(SUMMARY, "compare")
     try:
-        print(markdown(summary) if "--markdown" in sys.argv else "\n" + report_text(summary))
+        print(markdown(summary) if "--markdown" in sys.argv else "\n" + plain(report_text(summary)))
     except (KeyError, TypeError) as error:
         raise UserError(f"{SUMMARY} lacks {error}; make it again with: dvc repro -f -s compare") from None
 
@@ -33,6 +34,7 @@ def _compare(config: Config) -> None:
     training = {name: read_json(METRICS_DIRECTORY / f"{name}.json", MADE_BY[name]) for name in MODELS}
     distillation = {key: getattr(config, key) for key in ("init", "objective", "alpha", "temperature")}
     summary = summarize(scores, training, distillation, config.at.evaluation.bootstrap_draws, config.seed)
+    summary["benchmarks"] = benchmark_rows(MODELS, config.at.evaluation.bootstrap_draws, config.seed)
     questions = config.at.continuation.hellaswag_items
     draw_figures({"control": config.at.pretrain.hellaswag_items, "continued": questions, "student": questions})
     write_json(SUMMARY, summary)

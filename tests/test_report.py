@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,11 @@ from matplotlib.image import imread
 
 from microlm.errors import UserError
 from microlm.evaluation import ARMS, MODELS
+from microlm.evaluation.metrics import task_metrics
+from microlm.evaluation.results import Identity, Result, write_result
 from microlm.evaluation.statistics import clustered_standard_error
+from microlm.evaluation.tasks import TASKS
+from microlm.report.benchmarks import benchmark_rows
 from microlm.report.figures import draw_figures
 from microlm.report.summary import read_scores, summarize
 from microlm.report.table import WIDTH, amount, report_text, sentences
@@ -31,17 +36,23 @@ def _write_scores(top: Path) -> None:
         folder = top / "data/evaluation" / name
         folder.mkdir(parents=True)
         correct = random.random(QUESTIONS) < (0.42 if name == "teacher" else 0.26)
-        items = {"item": np.arange(QUESTIONS) * 3, "source_id": source.astype(str), "label": label}
-        items |= {f"bytes_{k}": gold_bytes + k for k in range(4)}
-        items |= {"correct_norm": correct, "gold_bytes": gold_bytes, "gold_nats": gold_bytes * (2 + shift)}
+        items = {"item": [str(3 * i) for i in range(QUESTIONS)], "cluster": source.astype(str), "label": label}
+        items |= {f"bytes_{k}": gold_bytes + k for k in range(4)} | {f"nats_{k}": 1.0 * gold_bytes for k in range(4)}
+        items |= {"correct_token": correct, "correct_sum": correct, "gold_bytes": gold_bytes, "near_tie": False}
+        items |= {"gold_nats": gold_bytes * (2 + shift), "margin": 0.0, "prediction_sum": np.where(correct, label, -1)}
         nats = window_bytes * (shared + shift + random.normal(0, 0.02, WINDOWS))
-        pd.DataFrame(items).to_parquet(folder / "items.parquet")
+        asked = Identity(name, name, "words", "hellaswag", "completion", 0, QUESTIONS, "data", "questions")
+        table = pd.DataFrame(items)
+        figures = task_metrics(TASKS["hellaswag"], "completion", 0, table) | {"truncated": 7 * (name == "control")}
+        write_result(folder.parent, Result(asked, figures, table))
+        write_result(folder.parent, Result(replace(asked, task="snli", protocol="question"), unavailable="no network"))
         windows = pd.DataFrame({"window": np.arange(WINDOWS), "nats": nats, "bytes": window_bytes})
         windows.to_parquet(folder / "windows.parquet")
         error = clustered_standard_error(correct, source)
         hellaswag = {"acc_norm": correct.mean(), "acc_norm_se": error, "acc": 0.25, "acc_se": 0.03, "gold_bpb": 3.0}
         metrics = {"model": name, "parameters": 134_515_008 if name == "teacher" else 17_500_000}
-        metrics |= {"hellaswag": hellaswag, "validation": {"bpb": nats.sum() / window_bytes.sum() / math.log(2)}}
+        metrics |= {"tasks": {"hellaswag": {"completion": {"0-shot": hellaswag}}}}
+        metrics |= {"validation": {"bpb": nats.sum() / window_bytes.sum() / math.log(2)}}
         _write_json(top / f"metrics/evaluation/{name}.json", metrics)
         _write_json(
             top / f"metrics/{name}.json",
@@ -90,7 +101,7 @@ def _summary(draws: int = 1000) -> dict:
 
 
 def _items_of(name: str) -> Path:
-    return Path("data/evaluation") / name / "items.parquet"
+    return Path("data/evaluation") / name / f"hellaswag.completion.0shot.{QUESTIONS}questions.parquet"
 
 
 def test_summary_holds_the_differences_and_says_which_arm_is_better(project: Path) -> None:
@@ -110,9 +121,9 @@ def test_summary_holds_the_differences_and_says_which_arm_is_better(project: Pat
 
 def test_equal_models_are_not_told_apart(project: Path) -> None:
     for name in ("continued", "student"):
-        for table in ("items", "windows"):
-            path = Path("data/evaluation") / name / f"{table}.parquet"
-            path.write_bytes(Path(f"data/evaluation/control/{table}.parquet").read_bytes())
+        for table in (_items_of("control").name, "windows.parquet"):
+            path = Path("data/evaluation") / name / table
+            path.write_bytes(Path(f"data/evaluation/control/{table}").read_bytes())
     summary = _summary()
     for pair in ("student_minus_continued", "student_minus_control"):
         values = {key: value for key, value in summary[pair].items() if key != "acc_norm_mcnemar_p"}
@@ -122,12 +133,15 @@ def test_equal_models_are_not_told_apart(project: Path) -> None:
 
 
 def test_report_fits_the_terminal_and_speaks_of_chance_seed_and_cost(project: Path) -> None:
-    text = report_text(_summary())
+    text = report_text(_summary() | {"benchmarks": benchmark_rows(MODELS, 200, 1)})
     assert max(map(len, text.splitlines())) <= WIDTH <= 100
     for phrase in ("135M", "2.00M + 2.00M", "0.2955", "Not shown to beat guessing"):
         assert phrase in text
     assert "One seed" in text and "The teacher labelled 307k tokens" in text
     assert "HellaSwag: 240 questions" in text
+    assert "hellaswag acc_norm, completion, 0-shot, 240" in text and "Data not available: snli." in text
+    cut = "hellaswag acc_norm, completion, 0-shot, 240 without their start, longer than the context: 7 (control)."
+    assert f"Questions of {cut}" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -140,13 +154,13 @@ def test_nearness_to_chance_is_said_only_where_it_holds(project: Path, accuracy:
     assert said in " ".join(sentences(summary))
 
 
-@pytest.mark.parametrize("change", [{"item": 7}, {"label": 5}, {"bytes_0": 1}])
-def test_other_questions_are_not_compared(project: Path, change: dict[str, int]) -> None:
+@pytest.mark.parametrize("change", [{"item": "7"}, {"label": 5}, {"bytes_0": 1}])
+def test_other_questions_are_not_compared(project: Path, change: dict[str, int | str]) -> None:
     items = pd.read_parquet(_items_of("student"))
     for column, value in change.items():
         items.loc[3, column] = value
     items.to_parquet(_items_of("student"))
-    with pytest.raises(UserError, match=r"student/items\.parquet .* cannot be compared; .* evaluate@student"):
+    with pytest.raises(UserError, match=r"student and .* cannot be compared; .* evaluate@student"):
         read_scores()
 
 
@@ -158,10 +172,10 @@ def test_fewer_questions_are_not_compared(project: Path) -> None:
 
 def test_absent_and_damaged_scores_are_named_with_their_stage(project: Path) -> None:
     _items_of("continued").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match=r"continued/items\.parquet is damaged .*dvc repro -f -s evaluate@continued"):
+    with pytest.raises(UserError, match=r"continued/hellaswag\..*t is damaged .*repro -f -s evaluate@continued"):
         read_scores()
     _items_of("continued").unlink()
-    with pytest.raises(UserError, match=r"continued/items\.parquet is not there; .*dvc repro evaluate@continued"):
+    with pytest.raises(UserError, match=r"data/evaluation/continued: 0 results .*dvc repro -f -s evaluate@continued"):
         read_scores()
 
 

@@ -1,199 +1,137 @@
-"""Score the endings of many questions on a live language model, each context read once.
+"""Score the endings of many questions on a live language model, each context and the few-shot prefix read once."""
 
-A question is one row [ctx | e1[:-1] | e2[:-1] | e3[:-1] | e4[:-1]]. Positions restart after ctx, and a block mask lets
-an ending see ctx and itself, so each ending is scored as if it stood alone after ctx. The language model head runs at
-the scored positions only: those that predict a token of an ending.
-"""
-
-import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import Tensor
 
 from microlm.errors import UserError
-from microlm.evaluation.protocols import BatchEncoder, EncodedItem, answers, encode_completion
-from microlm.evaluation.tasks import ENDINGS, HellaSwagItem
+from microlm.evaluation.backends import BACKENDS
+from microlm.evaluation.encoding import Encoded
+from microlm.evaluation.prompts import Question
 from microlm.language_model import LanguageModel
-from microlm.objective.fused_head import token_nats
 
-LENGTH_MULTIPLE = 32  # rows are padded to it, so that a compiled model meets few shapes
-HEAD_ROWS = 4096  # positions in one pass of the head
-PADDING = ENDINGS + 1  # its segment number; 0 is the context, 1..4 the endings
-
-
-@dataclass(frozen=True)
-class PackedItem(EncodedItem):
-    """A question laid out as one row of N tokens (int64 arrays).
-
-    `source` [S] is the position in the row whose hidden state predicts `target` [S], a token of ending `ending` [S].
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
-    ending: np.ndarray
-    truncated: bool
-
-
-def pack_items(items: Sequence[HellaSwagItem], tokenizer: BatchEncoder, context_limit: int) -> list[PackedItem]:
-    """Encode and lay out questions. One too long for `context_limit` positions loses the start of its context.
-
-    Raises:
-        UserError: an ending alone fills the limit.
-    """
-    return [_lay_out(item, context_limit) for item in encode_completion(items, tokenizer)]
-
-
-def _lay_out(item: EncodedItem, context_limit: int) -> PackedItem:
-    longest = max(len(ending) for ending in item.endings)
-    room = context_limit - (longest - 1)
-    if room < 1:
-        raise UserError(
-            f"HellaSwag question {item.index} has an ending of {longest} tokens, the model only {context_limit} "
-            f"positions; raise model.context in params.yaml"
-        )
-    context = item.context[-room:]
-    start = len(context)
-    inputs = [len(ending) - 1 for ending in item.endings]
-    begins = start + np.cumsum([0, *inputs[:-1]])
-    # the first token of an ending is predicted at the context's end, token j at the ending's own token j - 1
-    source = [np.append(start - 1, np.arange(begin, begin + n)) for begin, n in zip(begins, inputs, strict=True)]
-    return PackedItem(
-        **{**vars(item), "context": context},
-        tokens=np.concatenate([context, *(ending[:-1] for ending in item.endings)]),
-        positions=np.concatenate([np.arange(start), *(np.arange(start, start + n) for n in inputs)]),
-        segments=np.repeat(np.arange(ENDINGS + 1), [start, *inputs]),
-        source=np.concatenate(source),
-        target=np.concatenate(item.endings),
-        ending=np.repeat(np.arange(ENDINGS), [len(ending) for ending in item.endings]),
-        truncated=len(context) < len(item.context),
-    )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B rows padded to T tokens, and S scored tokens: `target[i]` is predicted at flat position `source[i]` of B*T.
-
-    `slot` [S] is the row's ending, row * 4 + ending. `source` is sorted, so a chunk of head rows is a slice.
-    """
-
-    tokens: Tensor  # [B, T]
-    positions: Tensor  # [B, T]
-    segments: Tensor  # [B, T]
-    source: Tensor
-    target: Tensor
-    slot: Tensor
-
-
-def plan(packed: Sequence[PackedItem], batch_tokens: int) -> list[np.ndarray]:
-    """Indices into `packed` by batch: rows of one padded length, longest first, at most `batch_tokens` (or one row)."""
-    widths = np.array([_padded(len(item.tokens)) for item in packed])
-    batches: list[np.ndarray] = []
-    for width in np.unique(widths)[::-1]:
-        (alike,) = np.nonzero(widths == width)
-        rows = max(1, batch_tokens // int(width))
-        batches.extend(alike[first : first + rows] for first in range(0, len(alike), rows))
-    return batches
-
-
-def _padded(length: int) -> int:
-    return math.ceil(length / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-
-
-def collate(items: Sequence[PackedItem], device: torch.device | str = "cpu") -> Batch:
-    """Pad `items` into one batch on `device`."""
-    width = _padded(max(len(item.tokens) for item in items))
-    rows = np.zeros((3, len(items), width), dtype=np.int64)  # tokens, positions, segments
-    rows[2] = PADDING
-    for row, item in enumerate(items):
-        rows[:, row, : len(item.tokens)] = item.tokens, item.positions, item.segments
-    source = np.concatenate([item.source + row * width for row, item in enumerate(items)])
-    target = np.concatenate([item.target for item in items])
-    slot = np.concatenate([item.ending + row * ENDINGS for row, item in enumerate(items)])
-    order = np.argsort(source, kind="stable")
-    scored = np.stack([source[order], target[order], slot[order]])
-    return Batch(*torch.from_numpy(rows).to(device), *torch.from_numpy(scored).to(device))
-
-
-def block_mask(segments: Tensor) -> Tensor:
-    """segments [B, T] -> [B, 1, T, T] bool: causal, and only into the context or the query's own segment.
-
-    A padding position sees the context, earlier padding and itself, so its softmax is finite; nothing sees padding.
-    """
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    query, key = segments[:, :, None], segments[:, None, :]
-    return (causal & ((key == 0) | (key == query)))[:, None]
+# how far a backend's nats may be from the reference's on the trial question, relative: rounding alone stays below,
+# a mask or positions that the model takes for something else do not
+CLOSE = {torch.float64: 1e-4, torch.float32: 1e-4}
+CLOSE_IN_HALF = 1e-2
+TRIAL_PREFIX, TRIAL_CONTEXT, TRIAL_ENDINGS = 6, 9, (7, 5, 1)  # tokens
+NO_PREFIX = np.array([], dtype=np.int64)
 
 
 def score(
     model: LanguageModel,
-    packed: Sequence[PackedItem],
+    encoded: Sequence[Encoded],
     batch_tokens: int,
+    prefix: np.ndarray | None = None,
     progress: Callable[[int], object] | None = None,
     name: str = "the model",
-) -> pd.DataFrame:
-    """The table of `protocols.answers` in the order of `packed`. No gradient, no random number, the model's mode kept.
+    backend: str = "auto",
+) -> list[np.ndarray]:
+    """Summed nats of each question's endings, float64, in order. No gradient, no random number, the model's mode kept.
 
     Args:
         batch_tokens: tokens in one forward pass, padding included.
+        prefix: int64 [P], read once before all questions that share it (`Encoding.prefix`).
         progress: called after each batch with the number of questions it held, e.g. `tqdm.update`.
         name: of the model, for the error message.
+        backend: `tree`, `cached`, `plain` (see backends.py) or `auto`, which is `choose_backend`'s.
 
     Raises:
-        UserError: a score is not a finite number; names the model and the question.
+        UserError: a score is not a finite number; names the model, the task and the question.
     """
-    nats = np.zeros((len(packed), ENDINGS))
-    with _scoring(model) as device:
-        for indices in plan(packed, batch_tokens):
-            batch = collate([packed[i] for i in indices], device)
-            hidden = model.hidden(batch.tokens, batch.positions, block_mask(batch.segments))
-            losses = _losses(model, hidden.flatten(0, 1), batch)
-            sums = torch.zeros(len(indices) * ENDINGS, dtype=torch.float64, device=device)
-            nats[indices] = sums.index_add_(0, batch.slot, losses.double()).view(-1, ENDINGS).cpu().numpy()
-            if progress is not None:
-                progress(len(indices))
-    return answers(packed, _finite(nats, packed, name))
+    before = NO_PREFIX if prefix is None else prefix
+    nats = [NO_PREFIX] * len(encoded)
+    with _scoring(model):
+        for part in _parts(model, encoded, before, backend):
+            questions = [encoded[i] for i in part.members]
+            for indices, values in BACKENDS[part.backend](model, questions, batch_tokens, part.prefix):
+                for index, value in zip(indices, values):
+                    nats[part.members[index]] = _finite(value, questions[index], name)
+                if progress is not None:
+                    progress(len(indices))
+    return nats
 
 
-def _losses(model: LanguageModel, hidden: Tensor, batch: Batch) -> Tensor:
-    """hidden [B*T, D] -> -log p of each scored token [S], fp32."""
-    parts = zip(batch.source.split(HEAD_ROWS), batch.target.split(HEAD_ROWS), strict=True)
-    return torch.cat([token_nats(hidden[rows], model.head_weight, tokens, model.n_vocab) for rows, tokens in parts])
-
-
-def score_plain(model: LanguageModel, packed: Sequence[PackedItem], name: str = "the model") -> pd.DataFrame:
+def score_plain(
+    model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray | None = None, name: str = "the model"
+) -> list[np.ndarray]:
     """The reference for `score`: one ending at a time after its context, no batch, no padding, no mask."""
-    nats = np.zeros((len(packed), ENDINGS))
+    return score(model, encoded, 1, prefix, name=name, backend="plain")
+
+
+def backends_used(
+    model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray | None = None, backend: str = "auto"
+) -> dict[str, int]:
+    """Questions by the backend that `score` takes for them, for a report. The same choice as `score`'s."""
+    counts: Counter[str] = Counter()
+    with _scoring(model):
+        for part in _parts(model, encoded, NO_PREFIX if prefix is None else prefix, backend):
+            counts[part.backend] += len(part.members)
+    return dict(counts)
+
+
+def choose_backend(model: LanguageModel, after_prefix: bool = False) -> str:
+    """The first of `tree` and `cached` that scores a made-up question as `plain` does, else `plain`.
+
+    Costs some ten short passes. A model of relative positions by distance in the row (ALiBi) is no good for `tree`; one
+    that keeps something else than keys and values is good for `plain` alone.
+    """
+    question, prefix = _trial(model.n_vocab, after_prefix)
+    if len(prefix) + len(question.context) + max(TRIAL_ENDINGS) > _uniform_context(model):
+        return "plain"
     with _scoring(model) as device:
-        for row, item in enumerate(packed):
-            for k, ending in enumerate(item.endings):
-                tokens = torch.from_numpy(np.concatenate([item.context, ending[:-1]])).to(device)[None]
-                hidden = model.hidden(tokens)[0, len(item.context) - 1 :]
-                log_p = model.logits(hidden).float().log_softmax(-1)
-                nats[row, k] = -log_p.gather(1, torch.from_numpy(ending).to(device)[:, None]).double().sum().item()
-    return answers(packed, _finite(nats, packed, name))
+        dtype = model.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device)).dtype
+        ((_, (expected,)),) = BACKENDS["plain"](model, [question], 1, prefix)
+        for backend in ("tree", "cached"):
+            try:
+                ((_, (nats,)),) = BACKENDS[backend](model, [question], 1, prefix)
+            except Exception:  # each network has an error of its own for an input that it does not take
+                continue
+            if np.allclose(nats, expected, rtol=CLOSE.get(dtype, CLOSE_IN_HALF), atol=0):
+                return backend
+    return "plain"
 
 
-def hellaswag_accuracy(model: LanguageModel, packed: Sequence[PackedItem], batch_tokens: int) -> dict[str, float]:
-    """acc_norm, acc and gold_bpb (bits per byte of the true endings): what a training logs as it goes."""
-    return accuracy(score(model, packed, batch_tokens))
+def _trial(n_vocab: int, after_prefix: bool) -> tuple[Encoded, np.ndarray]:
+    """Endings that repeat each other's tokens, so that one which sees another is scored far too well."""
+    lengths = (TRIAL_PREFIX, TRIAL_CONTEXT, max(TRIAL_ENDINGS))
+    ids = (7 + 11 * np.arange(sum(lengths))) % n_vocab
+    prefix, context, ending = np.split(ids, np.cumsum(lengths)[:-1])
+    question = Question("trial", "made up", "", 0, "", ("",) * len(TRIAL_ENDINGS), (), "", ())
+    return Encoded(question, context, tuple(ending[:n] for n in TRIAL_ENDINGS)), prefix if after_prefix else NO_PREFIX
 
 
-def accuracy(answered: pd.DataFrame) -> dict[str, float]:
-    """acc_norm, acc and gold_bpb of a table that `score` made."""
-    bits = float(answered["gold_nats"].sum()) / math.log(2)
-    return {
-        "acc_norm": float(answered["correct_norm"].mean()),
-        "acc": float(answered["correct"].mean()),
-        "gold_bpb": bits / float(answered["gold_bytes"].sum()),
-    }
+class _Part(NamedTuple):
+    """Questions that one backend scores behind one prefix."""
+
+    backend: str
+    prefix: np.ndarray
+    members: list[int]
+
+
+def _parts(model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray, backend: str) -> list[_Part]:
+    if backend not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}, auto")
+    limit = _uniform_context(model)
+    parts: dict[tuple[bool, bool], list[int]] = {}
+    for index, question in enumerate(encoded):
+        shared = len(prefix) if question.shares_prefix else 0
+        length = shared + len(question.context) + max(len(ending) for ending in question.endings) - 1
+        parts.setdefault((shared > 0, length > limit), []).append(index)
+    made = []
+    for (shares, beyond), members in sorted(parts.items(), reverse=True):
+        chosen = "plain" if beyond else choose_backend(model, shares) if backend == "auto" else backend
+        made.append(_Part(chosen, prefix if shares else NO_PREFIX, members))
+    return made
+
+
+def _uniform_context(model: LanguageModel) -> int:
+    """Tokens up to which a mask or a prefix from outside changes nothing in what a layer sees."""
+    return getattr(model, "uniform_context", model.context)
 
 
 @contextmanager
@@ -209,11 +147,10 @@ def _scoring(model: LanguageModel) -> Iterator[torch.device]:
             module.training = training
 
 
-def _finite(nats: np.ndarray, packed: Sequence[EncodedItem], name: str) -> np.ndarray:
-    bad = np.flatnonzero(~np.isfinite(nats).all(axis=1))
-    if len(bad):
+def _finite(nats: np.ndarray, encoded: Encoded, name: str) -> np.ndarray:
+    if not np.isfinite(nats).all():
         raise UserError(
-            f"{name} gives HellaSwag question {packed[bad[0]].index} a score that is not a finite number: its weights "
-            f"are broken or overflow; set runtime.dtype: float32 in params.yaml, or make the model again"
+            f"{name} gives {encoded.question.task} question {encoded.question.id} a score that is not a finite number: "
+            "its weights are broken or overflow; set runtime.dtype: float32 in params.yaml, or make the model again"
         )
     return nats

@@ -4,18 +4,16 @@ Questions cut from one source, and adjacent windows of text, err together, so wh
 (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640).
 """
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from microlm.evaluation.resampling import Sums, cluster_sums, combined, mean, ratio, replicates
+
 CONFIDENCE = 0.95
 POWER = 0.80
-DRAWN_AT_ONCE = 2**21  # cluster indices in memory at a time: bounds a bootstrap's memory, whatever its draws
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,7 @@ def clustered_standard_error(correct: ArrayLike, cluster: ArrayLike) -> float:
     With every question its own cluster it is `standard_error`.
     """
     scores = _vector(correct)
-    return float(np.sqrt(np.square(_cluster_sums(cluster, scores - scores.mean())).sum()) / len(scores))
-
-
-def accuracy_errors(answered: pd.DataFrame) -> dict[str, float]:
-    """acc_norm_se and acc_se, clustered by source, of a table that `engine.score` made."""
-    return {
-        "acc_norm_se": clustered_standard_error(answered["correct_norm"], answered["source_id"]),
-        "acc_se": clustered_standard_error(answered["correct"], answered["source_id"]),
-    }
+    return float(np.sqrt(np.square(cluster_sums(cluster, scores - scores.mean())).sum()) / len(scores))
 
 
 def paired_bootstrap(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int, seed: int) -> Interval:
@@ -64,9 +54,7 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, cluster: ArrayLike, draws: int,
     Raises:
         ValueError: lengths differ, n is 0, or there is one cluster, from which nothing can be said.
     """
-    scores = _vector(a)
-    sums = _cluster_sums(cluster, scores, _vector(b), np.ones_like(scores))
-    return _bootstrap(sums, lambda a_sum, b_sum, n: (a_sum - b_sum) / n, draws, seed)
+    return _difference_interval(mean(_vector(a)), mean(_vector(b)), cluster, draws, seed)
 
 
 def paired_ratio_bootstrap(
@@ -77,8 +65,7 @@ def paired_ratio_bootstrap(
     Raises:
         ValueError: as `paired_bootstrap`.
     """
-    sums = _cluster_sums(cluster, *map(_vector, (*a, *b)))
-    return _bootstrap(sums, lambda a0, a1, b0, b1: a0 / a1 - b0 / b1, draws, seed)
+    return _difference_interval(ratio(*map(_vector, a)), ratio(*map(_vector, b)), cluster, draws, seed)
 
 
 def smallest_detectable(standard_error: float) -> float:
@@ -93,6 +80,87 @@ def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     return float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0
 
 
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """p-values [n] of n tests raised so that the chance of even one false alarm stays at the level (Holm 1979)."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1.0)
+
+
+def bootstrap_p(differences: ArrayLike) -> float:
+    """Two-sided p of "no difference" from resampled differences [draws]: never 0, since draws are finite."""
+    d = _vector(differences)
+    return float(min(1.0, 2 * (1 + min((d <= 0).sum(), (d >= 0).sum())) / (len(d) + 1)))
+
+
+def welch_p(a: ArrayLike, b: ArrayLike) -> float:
+    """Two-sided p of "equal means" from the figures of two arms' seeds (Welch 1947).
+
+    Where neither arm varies it is 1 if they are equal, else 0.
+    """
+    x, y = _vector(a), _vector(b)
+    if np.ptp(x) == np.ptp(y) == 0:
+        return float(x[0] == y[0])
+    return float(stats.ttest_ind(x, y, equal_var=False).pvalue)
+
+
+def clustered_ratio_error(numerator: ArrayLike, denominator: ArrayLike, cluster: ArrayLike) -> float:
+    """Clustered standard error of sum(numerator) / sum(denominator), each [n], linearised (Cochran 1977, chapter 6)."""
+    a, b = _vector(numerator), _vector(denominator)
+    return float(np.sqrt(np.square(cluster_sums(cluster, a - a.sum() / b.sum() * b)).sum()) / b.sum())
+
+
+def interval(observed: float, resampled: ArrayLike) -> Interval:
+    """`observed` with the 95 % percentile bounds and the standard deviation of its replicates [draws]."""
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(low), float(high), observed, float(np.std(resampled)))
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """One arm trained with several seeds, scored on the same questions.
+
+    Attributes:
+        mean: of the figure over the seeds.
+        seed_sd: between the seeds' figures on these very questions.
+        seed_sd_beyond_items: what of it would be left with ever more questions; at least 0.
+        item_se: of `mean`, over the questions, the seeds held fixed.
+        total_se: of `mean`, over both.
+    """
+
+    seeds: int
+    mean: float
+    seed_sd: float
+    seed_sd_beyond_items: float
+    item_se: float
+    total_se: float
+
+
+def seed_spread(values: ArrayLike, resampled: ArrayLike) -> SeedSpread:
+    """Part the luck of the seeds from the luck of the questions.
+
+    Args:
+        values: the figure of each seed [seeds].
+        resampled: its replicates [seeds, draws], all seeds on the same draws.
+
+    Raises:
+        ValueError: fewer than two seeds, which say nothing about their spread.
+    """
+    figures, draws = _vector(values), np.asarray(resampled, dtype=np.float64)
+    seeds = len(figures)
+    if seeds < 2:
+        raise ValueError("one seed alone says nothing about the spread between seeds")
+    between = figures.var(ddof=1)
+    # seeds that differ only in which questions they happen to get right move apart by this much
+    by_questions = (draws - draws.mean(axis=0)).var(axis=1).sum() / (seeds - 1)
+    item_variance = draws.mean(axis=0).var()
+    beyond = max(0.0, between - by_questions)
+    spread = (between**0.5, beyond**0.5, item_variance**0.5, (item_variance + beyond / seeds) ** 0.5)
+    return SeedSpread(seeds, float(figures.mean()), *map(float, spread))
+
+
 def _vector(values: ArrayLike) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
@@ -100,30 +168,7 @@ def _vector(values: ArrayLike) -> np.ndarray:
     return values
 
 
-def _cluster_sums(cluster: ArrayLike, *columns: np.ndarray) -> np.ndarray:
-    """Columns [n] -> their sums by cluster [columns, clusters]."""
-    _, codes = np.unique(np.asarray(cluster), return_inverse=True)
-    if any(len(column) != len(codes) for column in columns):
-        raise ValueError(f"scores to compare must be of one length, not {[len(codes), *map(len, columns)]}")
-    return np.stack([np.bincount(codes, weights=column) for column in columns])
-
-
-def _bootstrap(sums: np.ndarray, statistic: Callable[..., np.ndarray], draws: int, seed: int) -> Interval:
-    if sums.shape[1] < 2:
-        raise ValueError("one cluster alone says nothing about its own spread")
-    resampled = np.concatenate([statistic(*totals) for totals in _resampled_totals(sums, draws, seed)])
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(low), float(high), float(statistic(*sums.sum(axis=1))), float(resampled.std()))
-
-
-def _resampled_totals(sums: np.ndarray, draws: int, seed: int) -> Iterator[list[np.ndarray]]:
-    """Totals of each column of `sums` [columns, clusters] in `draws` resamples, some draws at a time."""
-    clusters = sums.shape[1]
-    random = np.random.default_rng(seed)
-    at_once = math.ceil(DRAWN_AT_ONCE / clusters)
-    for first in range(0, draws, at_once):
-        rows = min(at_once, draws - first)
-        drawn = random.integers(0, clusters, (rows, clusters), dtype=np.int32)
-        drawn += np.arange(rows, dtype=np.int32)[:, None] * np.int32(clusters)
-        weights = np.bincount(drawn.ravel(), minlength=rows * clusters).reshape(rows, clusters).astype(np.float64)
-        yield [weights @ column for column in sums]
+def _difference_interval(a: Sums, b: Sums, cluster: ArrayLike, draws: int, seed: int) -> Interval:
+    difference = combined((a, b), (1, -1))
+    (resampled,) = replicates([difference], cluster, draws, seed)
+    return interval(difference.value(), resampled)

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from microlm.errors import UserError
-from microlm.evaluation import ARMS
-from microlm.evaluation.protocols import GPT2_124M_ACC_NORM
+from microlm.evaluation import ARMS, GPT2_124M_ACC_NORM
 from microlm.evaluation.tasks import CHANCE
 from microlm.files import atomic_file
 from microlm.report.summary import MADE_BY

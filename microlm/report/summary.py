@@ -1,5 +1,6 @@
 """metrics/summary.json: every model's scores, and the paired differences that answer the question."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,22 @@ from microlm.evaluation.statistics import (
     paired_ratio_bootstrap,
     smallest_detectable,
 )
-from microlm.files import read_json
+from microlm.files import check_sums, read_json
 
 # the stage that makes each model's metrics/<name>.json, and each arm's curves
 MADE_BY = {"control": "pretrain", "continued": "continue", "student": "distill", "teacher": "teacher"}
 COMPARISONS = (("student", "continued"), ("student", "control"))
+HEADLINE = ("hellaswag", "completion", "0-shot")
 WINDOWS_PER_BLOCK = 4  # a document runs across the borders of windows, so neighbours are resampled together
 FEWEST_BLOCKS = 20  # shorter validation splits have smaller blocks rather than fewer
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What stage `evaluate` wrote about one model: its metrics, a row per question, a row per validation window."""
+    """What stage `evaluate` wrote about one model.
+
+    Its metrics, a row for each question of zero-shot HellaSwag, and a row for each validation window.
+    """
 
     metrics: Mapping[str, Any]
     items: pd.DataFrame
@@ -41,12 +46,26 @@ def read_scores(data: Path = SCORES_DIRECTORY, metrics: Path = METRICS_DIRECTORY
     scores = {}
     for name in MODELS:
         stage = f"evaluate@{name}"
-        tables = [_read_table(data / name / f"{table}.parquet", stage) for table in ("items", "windows")]
-        scores[name] = Scores(read_json(metrics / "evaluation" / f"{name}.json", stage), *tables)
+        if (data / name).is_dir():
+            check_sums(data / name, os.listdir(data / name), f"make it again with: dvc repro -f -s {stage}")
+        items = _read_table(_headline(data / name, stage), stage)
+        windows = _read_table(data / name / "windows.parquet", stage)
+        scores[name] = Scores(read_json(metrics / "evaluation" / f"{name}.json", stage), items, windows)
     for name in MODELS[1:]:
         _require_same(scores, MODELS[0], name, "items", ["item", "label", "bytes_0", "bytes_1", "bytes_2", "bytes_3"])
         _require_same(scores, MODELS[0], name, "windows", ["window", "bytes"])
     return scores
+
+
+def _headline(folder: Path, stage: str) -> Path:
+    """The table of the benchmark that the report speaks of: zero-shot HellaSwag by the completion protocol."""
+    found = sorted(folder.glob(f"{HEADLINE[0]}.{HEADLINE[1]}.{HEADLINE[2].replace('-', '')}*.parquet"))
+    if len(found) != 1:
+        raise UserError(
+            f"{folder}: {len(found)} results of zero-shot {HEADLINE[0]} ({HEADLINE[1]}); name it once under "
+            f"evaluation.benchmarks in params.yaml, then: dvc repro -f -s {stage}"
+        )
+    return found[0]
 
 
 def _read_table(path: Path, stage: str) -> pd.DataFrame:
@@ -62,9 +81,9 @@ def _read_table(path: Path, stage: str) -> pd.DataFrame:
 def _require_same(scores: Mapping[str, Scores], first: str, other: str, table: str, keys: list[str]) -> None:
     a, b = (getattr(scores[name], table) for name in (first, other))
     if not set(keys) <= set(a) & set(b) or not a[keys].equals(b[keys]):
-        paths = " and ".join(str(SCORES_DIRECTORY / name / f"{table}.parquet") for name in (other, first))
+        folders = " and ".join(str(SCORES_DIRECTORY / name) for name in (other, first))
         raise UserError(
-            f"{paths} are not about the same {table} and cannot be compared; "
+            f"{folders} are not about the same {table} and cannot be compared; "
             f"score both again with: dvc repro -f -s evaluate@{first} evaluate@{other}"
         )
 
@@ -96,7 +115,8 @@ def summarize(
 
 
 def _model_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    hellaswag = metrics["hellaswag"]
+    task, protocol, shots = HEADLINE
+    hellaswag = metrics["tasks"][task][protocol][shots]
     scored = {key: round(hellaswag[key], 6) for key in ("acc_norm", "acc_norm_se", "acc", "acc_se", "gold_bpb")}
     return {"parameters": metrics["parameters"], "val_bpb": round(metrics["validation"]["bpb"], 6), **scored}
 
@@ -118,8 +138,8 @@ def _difference(a: Scores, b: Scores, draws: int, seed: int) -> dict[str, float]
     block = np.arange(windows) // min(WINDOWS_PER_BLOCK, max(1, windows // FEWEST_BLOCKS))
     bits = [(score.windows["nats"] / np.log(2), score.windows["bytes"]) for score in (a, b)]
     gold = [(score.items["gold_nats"] / np.log(2), score.items["gold_bytes"]) for score in (a, b)]
-    right = [score.items["correct_norm"] for score in (a, b)]
-    source = a.items["source_id"]
+    right = [score.items["correct_token"] for score in (a, b)]
+    source = a.items["cluster"]
     found = _entries("val_bpb", paired_ratio_bootstrap(*bits, block, draws, seed))
     found |= _entries("gold_bpb", paired_ratio_bootstrap(*gold, source, draws, seed))
     found |= _entries("acc_norm", paired_bootstrap(*right, source, draws, seed))

@@ -2,21 +2,27 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from microlm.evaluation import ARMS, MODELS
-from microlm.evaluation.protocols import GPT2_124M_ACC_NORM
+from microlm.evaluation import ARMS, GPT2_124M_ACC_NORM, MODELS
 from microlm.evaluation.tasks import CHANCE
+from microlm.report.benchmarks import benchmark_table, remarks
+from microlm.report.grid import WIDTH, blocks
+from microlm.report.grid import markdown as in_markdown
 from microlm.report.summary import COMPARISONS
 
-WIDTH = 96  # columns
 NORMAL_95 = 1.96  # standard errors each side of a 95 % interval
 MEASURES = {
     "val_bpb": "validation bits per byte",
     "gold_bpb": "true endings, bits per byte",
     "acc_norm": "HellaSwag acc_norm",
 }
+
+_BENCHMARKS = (
+    "Benchmarks: 100 x the metric ± one standard error, with task, metric, protocol, exemplars and questions; majority "
+    "is what naming the most frequent label scores."
+)
 
 Summary = Mapping[str, Any]
 
@@ -28,25 +34,22 @@ def report_text(summary: Summary) -> str:
         f"questions, zero-shot, completion protocol; chance {CHANCE:.4f}; GPT-2 124M {GPT2_124M_ACC_NORM} "
         f"(published, same protocol, 10,042 questions)."
     )
-    blocks = [
-        _aligned(_model_rows(summary)),
+    parts = [
+        *blocks(_model_rows(summary)),
         _wrapped(notes),
-        _aligned(_difference_rows(summary)),
-        "What this allows one to say",
-        *(_wrapped(sentence, bullet="- ") for sentence in sentences(summary)),
+        *blocks(_difference_rows(summary)),
+        *blocks(benchmark_table(summary["benchmarks"], MODELS)),
+        _wrapped(f"{_BENCHMARKS} {remarks(summary['benchmarks'])}"),
     ]
-    return "\n\n".join(blocks[:4]) + "\n" + "\n".join(blocks[4:]) + "\n"
+    said = [_wrapped(sentence, bullet="- ") for sentence in sentences(summary)]
+    return "\n\n".join(parts) + "\n\nWhat this allows one to say\n" + "\n".join(said) + "\n"
 
 
 def markdown(summary: Summary) -> str:
-    """The two tables and the first sentence, for README.md."""
-    tables = (_markdown_table(rows(summary)) for rows in (_model_rows, _difference_rows))
-    return "\n\n".join((*tables, sentences(summary)[0])) + "\n"
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+    """The tables and the first sentence, for README.md."""
+    grids = _model_rows(summary), _difference_rows(summary), benchmark_table(summary["benchmarks"], MODELS)
+    notes = f"{_BENCHMARKS} {remarks(summary['benchmarks'])}".strip()
+    return "\n\n".join((*map(in_markdown, grids), notes, sentences(summary)[0])) + "\n"
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -157,16 +160,6 @@ def amount(number: float) -> str:
             scaled = float(f"{number / unit:.3g}")
             return f"{scaled:.{2 - int(math.log10(scaled))}f}{name}"
     return f"{number:.0f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """First column to the left, the others to the right, a rule under the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def _wrapped(text: str, bullet: str = "") -> str:

@@ -1,0 +1,5 @@
+"""`python -m microlm` is `microlm`."""
+
+from microlm.cli import main
+
+main()

@@ -1,0 +1,230 @@
+"""The evaluator for people, beside the pipeline's stage, and what a scale takes before it is run.
+
+microlm evaluate models/student [packaged | FOLDER | HUB-ID ...] [--tasks hellaswag,sst2] [--shots 0,5] [--limit 500]
+microlm compare models/continued models/student
+microlm references
+microlm plan [--scale gpt2-124m] [--gpus 8] [--price-per-gpu-hour 2.5]
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from microlm.config import PARAMS, RuntimeConfig, load_config
+from microlm.console import banner
+from microlm.errors import UserError, plain, run_stage
+from microlm.evaluation.benchmarks import Benchmark, benchmarks
+from microlm.evaluation.compare import compare
+from microlm.evaluation.models import Candidate, WeightsNotAvailable, load_candidate
+from microlm.evaluation.prompts import PROTOCOLS
+from microlm.evaluation.published import published_figures
+from microlm.evaluation.results import Result, model_slug
+from microlm.evaluation.run import Material, evaluate, gather, refuse_foreign_places, refuse_overlong_shots
+from microlm.evaluation.tasks import TASKS
+from microlm.files import write_json
+from microlm.plan.estimate import Machine, config_of_scale, disk_here, make_plan
+from microlm.plan.page import disk_lines, page
+from microlm.report.evaluation_table import comparison_text, results_text
+from microlm.runtime import Runtime, set_up
+
+OUT = Path("evaluations")
+BATCH_TOKENS = 8192
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """A mistake on the command line is one line, as any other is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says what there is")
+
+
+def main() -> None:
+    """The console script."""
+    run_stage(lambda: _run(sys.argv[1:]))
+
+
+def _run(given: Sequence[str]) -> None:
+    arguments = _parser().parse_args(given)
+    run = {"evaluate": _evaluate, "compare": _compare, "references": _references, "plan": _plan}
+    run[arguments.command](arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser("microlm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    scoring = argparse.ArgumentParser(add_help=False)
+    scoring.add_argument("--tasks", default="hellaswag", help=f"with commas, or all: {', '.join(TASKS)}")
+    scoring.add_argument("--shots", default="0", help="with commas, e.g. 0,5 (default 0)")
+    protocols = f"of {', '.join(PROTOCOLS)} (default: the task's own, completion for HellaSwag)"
+    scoring.add_argument("--protocol", metavar="NAME", help=protocols)
+    scoring.add_argument("--limit", type=int, metavar="N", help="a fixed stratified subset of N questions of each task")
+    scoring.add_argument("--data", type=Path, metavar="FOLDER", help="tasks' files in their published formats")
+    scoring.add_argument("--offline", action="store_true", help="do not ask the hub for data")
+    scoring.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32", help="default float32")
+    scoring.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, metavar="N", help="in one forward pass")
+    scoring.add_argument("--pmi", action="store_true", help="score HellaSwag's endings without their question too")
+    scoring.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="where results lie (evaluations)")
+    scoring.add_argument("--table", choices=("text", "markdown"), default="text")
+    shown = "of each task in the table (default all)"
+    scoring.add_argument("--metrics", choices=("all", "primary"), default="all", help=shown)
+    found = commands.add_parser("evaluate", parents=[scoring], help="score models; run again, it goes on")
+    found.add_argument("models", nargs="+", metavar="MODEL", help="a model directory, a hub id[@revision] or packaged")
+    commands.add_parser("references", parents=[scoring], help="score the hub models that params.yaml lists")
+    found = commands.add_parser("compare", help="two models on the same questions: A minus B, paired")
+    for side in ("A", "B"):
+        found.add_argument(side, help="a model as evaluated; several seeds of one arm: A1,A2,A3")
+    found.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="where results lie (evaluations)")
+    found = commands.add_parser("plan", help="tokens, FLOPs, bytes, memory and hours of a scale, before it is run")
+    found.add_argument("--scale", metavar="NAME", help="a scale of params.yaml (default: the one it chooses)")
+    found.add_argument("--gpus", type=int, default=1, metavar="N")
+    found.add_argument("--peak-tflops", type=float, default=Machine.peak_tflops, help="of one GPU (default an H100's)")
+    found.add_argument("--utilisation", type=float, default=Machine.utilisation, help="share of the peak (default 0.4)")
+    found.add_argument("--price-per-gpu-hour", type=float, metavar="X")
+    found.add_argument("--teacher-parameters", type=int, metavar="N", help="of a teacher that is not known here")
+    found.add_argument("--json", action="store_true")
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    for name in ("gpus", "peak_tflops", "utilisation", "price_per_gpu_hour", "teacher_parameters"):
+        value = getattr(arguments, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')}: {value} is not a number above 0")
+    if arguments.utilisation > 1:
+        raise UserError(f"--utilisation: {arguments.utilisation:g} is more than the whole; a share, e.g. 0.4")
+    machine = Machine(arguments.gpus, arguments.peak_tflops, arguments.utilisation, arguments.price_per_gpu_hour)
+    found = make_plan(config_of_scale(arguments.scale), machine, arguments.teacher_parameters)
+    disk = disk_here(found)
+    print(json.dumps(found | {"disk": disk}, indent=2) if arguments.json else f"{page(found)}\n{disk_lines(disk)}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    names = [os.path.normpath(name) if os.path.isdir(name) else name for name in arguments.models]
+    _refuse_repetition("MODEL", [model_slug(_without_revision(name)[0]) for name in names])
+    gathered = _gathered(arguments)
+    if len(names) > 1:  # a mistake in the last model is told before the first one is scored
+        for name in names:
+            _load(name, arguments, gathered)
+    _print_table([result for name in names for result in _score(name, arguments, gathered)], arguments)
+
+
+def _print_table(results: Sequence[Result], arguments: argparse.Namespace) -> None:
+    print("\n" + plain(results_text(results, published_figures(), arguments.table, arguments.metrics == "all")))
+
+
+def _gathered(arguments: argparse.Namespace) -> list[Material]:
+    for name, value in (("--limit", arguments.limit), ("--batch-tokens", arguments.batch_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}: {value} is less than 1")
+    if arguments.data is not None and not arguments.data.is_dir():
+        raise UserError(f"--data: {arguments.data} is no folder; name the one that holds the tasks' files")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UserError(f"--out: {arguments.out} is no folder; name another, or move the file away")
+    names = list(TASKS) if arguments.tasks == "all" else arguments.tasks.split(",")
+    _refuse_repetition("--tasks", names)
+    return gather(_asked(names, arguments), arguments.data, not arguments.offline)
+
+
+def _asked(names: Sequence[str], arguments: argparse.Namespace) -> list[Benchmark]:
+    try:
+        shots = [int(number) for number in arguments.shots.split(",")]
+    except ValueError:
+        raise UserError(f"--shots: {arguments.shots!r} is not whole numbers with commas, e.g. 0,5") from None
+    if min(shots) < 0:
+        raise UserError(f"--shots: {min(shots)} is less than 0; 0 is the fewest")
+    _refuse_repetition("--shots", shots)
+    return benchmarks(names, arguments.protocol, shots, arguments.limit)
+
+
+def _refuse_repetition(key: str, given: Sequence[object]) -> None:
+    """Two of the same would be one column, or one folder of results."""
+    repeated = [value for place, value in enumerate(given) if value in given[:place]]
+    if repeated:
+        raise UserError(f"{key}: {repeated[0]} is named twice; name it once")
+
+
+def _without_revision(name: str) -> tuple[str, str | None]:
+    """A hub id and its revision; a folder has none."""
+    if os.path.isdir(name):
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
+def _load(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]) -> tuple[Candidate, Runtime]:
+    """The model, once nothing speaks against scoring it."""
+    runtime = set_up(RuntimeConfig(dtype=arguments.dtype, compile="off", threads="auto"))
+    candidate = load_candidate(*_without_revision(name), runtime.dtype)
+    refuse_overlong_shots(candidate, gathered)
+    refuse_foreign_places(candidate, gathered, arguments.out)
+    return candidate, runtime
+
+
+def _score(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]) -> Iterator[Result]:
+    """Each benchmark's result as soon as it is there."""
+    candidate, runtime = _load(name, arguments, gathered)
+    candidate.model.to(runtime.device)
+    banner(f"{candidate.name}: {candidate.parameters:,} parameters", _choices(runtime, arguments.dtype))
+    for result, stood in evaluate(candidate, gathered, arguments.out, arguments.batch_tokens, arguments.pmi):
+        if stood:
+            print(f"{result.identity.task} ({result.identity.protocol}): was there already", file=sys.stderr)
+        yield result
+
+
+def _choices(runtime: Runtime, dtype: str) -> list[str]:
+    """The banner's lines. params.yaml has no say in them."""
+    asked = {
+        "auto": runtime.reasons["dtype"],
+        "float32": "float32 (as --dtype says, or its default)",
+        "bfloat16": "bfloat16 (as --dtype says)",
+    }
+    reasons = {name: reason for name, reason in runtime.reasons.items() if name != "compile"}  # nothing is compiled
+    return replace(runtime, reasons=reasons | {"dtype": asked[dtype]}).lines()
+
+
+def _references(arguments: argparse.Namespace) -> None:
+    listed = load_config(PARAMS).references
+    gathered = _gathered(arguments)
+    results: list[Result] = []
+    missing: list[str] = []
+    mistake: UserError | None = None
+    for reference in listed:
+        name = reference.model if reference.revision is None else f"{reference.model}@{reference.revision}"
+        try:
+            for result in _score(name, arguments, gathered):
+                results.append(result)
+        except WeightsNotAvailable as error:
+            missing.append(str(error))
+        except UserError as error:  # what was measured before it is shown first
+            mistake = error
+            break
+    if results:
+        _print_table(results, arguments)
+    for line in missing:
+        print(f"not measured: {plain(line)}", file=sys.stderr)
+    if mistake is not None:
+        raise mistake
+    if not results:
+        raise UserError("params.yaml: references: the weights of none could be had; connect and try again")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    sides = [[_results_folder(name, arguments.out) for name in side.split(",")] for side in (arguments.A, arguments.B)]
+    found = compare(*sides)
+    names = ["+".join(folder.name for folder in side) for side in sides]
+    write_json(arguments.out / f"{names[0]}-minus-{names[1]}.json", found)
+    print("\n" + plain(comparison_text(found)))
+
+
+def _results_folder(name: str, out: Path) -> Path:
+    """The folder of a model's results, by its own path or by the model's name."""
+    for folder in (out / model_slug(name.partition("@")[0]), Path(name)):
+        if folder.is_dir() and any(folder.glob("*shot*.json")):
+            return folder
+    raise UserError(f"{name}: no results in {out}; make them with: microlm evaluate {name}")

@@ -1,0 +1,238 @@
+"""Score one model on a list of benchmarks: each a task under a protocol with a number of shots.
+
+Everything that can be refused is refused before the first forward pass. A finished benchmark is on disk before the next
+one begins, so that an interrupted run goes on where it stopped.
+
+Several processes deal a benchmark's questions among them; all get every answer, the first one writes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from microlm import distributed
+from microlm.console import progress_bar
+from microlm.errors import UserError
+from microlm.evaluation.answers import answers
+from microlm.evaluation.benchmarks import Benchmark
+from microlm.evaluation.encoding import Encoded, Encoding, encode
+from microlm.evaluation.engine import backends_used, score
+from microlm.evaluation.few_shot import few_shot
+from microlm.evaluation.metrics import task_metrics
+from microlm.evaluation.models import Candidate
+from microlm.evaluation.prompts import Question, questions
+from microlm.evaluation.results import (
+    Identity,
+    Result,
+    read_result,
+    require_ours,
+    result_path,
+    stands,
+    write_result,
+)
+from microlm.evaluation.sources import DataNotAvailable, Rows, read_rows
+from microlm.evaluation.tasks import stratified_subset
+from microlm.files import sha256_json
+
+# protocols that encode context and endings each by itself, without a begin-of-text token; all others are lm-eval's way
+APART = ("completion",)
+
+
+@dataclass(frozen=True)
+class Material:
+    """A benchmark's questions as text, or why there are none."""
+
+    benchmark: Benchmark
+    questions: tuple[Question, ...] = ()
+    prefix: str = ""
+    data_sha256: str | None = None
+    unavailable: str = ""
+    data: dict[str, Any] = field(default_factory=dict)  # see `provenance`
+
+    @property
+    def digest(self) -> str | None:
+        """sha256 of all that is shown to a model."""
+        if self.unavailable:
+            return None
+        shown = [[q.id, q.label, q.context, *q.endings] for q in self.questions]
+        return sha256_json([self.prefix, shown])
+
+
+def gather(wanted: Sequence[Benchmark], folder: Path | None, hub: bool) -> list[Material]:
+    """The questions of every benchmark; a limit that leaves none out is none. UserError for data that is damaged."""
+    return [_gather(benchmark, folder, hub) for benchmark in wanted]
+
+
+def _gather(benchmark: Benchmark, folder: Path | None, hub: bool) -> Material:
+    try:
+        rows = read_rows(benchmark.task, folder, hub)
+    except DataNotAvailable as missing:
+        return Material(_within(benchmark, benchmark.task.published), unavailable=missing.reason)
+    asked = questions(benchmark.task, benchmark.protocol, rows)
+    benchmark = _within(benchmark, len(asked))
+    if benchmark.limit is not None:
+        asked = stratified_subset(asked, benchmark.limit)
+    prefix = few_shot(benchmark.task, benchmark.protocol, benchmark.shots)
+    return Material(benchmark, tuple(asked), prefix, rows.provenance["sha256"], data=provenance(rows))
+
+
+def _within(benchmark: Benchmark, size: int) -> Benchmark:
+    """A limit that is not below the number of questions asks for the whole split."""
+    whole = benchmark.limit is not None and benchmark.limit >= size
+    return replace(benchmark, limit=None) if whole else benchmark
+
+
+def provenance(rows: Rows) -> dict[str, Any]:
+    """What a result says of its data: source (packaged, files or hub), file, file_sha256, revision of the hub's, rows
+    with a label, unlabelled ones that were left out, and published, the rows of the published split.
+    """
+    known = {key: value for key, value in rows.provenance.items() if key != "sha256"}  # the identity has that
+    return known | {key: int(known[key]) for key in ("rows", "unlabelled", "published")}
+
+
+def identity(candidate: Candidate, material: Material) -> Identity:
+    """What the result of this candidate on this material will say of itself."""
+    benchmark = material.benchmark
+    dtype = next(iter(candidate.model.parameters())).dtype
+    dtype = getattr(candidate.model, "activation_dtype", dtype)
+    return Identity(
+        model=candidate.name,
+        model_digest=candidate.weights,
+        tokenizer=candidate.vocabulary,
+        task=benchmark.task.name,
+        protocol=benchmark.protocol,
+        shots=benchmark.shots,
+        limit=benchmark.limit,
+        data_sha256=material.data_sha256,
+        questions_sha256=material.digest,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def evaluate(
+    candidate: Candidate, gathered: Sequence[Material], out: Path, batch_tokens: int, pmi: bool = False
+) -> Iterator[tuple[Result, bool]]:
+    """Each benchmark's result as soon as it is on disk, and whether it was there before.
+
+    Args:
+        batch_tokens: tokens in one forward pass.
+        pmi: score the endings once more without the question, for normaliser `pmi`. Tasks whose endings are the same in
+            every question get it in any case: it costs a question more.
+    """
+    with progress_bar(sum(len(m.questions) for m in gathered), 0, "question", candidate.name) as bar:
+        for material in gathered:
+            bar.set_description(f"{candidate.name}: {material.benchmark}")
+            who = identity(candidate, material)
+            there = read_result(result_path(out, who)) if stands(out, who) else None
+            complete = there is not None and ("unconditional_0" in there.table or not pmi)
+            if distributed.any_rank(distributed.is_first() and complete):
+                bar.update(len(material.questions))
+                yield there, True
+            elif material.unavailable:
+                yield _written(out, Result(who, unavailable=material.unavailable)), False
+            else:
+                result = score_benchmark(candidate, material, batch_tokens, pmi, bar.update)
+                yield _written(out, result), False
+
+
+def _written(out: Path, result: Result) -> Result:
+    if distributed.is_first():
+        write_result(out, result)
+    return result
+
+
+def score_benchmark(
+    candidate: Candidate,
+    material: Material,
+    batch_tokens: int,
+    pmi: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> Result:
+    """Score, answer, measure. UserError as `engine.score` and `encode`."""
+    benchmark, model = material.benchmark, candidate.model
+    encoding = _encode(candidate, material)
+    nats = score_together(candidate, encoding.questions, batch_tokens, encoding.prefix, progress)
+    fixed_endings = len({question.endings for question in material.questions}) == 1
+    bare = _without_question(candidate, material, batch_tokens) if pmi or fixed_endings else None
+    lengths = [np.array([len(ending) for ending in item.endings]) for item in encoding.questions]
+    table = answers(material.questions, nats, lengths, bare, benchmark.protocol)
+    metrics = task_metrics(benchmark.task, benchmark.protocol, benchmark.shots, table)
+    metrics |= {
+        "truncated": encoding.truncated,
+        "unshared_prefix": encoding.unshared,
+        "backends": backends_used(model, encoding.questions, encoding.prefix),
+    }
+    return Result(identity(candidate, material), metrics, table, data=material.data)
+
+
+def score_together(
+    candidate: Candidate,
+    encoded: Sequence[Encoded],
+    batch_tokens: int,
+    prefix: np.ndarray | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[np.ndarray]:
+    """`engine.score` of questions dealt to the processes; every process gets the nats of all."""
+    mine = distributed.dealt(range(len(encoded)))
+    found = score(candidate.model, [encoded[i] for i in mine], batch_tokens, prefix, progress, candidate.name)
+    if distributed.size() == 1:
+        return found
+    nats = [np.zeros(len(question.endings)) for question in encoded]
+    for index, values in zip(mine, found, strict=True):
+        nats[index] = values
+    if progress is not None:
+        progress(len(encoded) - len(mine))  # those of the others
+    whole = distributed.sum_over_ranks(torch.from_numpy(np.concatenate(nats)))
+    return np.split(whole.numpy(), np.cumsum([len(values) for values in nats])[:-1])
+
+
+def _encode(candidate: Candidate, material: Material) -> Encoding:
+    joint = material.benchmark.protocol not in APART
+    return encode(
+        material.questions,
+        candidate.tokenizer,
+        candidate.model.context,
+        candidate.start_token,
+        material.prefix,
+        joint,
+        _begin(candidate, material),
+    )
+
+
+def _begin(candidate: Candidate, material: Material) -> tuple[int, ...]:
+    return () if material.benchmark.protocol in APART else candidate.begin
+
+
+def _without_question(candidate: Candidate, material: Material, batch_tokens: int) -> list[np.ndarray]:
+    """The endings' nats after `Question.unconditional`, each distinct set of endings scored once."""
+    first: dict[tuple[str, ...], int] = {}
+    places = [first.setdefault((q.unconditional, *q.endings), len(first)) for q in material.questions]
+    distinct = {place: question for question, place in zip(material.questions, places)}
+    bare = [replace(distinct[place], context=distinct[place].unconditional) for place in range(len(first))]
+    encoding = _encode(candidate, replace(material, questions=tuple(bare), prefix=""))
+    nats = score_together(candidate, encoding.questions, batch_tokens)
+    return [nats[place] for place in places]
+
+
+def refuse_overlong_shots(candidate: Candidate, gathered: Sequence[Material]) -> None:
+    """A model whose context the exemplars alone fill is refused before anything is scored."""
+    for material in gathered:
+        if material.prefix:
+            (ids,) = candidate.tokenizer.encode_batch([material.prefix])
+            length = len(_begin(candidate, material)) + len(ids)
+            if length >= candidate.model.context:
+                raise UserError(
+                    f"shots: the {material.benchmark.shots} exemplars of {material.benchmark.task.name} take "
+                    f"{length} tokens, {candidate.name} has {candidate.model.context} positions; ask for fewer"
+                )
+
+
+def refuse_foreign_places(candidate: Candidate, gathered: Sequence[Material], out: Path) -> None:
+    """What `write_result` would refuse to overwrite is told before anything is scored."""
+    for material in gathered:
+        who = identity(candidate, material)
+        require_ours(result_path(out, who), who.model)
