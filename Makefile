@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+SOAK := $(addprefix tests/test_,kills.py damage.py disks.py dvc_survival.py distributed.py headline_shape.py study.py)
 STAMP := $(VENV)/installed
 # DVC runs each stage through a shell: with .venv first on PATH, `python` there is this one's
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -17,7 +18,8 @@ help:
 	@echo "make verify      after that: replay random windows of the cache through the live teacher"
 	@echo "make study       the study: STUDY.md from a grid of runs through the DVC queue; run again, it goes on"
 	@echo "make test        set up, run the tests"
-	@echo "make soak        the tests that take minutes: a study stopped and gone on with"
+	@echo "make soak        the tests that take minutes: hundreds of kills, damaged files, full disks (docs/reliability.md), the"
+	@echo "                 headline's real shape"
 	@echo "make setup       set up .venv only; then: . .venv/bin/activate"
 	@echo "make lint        ruff over the code"
 	@echo "make smoke       the whole pipeline at scale smoke, in a temporary clone"
@@ -53,7 +55,7 @@ test: $(STAMP)
 	python -m pytest -q
 
 soak: $(STAMP)
-	MICROLM_SOAK=1 python -m pytest -q tests/test_study.py
+	MICROLM_SOAK=1 python -m pytest -q $(SOAK)
 
 lint: $(STAMP)
 	python -m ruff check .

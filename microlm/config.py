@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from microlm.errors import UserError
 from microlm.files import read_yaml
-from microlm.schema import count, parse, positive, within
+from microlm.schema import count, parse, positive, shown, within
 
 PARAMS = Path("params.yaml")
 NOTEBOOK_TEMPERATURE = 2.5
@@ -172,10 +172,32 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class BenchmarkConfig:
+    """Tasks that every model of the pipeline is scored on; `items` of each, a fixed subset, or all."""
+
+    tasks: list[str]
+    protocol: str | None  # the task's own where null
+    shots: int = within(0, 64)
+    items: int | None = within(4, 2**31)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
-    items: int = within(4, 10042)
+    """`data` is a folder with tasks' files in their published formats; `hub`: whether to ask it for what is missing."""
+
     batch_tokens: int = count()
     bootstrap_draws: int = within(100, 10**7)
+    benchmarks: list[BenchmarkConfig]
+    data: str | None
+    hub: bool
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """A model of others, scored by `microlm references`. Without a revision, the one found is in the result."""
+
+    model: str
+    revision: str | None
 
 
 @dataclass(frozen=True)
@@ -227,6 +249,7 @@ class Config:
     beta: float = within(0, 1, low_open=True, high_open=True)
     skew: float = within(0, 1, low_open=True, high_open=True)
     tail: Literal["lumped", "capped", "table"] = field()
+    references: list[ReferenceConfig] = field()
     at: ScaleConfig = field()
 
     @property
@@ -274,10 +297,13 @@ def load_config(path: str | Path = PARAMS) -> Config:
     scales = raw.pop("scales", None)
     if not isinstance(scales, dict) or not scales:
         raise ConfigError(f"{path}: scales: must hold one block for each scale, e.g. laptop")
+    odd = [shown(name) for name in scales if not isinstance(name, str)]
+    if odd:
+        raise ConfigError(f"{path}: scales: {odd[0]} is not a name of a scale; write a text, e.g. laptop")
     blocks = {name: parse(ScaleConfig, block, f"scales.{name}.", found) for name, block in scales.items()}
     name = raw.get("scale")
     if not isinstance(name, str) or name not in blocks:
-        found.append(f"scale: {name!r} is not a scale; choose one of {', '.join(map(str, blocks))}")
+        found.append(f"scale: {shown(name)} is not a scale; choose one of {', '.join(map(str, blocks))}")
         raw["at"] = None
     else:
         raw["at"] = blocks[name]

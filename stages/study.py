@@ -11,6 +11,7 @@ from microlm.config import load_config
 from microlm.errors import UserError, run_stage
 from microlm.study.driver import Study
 from microlm.study.grid import read_grid, read_yaml
+from microlm.study.recheck import Recheck
 from microlm.study.report import rows_of, write_report
 from microlm.study.results import STUDY_SCALE, results_path
 from microlm.study.sections import markdown
@@ -31,6 +32,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the runs and what each overrides; run nothing")
     parser.add_argument("--report", action="store_true", help="write the report of what is there; run nothing")
     parser.add_argument(
+        "--accept", action="store_true", help="run a few points again; where their losses stand, take all rows for done"
+    )
+    parser.add_argument(
         "--markdown", action="store_true", help="print the arms' table as README.md has it; run nothing"
     )
     asked = parser.parse_args()
@@ -40,6 +44,9 @@ def main() -> None:
     grid = read_grid(asked.grid, asked.scale, params)
     if asked.markdown:
         print(markdown(rows_of(grid, results_path(grid.scale, ROOT))), end="")
+        return
+    if asked.accept:
+        print(f"study: {Recheck(ROOT, grid, params).accept(_jobs(asked.jobs, asked.scale, params))}")
         return
     study = Study(ROOT, grid, params)
     if asked.list:

@@ -16,12 +16,13 @@ from microlm.config import load_config
 from microlm.console import banner, progress_bar
 from microlm.corpus.batches import cached_windows
 from microlm.corpus.shards import SHARDS_DIRECTORY, TokenShards
+from microlm.corpus.tokenizer import load_tokenizer
 from microlm.errors import UserError, run_stage
 from microlm.pipeline.labels import CACHE
-from microlm.pipeline.teachers import load_fitting_teacher
+from microlm.pipeline.teachers import load_labelling_teacher
 from microlm.runtime import set_up
 from microlm.teacher.cache import TeacherCache, cache_identity
-from microlm.teacher.verify import refuse_other_weights, replay
+from microlm.teacher.verify import refuse_other_tokenizer, refuse_other_weights, replay
 
 
 class Arguments(argparse.ArgumentParser):
@@ -53,12 +54,14 @@ def main() -> None:
     asked = replace(config.at.teacher, model=given.teacher, revision=None) if given.teacher else config.at.teacher
     config = replace(config, at=replace(config.at, teacher=asked))
     runtime = replace(set_up(config.at.runtime), dtype=cache.dtype)
-    model = load_fitting_teacher(config, replace(identity, teacher=asked.model), runtime)
+    tokenizer = load_tokenizer(SHARDS_DIRECTORY / "tokenizer")
+    model, projection = load_labelling_teacher(config, replace(identity, teacher=asked.model), runtime, tokenizer)
+    refuse_other_tokenizer(cache, projection, CACHE, asked.model)
     if not given.replay_only:
         refuse_other_weights(cache, hub.teacher_fingerprint(asked, model), CACHE, asked.model)
     chosen = np.sort(np.random.default_rng(given.seed).choice(windows, min(given.windows, len(windows)), replace=False))
     with progress_bar(len(chosen) * identity.seq_len, 0, "tok", "verify") as bar:
-        found = replay(model, cache, shards, chosen, asked.batch_rows, bar.update)
+        found = replay(model, cache, shards, chosen, asked.batch_rows, bar.update, projection)
     banner(f"verify: {len(chosen)} of {len(windows):,} cached windows, {asked.model}", found.lines(cache.dtype))
     found.refuse_excess(cache.dtype, CACHE, asked.model)
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microlm.files import sha256_bytes
+from microlm.files import atomic_directory, recover_directory, remove_directory, sha256_bytes
 from microlm.pipeline.labels import CACHE, METRICS, label, publish
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import MANIFEST
@@ -201,6 +201,39 @@ def test_a_publication_killed_at_any_step_keeps_the_blocks_and_the_old_cache(toy
             assert content(CACHE) in (content(toy.whole), {"old": sha256_bytes(b"old")}, {})
             publish(Path("scratch"), toy.identity, manifest)
             assert content(CACHE) == content(toy.whole)
+
+
+DEAD = 2**22 + 1  # no process has so high a number
+
+
+def test_a_folder_whose_replacement_or_removal_is_killed_at_any_step_is_whole_or_gone(tmp_path):
+    def prepare(top: Path) -> Path:
+        folder = top / "state"
+        folder.mkdir(parents=True)
+        for name in ("weights", "progress"):
+            (folder / name).write_text("old")
+        return folder
+
+    def replace(folder: Path) -> None:
+        with atomic_directory(folder) as fresh:
+            for name in ("weights", "progress"):
+                (fresh / name).write_text("new")
+
+    for change, may_be_gone in ((replace, False), (remove_directory, True)):
+        counted = prepare(tmp_path / change.__name__)
+        steps = lives(lambda _, change=change, folder=counted: change(folder))
+        assert steps > 2
+        for last in range(steps):
+            folder = prepare(tmp_path / f"{change.__name__}-{last}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: DEAD)
+                killed_after(lambda _, change=change, folder=folder: change(folder), last)
+            if not may_be_gone:
+                recover_directory(folder)
+            found = [path.read_text() for path in folder.glob("*")]
+            assert found in (["old"] * 2, ["new"] * 2) or (may_be_gone and not folder.exists())
+            replace(folder)
+            assert [path.name for path in folder.parent.iterdir()] == ["state"]  # nothing is left lying about
 
 
 def test_blocks_are_copied_where_they_cannot_be_linked(toy, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from microlm.config import Config, ConfigError, load_config
+from microlm.errors import plain
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
@@ -230,6 +231,58 @@ def test_any_value_anywhere_is_accepted_in_range_or_refused_in_lines(tmp_path: P
         assert all(math.isfinite(number) and number >= 0 for number in numbers(config))
         assert 0 <= config.alpha <= 1
         assert config.temperature in config.at.teacher.temperatures
+
+
+SPELLINGS = st.sampled_from(
+    [
+        *(
+            "0x" + "f" * 5000,
+            "-0x" + "f" * 4000,
+            "9" * 5000,
+            "1e999999",
+            ".inf",
+            "-.nan",
+            "~",
+            "2001-01-01",
+            "12:30:45",
+        ),
+        *("[[" * 3000, "&a [*a]", "!!set {a}", "!!binary aGk=", "!!python/object/apply:os.system [ls]", "{1: 2}", "*b"),
+        *(
+            '"\\x1b[2J\\u202e"',
+            "'\u2028'",
+            "🦊",
+            "x" * 10_000,
+            "{0x" + "f" * 5000 + ": 1}",
+            "null",
+            "[]",
+            "{}",
+            "? a",
+            "|",
+        ),
+    ]
+)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_spelling_of_yaml_anywhere_is_accepted_or_refused_in_short_lines(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    """Several values, or the names of keys, at once."""
+    lines = written(tmp_path, ONE_SCALE).read_text().splitlines()
+    for place in data.draw(st.lists(st.integers(0, len(lines) - 1), min_size=1, max_size=3)):
+        key, _, value = lines[place].partition(":")
+        spelling = data.draw(SPELLINGS)
+        indent = " " * (len(key) - len(key.lstrip()))
+        lines[place] = data.draw(st.sampled_from((f"{key}: {spelling}", f"{indent}{spelling}:{value}")))
+    path = tmp_path / "params.yaml"
+    path.write_text("\n".join(lines))
+    try:
+        load_config(path)
+    except ConfigError as error:
+        told = str(error).split("\n")
+        assert all(line.startswith(f"{path}: ") for line in told)
+        assert all(len(plain(line)) < 1000 for line in told)
 
 
 BLOCKS = [(), LAPTOP, (*LAPTOP, "corpus"), (*LAPTOP, "pretrain"), (*LAPTOP, "teacher")]

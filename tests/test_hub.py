@@ -12,7 +12,8 @@ from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
 from microlm.gguf_llama import read_gguf_llama
 from microlm.hub import HubLanguageModel, load_teacher
-from microlm.pipeline.labels import refuse_impossible, refuse_misfit
+from microlm.pipeline.labels import refuse_impossible
+from microlm.pipeline.teachers import refuse_misfit
 from microlm.teacher.cache import CacheIdentity
 
 TEXT = "The Great Wall of China is a series of fortifications built across the historical northern borders of China."

@@ -30,11 +30,12 @@ HARMLESS = {
     "microlm/config.py": "refuses, never computes; every stage runs after `check`, which names it",
     "microlm/console.py": "banner and progress bar",
     "microlm/corpus/parts.py": "fetch names it; what it extracts is an input of the others",
+    "microlm/corpus/patience.py": "asks the hub again; changes no answer",
     "microlm/corpus/tokenizer.py": "tokenize names it; ids are held against the reference, the shards name them",
     "microlm/errors.py": "words for people",
     "microlm/files.py": "how bytes reach the disk, not which",
-    "microlm/language_model.py": "types alone",
-    "microlm/pipeline/teachers.py": "refuses; what it returns hub.py loads",
+    "microlm/launcher.py": "starts processes; how many changes no result",
+    "microlm/pipeline/teachers.py": "refuses; what it returns hub.py loads and projection.py makes",
     "microlm/probe/table.py": "words for the docs",
     "microlm/schema.py": "as config.py",
     "microlm/scratch.py": "where an interrupted stage leaves what it has done",
@@ -43,8 +44,12 @@ HARMLESS = {
 # Imported by many, read by few: a new objective must not cost a new control, an edit of the student not a new cache.
 TRAININGS = {"pretrain", "continue", "distill"}
 MATTERS_TO = {
+    "microlm/distributed.py": {*TRAININGS, "teacher", "evaluate"},  # the others run in one process
     "microlm/gguf_llama.py": {"teacher", "distill", "evaluate", "probe", "ledger"},
+    "microlm/hub_model.py": {"teacher", "distill", "evaluate", "probe", "ledger"},
     "microlm/teacher/cache.py": {"teacher", "select", "distill", "probe", "ledger"},
+    "microlm/teacher/projected.py": {"teacher", "evaluate"},  # of a teacher that the ledger refuses
+    "microlm/teacher/projection.py": {"teacher", "evaluate"},
     "microlm/objective/capped_tail.py": {"distill", "ledger"},
     "microlm/objective/definition.py": {"distill", "ledger"},
     "microlm/objective/divergences.py": {"distill", "ledger", "probe"},
@@ -53,6 +58,7 @@ MATTERS_TO = {
     "microlm/objective/schedule.py": {"distill", "ledger"},
     "microlm/objective/table_tail.py": {"distill", "ledger"},
     "microlm/objective/tails.py": {"distill", "ledger"},
+    "microlm/language_model.py": {"evaluate"},  # a prefix's keys and values; the rest is types
     "microlm/pipeline/selection.py": {"select"},  # the others read the list that it wrote
     "microlm/model.py": {*TRAININGS, "select", "evaluate", "probe", "ledger"},
     # `teacher` reports the teacher's own loss through these; what it caches does not pass through them

@@ -308,6 +308,10 @@ def test_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert "study: STUDY-smoke.md" in clone.run(*command).stdout
     assert first in csv.read_text().splitlines() and len(read_results(csv)) == 2
     assert "0 of them to do" in clone.run(*command).stdout
+    rows = csv.read_text()
+    csv.write_text(re.sub(r",[0-9a-f]{12},[0-9a-f]{12},", ",older,older,", rows))
+    assert "2 runs gave the recorded losses" in clone.run(*command, "--accept").stdout
+    assert csv.read_text() == rows
     assert clone.git("rev-parse", "HEAD") == commit
     changed = {line[3:] for line in clone.git("status", "--porcelain").splitlines()}
     assert changed == {"STUDY-smoke.md", "study/results-smoke.csv", "study/study-smoke.png"}

@@ -25,11 +25,11 @@ def gpt2(wheels: Path = WHEELS) -> Tokenizer:
         return build_tokenizer("gpt2", parts)
 
 
-def tiny_llama(tokenizer: Tokenizer, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(tokenizer: Tokenizer, seed: int = 0, padded: int = PADDED_VOCABULARY) -> LlamaForCausalLM:
     """Two layers, 32 wide. Weights are wide enough apart for the predictions to differ clearly between tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=PADDED_VOCABULARY,
+        vocab_size=padded,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

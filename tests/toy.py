@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from microlm.corpus.shards import FORMAT, VERSION, ShardWriter, TokenShards
+from microlm.corpus.shards import FORMAT, VERSION, TokenShards, token_dtype
+from microlm.corpus.writing import SplitWriter
 from microlm.files import write_json
 
 
@@ -16,8 +17,9 @@ def toy_shards(directory: Path, n_vocab: int, tokens: int, split: str = "train")
     )
     generator = np.random.Generator(np.random.PCG64(len(split)))
     ids = (np.arange(tokens) * 3 + generator.integers(0, 3, tokens)) % n_vocab
-    writer = ShardWriter(directory, split, tokenizer, 256)
-    writer.write(ids.astype(np.uint32))
+    document = np.concatenate(([tokenizer.eot_id], ids)).astype(token_dtype(n_vocab))
+    writer = SplitWriter(directory, split, tokenizer, 256)
+    writer.write(document, len(document))
     described = {"name": "toy", "fingerprint": "toy", "n_vocab": n_vocab, "eot_id": 0}
     write_json(
         directory / "manifest.json",

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from microlm.config import Config, load_config
-from microlm.corpus.shards import write_shards
 from microlm.hub import save_student
 from microlm.pipeline.arms import fresh_student
 from microlm.pipeline.labels import label
 from microlm.runtime import Runtime
 from tests.clones import ROOT
 from tests.tiny_teacher import gpt2, write_tiny_teacher
+from tests.toy_shards import write_shards
 
 WHEELS = ROOT / ".resume" / "wheels"
 RUNTIME = Runtime(torch.device("cpu"), torch.float32, False, 1)
@@ -57,7 +57,7 @@ def _template() -> Path:
         write_tiny_teacher(Path(config.at.teacher.model), wheels=WHEELS)
         lines = (ROOT / "tests" / "fixtures" / "documents.jsonl").read_text().splitlines()
         texts = [json.loads(line)["text"] for line in lines]
-        write_shards(texts, tokenizer, Path("data/shards"), {}, validation_fraction=0.1, shard_tokens=8192)
+        write_shards(texts, tokenizer, Path("data/shards"), validation_fraction=0.1, shard_tokens=8192)
         save_student(fresh_student(config, tokenizer), tokenizer, Path("models/control"))
         label(config, RUNTIME)
     return directory

@@ -15,6 +15,11 @@ class SparseTeacher:
     ids: Tensor  # int64 [N, k], distinct in each row
     log_p: Tensor  # float [N, k + 1] at the objective's temperature, the tail's log-mass last
     log_table: Tensor | None = None  # float [V], for tail: table, at the objective's temperature
+    covered: Tensor | None = None  # bool [N], where the teacher speaks; None: everywhere
+
+    def of(self, rows: Tensor) -> "SparseTeacher":
+        """The rows that `rows`, bool [N], picks, all of them covered."""
+        return SparseTeacher(self.ids[rows], self.log_p[rows], self.log_table)
 
 
 @dataclass(frozen=True)

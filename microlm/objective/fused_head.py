@@ -57,13 +57,38 @@ def fused_head_loss(
         weight: LM head [padded vocabulary, D], float32; rows from `n_vocab` on are padding and never seen.
         targets: int64 [N], gold tokens.
         objective: kd_weight = 0 needs no teacher and is plain cross-entropy, bit for bit.
-        teacher: the cache's records of these positions; needed where kd_weight > 0.
+        teacher: the cache's records of these positions; needed where kd_weight > 0. A position that it does not cover
+            has cross-entropy alone, with weight 1 whatever the objective's weights, and no divergence.
         count: tokens of the whole step, where these N are one of its parts.
     """
     if objective.kd_weight > 0 and teacher is None:
         raise ValueError("kd_weight > 0 needs a teacher")
+    if objective.kd_weight > 0 and teacher.covered is not None:
+        return _partly_covered(hidden, weight, targets, n_vocab, objective, teacher, count)
     loss, cross_entropy, divergence = _FusedHead.apply(hidden, weight, targets, n_vocab, objective, teacher, count)
     return HeadLoss(loss, cross_entropy, divergence)
+
+
+def _partly_covered(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    n_vocab: int,
+    objective: Objective,
+    teacher: SparseTeacher,
+    count: int,
+) -> HeadLoss:
+    """Covered rows and the others, each for themselves: both have all of their loss in one call of the head."""
+    alone = Objective(z_loss=objective.z_loss)
+    parts = [
+        fused_head_loss(hidden[rows], weight, targets[rows], n_vocab, wanted, said, count)
+        for rows, wanted, said in (
+            (teacher.covered, objective, teacher.of(teacher.covered)),
+            (~teacher.covered, alone, None),
+        )
+        if rows.any()
+    ]
+    return HeadLoss(*(sum(getattr(part, name) for part in parts) for name in ("loss", "cross_entropy", "divergence")))
 
 
 def _pass(name: str) -> Callable[..., None]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from microlm import distributed
 from microlm import model as model_module
-from microlm.config import Config, OptimizationConfig
+from microlm.config import BatchConfig, Config, OptimizationConfig, load_config
 from microlm.console import banner
 from microlm.corpus import batches as batches_module
 from microlm.corpus.batches import Batches, cached_windows, uncached_windows
@@ -17,6 +18,7 @@ from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError
 from microlm.files import sha256_file, write_json
 from microlm.hub import OPTIMIZER, WEIGHTS, load_student, save_student, teacher_fingerprint
+from microlm.launcher import PROCESSES
 from microlm.model import ModelShape, StudentLM
 from microlm.objective import (
     capped_tail,
@@ -34,13 +36,13 @@ from microlm.objective.on_policy import MiniLLM
 from microlm.objective.schedule import objective_schedule
 from microlm.pipeline import losses
 from microlm.pipeline.evaluator import Evaluator
-from microlm.pipeline.selection import WINDOWS, read_windows
+from microlm.pipeline.selection import WINDOWS, chosen_windows
 from microlm.pipeline.teachers import load_fitting_teacher
 from microlm.runtime import Runtime, peak_memory_bytes
 from microlm.scratch import code_digest, scratch
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import TeacherCache, cache_identity
-from microlm.training import loop, optimizer
+from microlm.training import feed, loop, optimizer, replica
 from microlm.training.loop import Loss, Plan, train
 from microlm.training.optimizer import Optimizers
 
@@ -49,7 +51,7 @@ PLOTS, METRICS = Path("plots"), Path("metrics")
 CROSS_ENTROPY = "cross-entropy"
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round shapes
 CODE = (
-    *(model_module, batches_module, cache_module, loop, optimizer, losses),
+    *(model_module, batches_module, cache_module, feed, loop, optimizer, replica, losses),
     *(capped_tail, definition, divergences, fused_head, on_policy, sampling, schedule),
     *(table_tail, tails, vocabulary_blocks),
 )
@@ -119,7 +121,7 @@ class _Start:
                 f"models/control has {self.model.n_vocab} tokens, data/shards {self.tokenizer.n_vocab}; "
                 "make it again with: dvc repro pretrain"
             )
-        self.batches = Batches(self.shards, at.batch, config.seed, read_windows())
+        self.batches = Batches(self.shards, at.batch, config.seed, chosen_windows(config, self.shards))
         labelled = len(cached_windows(self.shards, at.batch.seq_len, at.teacher.windows))
         self.steps = at.continuation.epochs * labelled // at.batch.rows
 
@@ -140,6 +142,7 @@ def _run(
     inputs: dict[str, object],
 ) -> None:
     """Train, then write the model, the curves, the log and the metrics of the arm."""
+    refuse_idle_processes(config.at.batch)
     model.set_activation_dtype(runtime.dtype).to(runtime.device)
     if runtime.compiled:
         model.compile_blocks()
@@ -153,7 +156,7 @@ def _run(
         "batch": asdict(config.at.batch),
         "shape": asdict(model.shape),
         "seed": config.seed,
-        "runtime": [str(runtime.device), str(runtime.dtype), runtime.compiled, runtime.threads],
+        "runtime": runtime.decisive(),
         "corpus": [batches.shards.digest, evaluator.validation.digest, tokenizer.fingerprint],
         "code": code_digest(*CODE),
     }
@@ -161,6 +164,8 @@ def _run(
     with scratch(plan.arm, inputs) as directory:
         history = train(model, batches, loss, plan, optimizers, evaluator, directory)
         moments = optimizers.state_tensors() if plan.arm == "control" else None
+        if not distributed.is_first():
+            return
         save_student(model, tokenizer, MODELS / plan.arm, moments)
         history.write(plan.arm, PLOTS, METRICS)
         last, hellaswag = history.loss[-1], history.hellaswag[-1]
@@ -184,6 +189,27 @@ def _run(
         )
 
 
+def micro_batches(batch: BatchConfig) -> int:
+    """Forward passes of one step: as many processes can share it."""
+    return batch.rows // batch.micro_batch_rows
+
+
+def most_processes() -> int:
+    """Processes that a training of params.yaml has work for."""
+    return micro_batches(load_config().at.batch)
+
+
+def refuse_idle_processes(batch: BatchConfig) -> None:
+    """Several processes deal a step's micro-batches among them, and each needs one."""
+    parts, size = micro_batches(batch), distributed.size()
+    if size > parts:
+        raise UserError(
+            f"{size} processes cannot share the {parts} micro-batches of a step (batch.batch_tokens / "
+            f"(batch.micro_batch_rows * batch.seq_len) in params.yaml); set {PROCESSES}={parts}, or lower "
+            f"batch.micro_batch_rows to {max(1, batch.rows // size)}"
+        )
+
+
 def _load_moments(optimizers: Optimizers, path: Path) -> None:
     try:
         optimizers.load_state_tensors(load_file(path))
@@ -197,7 +223,7 @@ def _load_moments(optimizers: Optimizers, path: Path) -> None:
 def describe(model: StudentLM, batches: Batches, plan: Plan, said: str, runtime: Runtime) -> list[str]:
     """The banner: each choice and its reason, and the arithmetic of a step."""
     batch, settings = batches.config, plan.optimization
-    parts = batch.batch_tokens // (batch.micro_batch_rows * batch.seq_len)
+    parts = micro_batches(batch)
     windows, tokens = len(batches.windows), batch.batch_tokens
     epochs = plan.steps * batch.rows / windows
     matrices = f"{settings.muon_learning_rate:g} (matrices), " if settings.optimizer == "muon" else ""

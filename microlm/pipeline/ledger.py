@@ -24,7 +24,9 @@ from microlm.pipeline.teachers import load_fitting_teacher
 from microlm.runtime import Runtime
 from microlm.teacher.cache import REMAKE, TeacherCache, cache_identity
 from microlm.teacher.live import LiveTeacher
+from microlm.training.feed import Feed
 from microlm.training.loop import Loss, accumulate_gradients
+from microlm.training.replica import Replica
 
 SHARDS, CACHE, MODELS = Path("data/shards"), Path("data/teacher"), Path("models")
 TEACHER_METRICS = Path("metrics/teacher.json")
@@ -132,8 +134,10 @@ def step_of(
 ) -> Callable[[int], None]:
     """Gradients of the step with a given number, dropped again."""
 
+    replica, feed = Replica(student), Feed(batches, device)
+
     def step(number: int) -> None:
-        accumulate_gradients(student, batches, loss, number, progress)
+        accumulate_gradients(replica, feed, loss, number, progress)
         student.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -56,6 +56,23 @@ def read_windows() -> np.ndarray:
         raise UserError(f"{WINDOWS} is damaged ({error}); make it again with: dvc repro -f -s select") from None
 
 
+def chosen_windows(config: Config, shards: TokenShards) -> np.ndarray:
+    """`read_windows`, held against what this configuration can have chosen."""
+    windows, wanted = read_windows(), config.at.continuation
+    if wanted.windows == "any":
+        pool = np.arange(window_count(shards, config.at.batch.seq_len))
+    else:
+        pool = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
+    selects = wanted.windows in ("random", "difference")
+    count = max(1, round(wanted.select_fraction * len(pool))) if selects else len(pool)
+    if windows.shape != (count,) or not np.isin(windows, pool).all() or (np.diff(windows) <= 0).any():
+        raise UserError(
+            f"{WINDOWS} is damaged or of other parameters: not {count} of the {len(pool)} windows that "
+            f"continuation.windows: {wanted.windows} can choose; make it again with: dvc repro -f -s select"
+        )
+    return windows
+
+
 def largest_differences(teacher_nats: np.ndarray, reference_nats: np.ndarray, keep: int) -> np.ndarray:
     """Places, ascending, of the `keep` windows where the reference loses most nats to the teacher. All [W]."""
     return np.sort(np.argsort(teacher_nats - reference_nats, kind="stable")[:keep])
@@ -64,6 +81,11 @@ def largest_differences(teacher_nats: np.ndarray, reference_nats: np.ndarray, ke
 def _nats(config: Config, runtime: Runtime, shards: TokenShards, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Nats per token of each window under the teacher, from its cache, and under the control."""
     cache = TeacherCache(CACHE, cache_identity(config, shards), pool)
+    if cache.identity.projected:
+        raise UserError(
+            "params.yaml: continuation.windows: difference compares the log-probabilities of all of a window's tokens, "
+            "and a teacher with another tokenizer covers only some; choose cached or random"
+        )
     teacher = np.array([-cache.records(pool[i : i + 1])["gold"].mean(dtype=np.float64) for i in range(len(pool))])
     control = load_student(CONTROL, runtime.dtype).to(runtime.device)
     lengths = load_tokenizer(SHARDS / "tokenizer").byte_lengths

@@ -16,7 +16,7 @@ from microlm.files import sha256_json
 from microlm.study.grid import Grid, Run, resolve
 from microlm.study.pipeline import Pipeline
 from microlm.study.queue import DvcQueue
-from microlm.study.results import add_rows, is_done, read_metrics, read_results, results_path, row_of
+from microlm.study.results import Row, add_rows, is_done, read_metrics, read_results, results_path, row_of
 from microlm.study.workspace import FOLDER, prepare
 
 POLL_S = 1.0
@@ -173,10 +173,13 @@ class Study:
             fresh = [row_of(run, task.config, metrics, task.settings, self.code) for run in task.runs]
         except KeyError as error:
             raise UserError(f"metrics of {task.name} lack {error}; bring the code and the study together") from None
-        add_rows(self.csv, fresh)
+        self._keep(fresh)
         self.last = fresh[0]
         progress.made |= set(task.keys.values())
         progress.done += 1
+
+    def _keep(self, fresh: Sequence[Row]) -> None:
+        add_rows(self.csv, fresh)
 
     def _fail(self, queue: DvcQueue, task: Task, progress: Progress) -> None:
         del progress.flying[task.name]

@@ -128,7 +128,19 @@ def add_rows(path: Path, fresh: Sequence[Row]) -> None:
     """Write the file again with `fresh` in it; an older row of the same run goes."""
     read_results(path)  # a damaged file is refused here too, not carried along
     replaced = {row["run"] for row in fresh}
-    rows = [*(row for row in _read_cells(path) if row["run"] not in replaced), *fresh]
+    _write(path, [*(row for row in _read_cells(path) if row["run"] not in replaced), *fresh])
+
+
+def stamp_rows(path: Path, stamps: Mapping[str, tuple[str, str]]) -> None:
+    """Put new digests of settings and code, by run, on rows whose numbers stay."""
+    rows = _read_cells(path)
+    for row in rows:
+        if row["run"] in stamps:
+            row["settings"], row["code"] = stamps[row["run"]]
+    _write(path, rows)
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
     with atomic_file(path, "w") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

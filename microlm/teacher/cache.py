@@ -11,10 +11,16 @@ A record holds what the teacher says of the token after a position:
     log_p     k log-probabilities at temperature 1, float16
     log_tail  for each captured temperature T, log of the sum of p^(1/T) over all other tokens, float32
     gold      log-probability of the token that follows in the text, float32
+
+That of a teacher with another tokenizer (see projection.py) holds ids and log_p for each captured temperature, [T, k],
+since the projected distribution at a temperature does not follow from that at another, log_tail of the probabilities
+themselves, and
+
+    covered   whether the teacher speaks of this position at all
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +33,7 @@ from microlm.config import Config, TeacherConfig
 from microlm.corpus.batches import cached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
-from microlm.files import read_json, sha256_file, sha256_json
+from microlm.files import atomic_file, read_json, refuse_unsealed, sealed, sha256_file
 from microlm.objective.definition import SparseTeacher
 from microlm.objective.divergences import temper
 
@@ -53,14 +59,22 @@ class CacheIdentity:
     # None where the reader cannot know or does not care; the manifest always has them
     weights_sha256: str | None = None
     dtype: str | None = None  # of the teacher's activations
+    # fingerprint of the teacher's own, where it is not the corpus's and the records are projected
+    teacher_tokenizer: str | None = None
+
+    @property
+    def projected(self) -> bool:
+        return self.teacher_tokenizer is not None
 
     def record(self) -> np.dtype:
+        shape = (len(self.temperatures), self.top_k) if self.projected else (self.top_k,)
         return np.dtype(
             [
-                ("ids", np.uint16 if self.n_vocab <= 2**16 else np.uint32, (self.top_k,)),
-                ("log_p", np.float16, (self.top_k,)),
+                ("ids", np.uint16 if self.n_vocab <= 2**16 else np.uint32, shape),
+                ("log_p", np.float16, shape),
                 ("log_tail", np.float32, (len(self.temperatures),)),
                 ("gold", np.float32),
+                *([("covered", np.bool_)] if self.projected else []),
             ]
         )
 
@@ -82,7 +96,10 @@ class CacheIdentity:
         return {name: value for name, value in self.as_json().items() if name not in unknown}
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "temperatures": list(self.temperatures)}
+        fields = {**asdict(self), "temperatures": list(self.temperatures)}
+        if not self.projected:  # the manifest of a teacher that shares the corpus's tokenizer names it once
+            del fields["teacher_tokenizer"]
+        return fields
 
 
 def cache_identity(config: Config, shards: TokenShards) -> CacheIdentity:
@@ -120,16 +137,32 @@ def manifest_of(identity: CacheIdentity, weights_sha256: str, dtype: str, direct
         **identity.as_json(),
         "weights_sha256": weights_sha256,
         "dtype": dtype,
-        "blocks": [{"file": name, "sha256": sha256_file(directory / name)} for name, _ in identity.blocks()],
-        "table_sha256": sha256_file(directory / TABLE),
+        "blocks": [{"file": name, "sha256": _checked_sha256(directory / name)} for name, _ in identity.blocks()],
+        "table_sha256": _checked_sha256(directory / TABLE),
     }
     return sealed(manifest)
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """`manifest` with the sha256 of all the rest of it, so that a damaged one is not taken for another one."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return {**content, "sha256": sha256_json(content)}
+def seal_file(path: Path) -> None:
+    """Write the sha256 of a finished file beside it, for the hours until the manifest has it."""
+    with atomic_file(_seal(path), "w") as file:
+        file.write(sha256_file(path) + "\n")
+
+
+def is_finished(path: Path, n_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == n_bytes and _seal(path).is_file()
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _checked_sha256(path: Path) -> str:
+    """UserError where the file is no longer what was sealed."""
+    digest = sha256_file(path)
+    if _seal(path).is_file() and _seal(path).read_text().strip() != digest:
+        raise UserError(f"{path}: damaged since it was written; remove it, then run the same command again")
+    return digest
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -138,12 +171,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         said = f"format {manifest.get('format')!r}, version {manifest.get('version')!r}"
         raise UserError(f"{path}: {said}, but this code reads {FORMAT!r}, version {VERSION}; {REMAKE}")
-    try:
-        whole = manifest == sealed(manifest)
-    except ValueError:  # it holds a NaN, which no manifest does
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: damaged, its sha256 is not that of its content; {REMAKE}")
+    if "sha256" not in manifest:
+        raise UserError(f"{path}: damaged, it has no sha256; {REMAKE}")
+    refuse_unsealed(manifest, path, REMAKE)
     return manifest
 
 
@@ -167,6 +197,7 @@ class TeacherCache:
         for field, wanted in expected.claims().items():
             if manifest.get(field) != wanted:
                 raise UserError(f"{where}: {field} is {manifest.get(field)!r}, but this run has {wanted!r}; {REMAKE}")
+        expected = replace(expected, teacher_tokenizer=manifest.get("teacher_tokenizer"))
         self.identity, self.manifest = expected, manifest
         self._windows = windows
         self._size = expected.block_windows()
@@ -217,10 +248,20 @@ def sparse_teacher(
             f"teacher.temperatures and {REMAKE}"
         )
     at = identity.temperatures.index(temperature)
-    log_p = torch.from_numpy(records["log_p"].astype(np.float32)).to(device)
+    head = (slice(None), at) if identity.projected else slice(None)
+    log_p = torch.from_numpy(records["log_p"][head].astype(np.float32)).to(device)
     log_tail = torch.from_numpy(records["log_tail"][:, at].copy()).to(device)
-    ids = torch.from_numpy(records["ids"].astype(np.int64)).to(device)
-    return SparseTeacher(ids, temper(log_p, log_tail, temperature), tables[at].to(device))
+    ids = torch.from_numpy(records["ids"][head].astype(np.int64)).to(device)
+    if not identity.projected:
+        return SparseTeacher(ids, temper(log_p, log_tail, temperature), tables[at].to(device))
+    mark = torch.from_numpy(records["covered"].copy()).to(device)
+    # its log_p is of this temperature already; the rounding is normalized away
+    return SparseTeacher(ids, temper(log_p, log_tail, 1.0), tables[at].to(device), mark)
+
+
+def covered(records: np.ndarray) -> np.ndarray:
+    """Where the teacher speaks, bool of the records' shape: everywhere, unless they are projected."""
+    return records["covered"] if "covered" in records.dtype.names else np.ones(records.shape, bool)
 
 
 def _open_block(path: Path, sha256: str | None, record: np.dtype, shape: tuple[int, int]) -> np.ndarray:

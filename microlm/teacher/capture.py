@@ -4,8 +4,7 @@ The tail's mass is a logsumexp over the logits that remain once the top k are ma
 vocabulary is the tokenizer's; padding rows of the head are masked first.
 """
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microlm import distributed
 from microlm.corpus.batches import Batch, evenly_spaced, read_batch
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import atomic_file
 from microlm.language_model import LanguageModel
-from microlm.teacher.cache import TABLE, CacheIdentity
+from microlm.teacher.cache import TABLE, CacheIdentity, covered, is_finished, seal_file
+from microlm.teacher.projected import ProjectedRecorder
+from microlm.teacher.projection import Projection
 
 HEAD_ROWS = 256  # positions whose logits exist at once: their block stays in the processor's cache
 TABLE_WINDOWS = 32  # evenly spaced: the table is a mean of whole distributions, a few thousand positions fix it
@@ -70,6 +72,17 @@ class Recorder:
         self._kernels = Kernels.compiled() if compiled else Kernels()
         self._buffer = weight.new_empty(HEAD_ROWS, padded)
 
+    def of_batch(self, model: LanguageModel, batch: Batch, device: torch.device) -> np.ndarray:
+        """Records of a batch, [B * seq_len]."""
+        hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
+        return self(hidden, batch.targets.to(device).flatten())
+
+    def add_batch(self, model: LanguageModel, batch: Batch, totals: Tensor) -> int:
+        """Add to `totals`, float64 [temperatures, V], the distributions at all positions; how many these are."""
+        hidden = model.hidden(batch.tokens.to(totals.device)).flatten(0, 1)
+        self.add_distributions(hidden, totals)
+        return len(hidden)
+
     def __call__(self, hidden: Tensor, targets: Tensor) -> np.ndarray:
         """hidden [N, D], targets int64 [N] -> records [N]."""
         chunks = range(0, len(hidden), HEAD_ROWS)
@@ -106,6 +119,13 @@ class Recorder:
         return total.log()
 
 
+def recorder(
+    model: LanguageModel, identity: CacheIdentity, compiled: bool, projection: Projection | None
+) -> Recorder | ProjectedRecorder:
+    """What makes the records of `identity`."""
+    return ProjectedRecorder(model, identity, projection) if projection else Recorder(model, identity, compiled)
+
+
 def capture(
     model: LanguageModel,
     shards: TokenShards,
@@ -115,26 +135,31 @@ def capture(
     batch_rows: int,
     compiled: bool,
     progress: Callable[[int], object],
+    projection: Projection | None = None,
 ) -> int:
     """Write every block that `directory` does not hold yet, each whole or not at all.
 
-    Killed at any moment and called again, it leaves the same bytes as a call that was not. `directory` is the caller's
-    alone (see scratch.py).
+    Several processes deal the blocks among them: one writer a block, the first one writes the table. Killed at any
+    moment and called again, it leaves the same bytes as a call that was not. `directory` is the caller's alone (see
+    scratch.py).
 
     Args:
-        progress: told the tokens done, those of blocks found on disk included.
+        progress: told the tokens of `dealt_blocks` done, those of blocks found on disk included.
+        projection: of a teacher with another tokenizer than the shards'.
 
     Returns:
-        Tokens that this call sent through the teacher.
+        Tokens that this call sent through the teacher, in all processes.
     """
-    record = Recorder(model, identity, compiled)
+    record = recorder(model, identity, compiled, projection)
     device = next(model.parameters()).device
-    for torn in directory.glob(".*.tmp"):  # of a killed call, which the disk may have no room for
-        torn.unlink()
+    if distributed.is_first():
+        for torn in directory.glob(".*.tmp"):  # of a killed call, which the disk may have no room for
+            torn.unlink()
+    distributed.wait_for_all()
     fresh = 0
-    for name, part in identity.blocks():
+    for name, part in dealt_blocks(identity):
         tokens = (part.stop - part.start) * identity.seq_len
-        if (directory / name).exists() and os.path.getsize(directory / name) == tokens * identity.record().itemsize:
+        if is_finished(directory / name, tokens * identity.record().itemsize):
             progress(tokens)
             continue
         with atomic_file(directory / name) as file:
@@ -142,34 +167,48 @@ def capture(
                 chosen = windows[start : min(start + batch_rows, part.stop)]
                 file.write(records_of(model, record, read_batch(shards, chosen, identity.seq_len), device).tobytes())
                 progress(len(chosen) * identity.seq_len)
+        seal_file(directory / name)
         fresh += tokens
-    if not (directory / TABLE).exists():
+    if distributed.is_first() and not is_finished(directory / TABLE, 4 * len(identity.temperatures) * identity.n_vocab):
         with atomic_file(directory / TABLE) as file:
             file.write(tail_table(model, record, shards, windows, batch_rows).tobytes())
-    return fresh
+        seal_file(directory / TABLE)
+    return int(distributed.sum_over_ranks(torch.tensor(fresh)))  # which waits for the last block
+
+
+def dealt_blocks(identity: CacheIdentity) -> Sequence[tuple[str, slice]]:
+    """The blocks that this process writes, as `CacheIdentity.blocks` gives them."""
+    return distributed.dealt(list(identity.blocks()))
 
 
 def tail_table(
-    model: LanguageModel, record: Recorder, shards: TokenShards, windows: np.ndarray, batch_rows: int
+    model: LanguageModel,
+    record: Recorder | ProjectedRecorder,
+    shards: TokenShards,
+    windows: np.ndarray,
+    batch_rows: int,
 ) -> np.ndarray:
-    """log of the mean probability of each token over all positions, float32 [temperatures, V]."""
+    """log of the mean probability of each token over all covered positions, float32 [temperatures, V]."""
     identity, device = record.identity, next(model.parameters()).device
     chosen = windows[evenly_spaced(len(windows), TABLE_WINDOWS)]
     totals = torch.zeros(len(identity.temperatures), identity.n_vocab, dtype=torch.float64, device=device)
+    positions = 0
     with torch.inference_mode():
         for start in range(0, len(chosen), batch_rows):
             batch = read_batch(shards, chosen[start : start + batch_rows], identity.seq_len)
-            record.add_distributions(model.hidden(batch.tokens.to(device)).flatten(0, 1), totals)
-    mean = totals / (len(chosen) * identity.seq_len)
+            positions += record.add_batch(model, batch, totals)
+    mean = totals / max(1, positions)
     return mean.clamp_min(torch.finfo(torch.float32).tiny).log().float().cpu().numpy()
 
 
-def records_of(model: LanguageModel, record: Recorder, batch: Batch, device: torch.device) -> np.ndarray:
-    """Records of a batch, [B * seq_len], with non-finite ones refused."""
+def records_of(
+    model: LanguageModel, record: Recorder | ProjectedRecorder, batch: Batch, device: torch.device
+) -> np.ndarray:
+    """Records of a batch, [B * seq_len], with non-finite ones refused where the teacher speaks."""
     with torch.inference_mode():
-        hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
-        records = record(hidden, batch.targets.to(device).flatten())
-    if not (np.isfinite(records["log_p"]).all() and np.isfinite(records["gold"]).all()):
+        records = record.of_batch(model, batch, device)
+    said = records[covered(records)]
+    if not (np.isfinite(said["log_p"]).all() and np.isfinite(said["gold"]).all()):
         raise UserError(
             f"the teacher's logits are not finite in windows {batch.windows.tolist()}; try runtime.dtype: float32"
         )

@@ -12,17 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm.corpus.batches import read_batch
+from microlm.corpus.batches import Batch, read_batch
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.language_model import LanguageModel
 from microlm.teacher.cache import MANIFEST, REMAKE, TeacherCache
+from microlm.teacher.projection import Projection
 
 ROWS = 256  # positions whose logits exist at once
 FLOAT16_ROUNDING = 2.0**-11  # of a log-probability in a record, relative
 FIELDS = ("log_p", "log_tail", "gold")
 # in units of a dtype's rounding (see `allowed_nats`)
 LARGEST, MEAN = 8.0, 0.35
+SMALLEST = float(np.log(np.finfo(np.float32).tiny))  # of a logarithm that the capture's float32 sums can hold
 LEAST_ALLOWED_NATS = 1e-3  # what the order of a float32 sum may leave, on any machine
 
 
@@ -63,6 +65,7 @@ class Replay:
     """Live against cached.
 
     `outranked`: how far the likeliest token outside the cached ids stands above the least likely one inside.
+    `changed_marks`: positions that are covered in one and not in the other.
     """
 
     log_p: Spread = field(default_factory=Spread)
@@ -70,6 +73,7 @@ class Replay:
     gold: Spread = field(default_factory=Spread)
     outranked: Spread = field(default_factory=Spread)
     changed_sets: int = 0
+    changed_marks: int = 0
     positions: int = 0
     logit_scale: float = 0.0
 
@@ -92,14 +96,35 @@ class Replay:
         self.outranked.add(outranking.clamp_min(0))
         self.changed_sets += int((outranking > 0).sum())
         for column, temperature in enumerate(temperatures):
-            # the smallest tail that the capture's float32 sum can hold
-            tail = ((rest - peak[:, None]) / temperature).logsumexp(-1).clamp_min(np.log(np.finfo(np.float32).tiny))
+            tail = ((rest - peak[:, None]) / temperature).logsumexp(-1).clamp_min(SMALLEST)
             live = tail - (log_normalizer - peak) / temperature
             # below temperature 1 logits are stretched, and their rounding with them
             self.log_tail.add((live - cached["log_tail"][:, column]).abs() * min(1.0, temperature))
 
+    def add_projected(
+        self, log_p: Tensor, targets: Tensor, records: np.ndarray, column: int, temperature: float
+    ) -> None:
+        """One temperature. log_p [n, V] of the projected teacher, targets int64 [n], records [n], all covered."""
+        cached = {name: torch.from_numpy(records[name].astype(np.float32)).to(log_p.device) for name in FIELDS}
+        ids = torch.from_numpy(records["ids"][:, column].astype(np.int64)).to(log_p.device)
+        head, said, stretch = log_p.gather(1, ids), cached["log_p"][:, column], min(1.0, temperature)
+        self.log_p.add(((head - said).abs() - FLOAT16_ROUNDING * said.abs()).clamp_min(0) * stretch)
+        if temperature == 1:
+            self.gold.add((log_p.gather(1, targets[:, None])[:, 0] - cached["gold"]).abs())
+            self.positions += len(log_p)
+        if ids.shape[1] == log_p.shape[1]:
+            return
+        rest = log_p.scatter(1, ids, -torch.inf)
+        outranking = (rest.amax(-1) - head.amin(-1)) * stretch
+        self.outranked.add(outranking.clamp_min(0))
+        self.changed_sets += int((outranking > 0).sum()) if temperature == 1 else 0
+        tail = rest.logsumexp(-1).clamp_min(SMALLEST)
+        self.log_tail.add((tail - cached["log_tail"][:, column]).abs() * stretch)
+
     def excess(self, dtype: torch.dtype) -> str | None:
         """What differs by more than rounding in `dtype` explains, in words; None where nothing does."""
+        if self.changed_marks:
+            return f"which positions it covers, {self.changed_marks:,} of them"
         largest, mean = allowed_nats(dtype, self.logit_scale)
         for name in FIELDS:
             spread: Spread = getattr(self, name)
@@ -140,6 +165,16 @@ def refuse_other_weights(cache: TeacherCache, fingerprint: str, where: Path, tea
         )
 
 
+def refuse_other_tokenizer(cache: TeacherCache, projection: Projection | None, where: Path, teacher: str) -> None:
+    """UserError where the cache is not of a teacher with `teacher`'s tokenizer, None where that is the corpus's."""
+    own = projection.teacher.fingerprint if projection else None
+    if cache.identity.teacher_tokenizer != own:
+        raise UserError(
+            f"{where / MANIFEST}: teacher_tokenizer is {cache.identity.teacher_tokenizer!r}, but {teacher} has "
+            f"{own!r}; {REMAKE}"
+        )
+
+
 def replay(
     model: LanguageModel,
     cache: TeacherCache,
@@ -147,11 +182,13 @@ def replay(
     windows: np.ndarray,
     batch_rows: int,
     progress: Callable[[int], object] = lambda tokens: None,
+    projection: Projection | None = None,
 ) -> Replay:
     """Run `windows` through the teacher and compare every position with its record.
 
     Args:
         progress: told the tokens done.
+        projection: of a teacher with another tokenizer than the shards'.
     """
     found, device = Replay(), next(model.parameters()).device
     seq_len = cache.identity.seq_len
@@ -159,9 +196,38 @@ def replay(
         batch = read_batch(shards, windows[start : start + batch_rows], seq_len)
         records, targets = cache.records(batch.windows).reshape(-1), batch.targets.to(device).flatten()
         with torch.inference_mode():
-            hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
-            for i in range(0, len(hidden), ROWS):
-                part = slice(i, i + ROWS)
-                found.add(model.logits(hidden[part]), targets[part], records[part], cache.identity.temperatures)
+            if projection:
+                _replay_projected(found, model, cache, batch, records, projection)
+            else:
+                hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
+                for i in range(0, len(hidden), ROWS):
+                    part = slice(i, i + ROWS)
+                    found.add(model.logits(hidden[part]), targets[part], records[part], cache.identity.temperatures)
         progress(len(batch.windows) * seq_len)
     return found
+
+
+def _replay_projected(
+    found: Replay,
+    model: LanguageModel,
+    cache: TeacherCache,
+    batch: Batch,
+    records: np.ndarray,
+    projection: Projection,
+) -> None:
+    device, aligned = next(model.parameters()).device, projection.align(batch)
+    found.changed_marks += int((records["covered"] != aligned.covered).sum())
+    both = records["covered"][aligned.covered]  # of the positions that the live teacher covers
+    states = aligned.states[torch.from_numpy(both)].to(device)
+    places = np.flatnonzero(aligned.covered & records["covered"])
+    hidden = model.hidden(aligned.tokens.to(device)).flatten(0, 1)[states]
+    targets, first = batch.targets.flatten()[places].to(device), projection.first.to(device)
+    for i in range(0, len(hidden), ROWS):
+        part = slice(i, i + ROWS)
+        z = model.logits(hidden[part])[:, : len(first)].float()
+        found.logit_scale = max(found.logit_scale, float(z.abs().max()))
+        for column, temperature in enumerate(cache.identity.temperatures):
+            p = z.new_zeros(len(z), projection.n_vocab)
+            p.scatter_add_(1, first.expand(len(z), -1), (z / temperature).log_softmax(-1).exp())
+            log_p = p.log().clamp_min(SMALLEST)
+            found.add_projected(log_p, targets[part], records[places[part]], column, temperature)

@@ -7,10 +7,19 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from microlm import distributed
 from microlm.errors import UserError
-from microlm.files import atomic_directory, read_json, sha256_file, write_json
+from microlm.files import (
+    atomic_directory,
+    read_json,
+    recover_directory,
+    refuse_unsealed,
+    sealed,
+    sha256_file,
+    write_json,
+)
 from microlm.training.optimizer import Optimizers
 from microlm.training.telemetry import History
 
@@ -18,26 +27,41 @@ STATE, WEIGHTS, MOMENTS, PROGRESS = "state", "model.safetensors", "optimizer.saf
 
 
 def save_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers, step: int, history: History) -> None:
-    """Replace the checkpoint in `directory`; the old one stands until the new one is whole."""
+    """Replace the checkpoint in `directory`; the old one stands until the new one is whole.
+
+    Every process has to call it, for the moments that it holds; the first one writes, and all wait for it.
+    """
+    moments = optimizers.state_tensors()
+    if distributed.is_first():
+        _write(directory, model, moments, step, history)
+    distributed.wait_for_all()
+
+
+def _write(directory: Path, model: nn.Module, moments: dict[str, Tensor], step: int, history: History) -> None:
     with atomic_directory(directory / STATE) as folder:
         save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
-        save_file({name: t.contiguous() for name, t in optimizers.state_tensors().items()}, folder / MOMENTS)
+        save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
         hashes = {name: sha256_file(folder / name) for name in (WEIGHTS, MOMENTS)}
-        write_json(folder / PROGRESS, {"step": step, "history": history.as_json(), "sha256": hashes})
+        progress = {"step": step, "history": history.as_json(), "files": hashes}
+        write_json(folder / PROGRESS, sealed(progress))
 
 
 def restore_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers) -> tuple[int, History]:
     """The step to go on from and the history so far; (0, empty) where there is no checkpoint.
 
+    Every process reads it, whatever the number of processes that wrote it.
+
     Raises:
         UserError: the checkpoint is damaged.
     """
     folder = directory / STATE
+    recover_directory(folder)
     if not folder.exists():
         return 0, History()
     progress = read_json(folder / PROGRESS, "the stage that was interrupted")
+    refuse_unsealed(progress, folder / PROGRESS, "remove its folder to start the training over")
     try:
-        for name, wanted in progress["sha256"].items():
+        for name, wanted in progress["files"].items():
             if sha256_file(folder / name) != wanted:
                 raise SafetensorError(f"the sha256 of {name} is not the recorded one")
         model.load_state_dict(load_file(folder / WEIGHTS))

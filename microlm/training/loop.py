@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microlm import distributed
 from microlm.config import OptimizationConfig
 from microlm.console import banner, duration, progress_bar
 from microlm.corpus.batches import Batch, Batches
@@ -19,7 +20,9 @@ from microlm.errors import UserError
 from microlm.model import StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.training.checkpoint import restore_checkpoint, save_checkpoint
+from microlm.training.feed import Feed
 from microlm.training.optimizer import Optimizers, learning_rate_multiplier
+from microlm.training.replica import Replica
 from microlm.training.telemetry import Evaluation, History
 
 Loss = Callable[[Tensor, Tensor, Batch, int, float], HeadLoss]
@@ -67,31 +70,40 @@ def train(
 ) -> History:
     """Train to the end, from the checkpoint in `directory` where there is one.
 
+    Several processes share each step's micro-batches, stop at the same step and refuse the same update; the first one
+    evaluates, saves and keeps the history.
+
     Raises:
         Interrupted: SIGINT or SIGTERM came; run the same command again to go on.
         UserError: a loss or gradient is not finite; the last checkpoint stands.
     """
     start, history = restore_checkpoint(directory, model, optimizers)
     step_tokens = batches.config.batch_tokens
-    announce_expected_time(model, batches, loss, plan, start)
+    replica, feed = Replica(model), Feed(batches, model.head_weight.device)
+    announce_expected_time(replica, feed, loss, plan, start)
     bar = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.arm)
     with stop_requests() as stopping, bar:
         for step in range(start, plan.steps + 1):
             if step % plan.optimization.evaluate_every == 0 or step == plan.steps:
-                if step > start:  # before evaluating: an evaluation that dies must not cost the steps before it
+                if step > start:
+                    refuse_weights_not_finite(model, plan, batches, step)
+                    # before evaluating: an evaluation that dies must not cost the steps before it
                     save_checkpoint(directory, model, optimizers, step, history)
-                unseen = None if history.pending else batches.of_step(step)  # no step yet that tells the training loss
-                history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
+                if distributed.is_first():
+                    unseen = None if history.pending else batches.of_step(step)  # no step yet tells the training loss
+                    history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
+                distributed.wait_for_all()
             if step == plan.steps:
                 break
             began = time.perf_counter()
-            cross_entropy = take_step(model, batches, loss, plan, optimizers, step)
+            cross_entropy = take_step(replica, feed, loss, plan, optimizers, step)
             history.elapsed_s += time.perf_counter() - began
             history.trained_tokens += step_tokens
             history.add_step(plan.first_step + step + 1, cross_entropy)
             bar.set_postfix_str(f"loss {cross_entropy:.3f}, lr {optimizers.learning_rate:.1e}", refresh=False)
             bar.update(step_tokens)
-            if stopping():
+            if distributed.any_rank(stopping()):
+                refuse_weights_not_finite(model, plan, batches, step + 1)
                 save_checkpoint(directory, model, optimizers, step + 1, history)
                 raise Interrupted(
                     f"{plan.arm}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
@@ -100,44 +112,54 @@ def train(
     return history
 
 
-def take_step(model: StudentLM, batches: Batches, loss: Loss, plan: Plan, optimizers: Optimizers, step: int) -> float:
+def take_step(replica: Replica, feed: Feed, loss: Loss, plan: Plan, optimizers: Optimizers, step: int) -> float:
     """One update. Returns the cross-entropy before it, nats per token, of all micro-batches."""
-    cross_entropy = accumulate_gradients(model, batches, loss, step, step / plan.steps)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), plan.optimization.clip_norm))
-    if not (math.isfinite(cross_entropy) and math.isfinite(norm)):
+    cross_entropy = accumulate_gradients(replica, feed, loss, step, step / plan.steps)
+    norm = float(torch.nn.utils.clip_grad_norm_(replica.model.parameters(), plan.optimization.clip_norm))
+    if distributed.any_rank(not (math.isfinite(cross_entropy) and math.isfinite(norm))):
         raise UserError(
             f"{plan.arm}: step {step + 1} is not finite (cross-entropy {cross_entropy}, gradient norm {norm}; windows "
-            f"{batches.of_step(step)[:8].tolist()} ...); nothing was updated. Lower the learning rates in params.yaml"
+            f"{feed.of_step(step)[:8].tolist()} ...); nothing was updated. Lower the learning rates in params.yaml"
         )
     optimizers.step(learning_rate_multiplier(plan.optimization, step, plan.steps))
     return cross_entropy
 
 
-def accumulate_gradients(model: StudentLM, batches: Batches, loss: Loss, step: int, progress: float) -> float:
+def refuse_weights_not_finite(model: StudentLM, plan: Plan, batches: Batches, step: int) -> None:
+    """An update can leave what no loss has shown yet: such weights never replace the last good checkpoint."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(
+            f"{plan.arm}: the update of step {step} left weights that are not finite (windows "
+            f"{batches.of_step(step - 1)[:8].tolist()} ...); nothing was saved. Lower the learning rates in params.yaml"
+        )
+
+
+def accumulate_gradients(replica: Replica, feed: Feed, loss: Loss, step: int, progress: float) -> float:
     """Sum the gradients of the step's micro-batches; returns its cross-entropy, nats per token."""
-    model.train()
-    device = model.head_weight.device
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in batches.micro_batches(step):
-        hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
-        part = loss(hidden, model.head_weight, batch, batches.config.batch_tokens, progress)
-        part.loss.backward()
-        total += part.cross_entropy.double().cpu()
-    return total.item() / batches.config.batch_tokens
+    model = replica.model.train()
+    total = torch.zeros((), dtype=torch.float64, device=model.head_weight.device)
+    parts = feed.micro_batches(step)
+    for index, batch in enumerate(parts):
+        with replica.part(last=index == len(parts) - 1):
+            hidden = replica.hidden(batch.tokens).flatten(0, 1)
+            part = loss(hidden, model.head_weight, batch, feed.config.batch_tokens, progress)
+            part.loss.backward()
+        total += part.cross_entropy.double()
+    return distributed.sum_over_ranks(total.cpu()).item() / feed.config.batch_tokens
 
 
-def announce_expected_time(model: StudentLM, batches: Batches, loss: Loss, plan: Plan, start: int) -> None:
+def announce_expected_time(replica: Replica, feed: Feed, loss: Loss, plan: Plan, start: int) -> None:
     """Rehearse a step twice without an update: what does not fit in memory fails now, and the second pass is timed."""
     if start >= plan.steps:
         return
     for _ in range(2):
         began = time.perf_counter()
-        accumulate_gradients(model, batches, loss, start, start / plan.steps)
+        accumulate_gradients(replica, feed, loss, start, start / plan.steps)
         step_s = time.perf_counter() - began
-        model.zero_grad(set_to_none=True)
+        replica.model.zero_grad(set_to_none=True)
     rest = plan.steps - start
     resumed = f", resumed after step {start}" if start else ""
     banner(
         f"{plan.arm}: {rest} steps to go{resumed}",
-        [f"expected {duration(rest * step_s)} at {batches.config.batch_tokens / step_s:,.0f} tokens/s"],
+        [f"expected {duration(rest * step_s)} at {feed.config.batch_tokens / step_s:,.0f} tokens/s"],
     )

@@ -2,21 +2,36 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) moves the blocks' matrices, AdamW (Loshchilov and
 Hutter 2019, arXiv:1711.05101) the embedding and the norms' gains.
+
+Of several processes each orthogonalizes the matrices dealt to it, holds their momentum alone, and sends the others what
+became of them. AdamW, whose steps cost nothing, is done by all alike.
 """
 
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from microlm import distributed
 from microlm.config import OptimizationConfig
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
-MUON_MOMENTUM = 0.95
+MUON_MOMENTUM, MUON_STATE = 0.95, "momentum_buffer"
 
 
 def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
     return name.startswith("model.layers.") and parameter.ndim == 2
+
+
+def deal_matrices(matrices: dict[str, nn.Parameter], processes: int) -> dict[str, int]:
+    """Which process orthogonalizes each: largest first, to the one with the least work so far (m n min(m, n))."""
+    work = {name: p.numel() * min(p.shape) for name, p in matrices.items()}
+    loads, owners = [0] * processes, {}
+    for name in sorted(work, key=lambda name: (-work[name], name)):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += work[name]
+    return owners
 
 
 class Optimizers:
@@ -29,14 +44,15 @@ class Optimizers:
         fused = True if next(iter(named.values())).device.type in ("cpu", "cuda") else None
         adamw_groups = [{"params": list(others.values()), "weight_decay": 0.0}]
         self._all: list[torch.optim.Optimizer] = []
+        self._dealt: dict[str, tuple[nn.Parameter, int]] = {}  # matrices and their processes, where there are several
         if config.optimizer == "muon":
-            muon = torch.optim.Muon(
-                list(matrices.values()),
-                lr=config.muon_learning_rate,
-                momentum=MUON_MOMENTUM,
-                weight_decay=config.weight_decay,
-            )
-            self._all.append(muon)
+            owners = deal_matrices(matrices, distributed.size())
+            if distributed.size() > 1:
+                self._dealt = {name: (matrix, owners[name]) for name, matrix in matrices.items()}
+            mine = [matrix for name, matrix in matrices.items() if owners[name] == distributed.rank()]
+            if mine:
+                rate, decay = config.muon_learning_rate, config.weight_decay
+                self._all.append(torch.optim.Muon(mine, lr=rate, momentum=MUON_MOMENTUM, weight_decay=decay))
         else:
             adamw_groups.append({"params": list(matrices.values()), "weight_decay": config.weight_decay})
         self._all.append(
@@ -45,7 +61,9 @@ class Optimizers:
         self._groups = [group for optimizer in self._all for group in optimizer.param_groups]
         self._peaks = [group["lr"] for group in self._groups]
         self._names = {id(p): n for n, p in named.items()}
+        self._parameters = list(named.values())
         held = [id(p) for group in self._groups for p in group["params"]]
+        held += [id(p) for p, owner in self._dealt.values() if owner != distributed.rank()]
         assert sorted(held) == sorted(self._names), "every parameter is optimized exactly once"
 
     @property
@@ -59,23 +77,47 @@ class Optimizers:
             group["lr"] = peak * multiplier
         for optimizer in self._all:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
+        sent = [dist.broadcast(p.detach(), owner, async_op=True) for p, owner in self._dealt.values()]
+        for work in sent:
+            work.wait()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and counts by `<parameter>/<name>`; learning rates follow from the step and are not state."""
-        return {
+        """Moments and counts by `<parameter>/<name>`; learning rates follow from the step and are not state.
+
+        Every process has to call it; the first one gets them all.
+        """
+        return self._gathered_momentum() | {
             f"{self._names[id(parameter)]}/{key}": value
             for optimizer in self._all
             for parameter, state in optimizer.state.items()
             for key, value in state.items()
         }
 
+    def _gathered_momentum(self) -> dict[str, Tensor]:
+        if not self._dealt or not distributed.any_rank(any(o.state for o in self._all)):
+            return {}
+        held = {parameter: state for optimizer in self._all for parameter, state in optimizer.state.items()}
+        found = {}
+        for name, (matrix, owner) in self._dealt.items():
+            momentum = held[matrix][MUON_STATE] if owner == distributed.rank() else torch.empty_like(matrix)
+            dist.broadcast(momentum, owner)
+            if distributed.is_first():
+                found[f"{name}/{MUON_STATE}"] = momentum.detach()
+        return found
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave. KeyError where a parameter is not of this model."""
+        """Take over what `state_tensors` gave, of any number of processes; the momentum of others' matrices is left.
+
+        KeyError where a parameter is not of this model.
+        """
         by_name = {name: identity for identity, name in self._names.items()}
         owners = {id(p): (o, p) for o in self._all for group in o.param_groups for p in group["params"]}
         for key, value in tensors.items():
             name, _, state = key.rpartition("/")
+            if name in self._dealt and self._dealt[name][1] != distributed.rank():
+                continue
             optimizer, parameter = owners[by_name[name]]
             moved = value.clone() if state == "step" else value.to(parameter.device).clone()
             optimizer.state[parameter][state] = moved

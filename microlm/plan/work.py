@@ -1,0 +1,139 @@
+"""Floating-point operations of every stage, and the hours that they take at a given utilisation.
+
+A multiplication and an addition are two operations. A forward pass takes 2 N a token for the N parameters that it
+multiplies (Kaplan et al. 2020, arXiv:2001.08361, section 2.1) and 4 L W T for attention over T positions in L layers of
+width W (Hoffmann et al. 2022, arXiv:2203.15556, appendix F: scores and weighted sum, the causal half not discounted);
+a backward pass takes twice that. What our head computes twice to save memory is not counted: utilisation is of the
+model's operations.
+"""
+
+import math
+from dataclasses import dataclass
+
+from microlm.config import Config, OptimizationConfig
+from microlm.errors import UserError
+from microlm.evaluation.benchmarks import configured_benchmarks
+from microlm.plan.sizes import CorpusSize, TeacherShape
+from microlm.teacher.capture import TABLE_WINDOWS
+
+HELLASWAG_TOKENS = 174  # that a question costs, its context read once: mean over every tenth question, OLMo's tokens
+HELLASWAG_QUESTIONS = 10_042
+
+
+@dataclass(frozen=True)
+class Work:
+    """`flops` of all, `evaluation_flops` of them in evaluations during the training."""
+
+    tokens: int
+    steps: int | None
+    flops: float
+    evaluation_flops: float = 0.0
+    busy: float = 1.0  # share of the GPUs that have something to do
+
+    def hours(self, gpus: int, flops_per_s: float) -> float:
+        """Wall-clock hours on `gpus` that each do `flops_per_s` while they are busy.
+
+        The first process alone evaluates a model in training, and the others wait for it.
+        """
+        shared = self.flops - self.evaluation_flops
+        return (shared / (gpus * self.busy) + self.evaluation_flops) / flops_per_s / 3600
+
+
+def forward_flops(multiplied: int, layers: int, width: int, positions: int) -> int:
+    """Of one token in a context of `positions`."""
+    return 2 * multiplied + 4 * layers * width * positions
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The windows, and what a token costs in either model."""
+
+    config: Config
+    train_windows: int
+    val_windows: int
+    student_forward: int
+    teacher_forward: int
+
+    @classmethod
+    def build(cls, config: Config, corpus: CorpusSize, parameters: int, teacher: TeacherShape) -> "Budget":
+        at, seq_len = config.at, config.at.batch.seq_len
+        windows = [(tokens - 1) // seq_len for tokens in (corpus.train_tokens, corpus.val_tokens)]
+        if min(windows) < 1:
+            raise UserError(
+                f"params.yaml: scales.{config.scale}.corpus: about {corpus.train_tokens} training and "
+                f"{corpus.val_tokens} validation tokens do not fill a window of batch.seq_len={seq_len} each"
+            )
+        width = at.model.heads * at.model.head_dim
+        return cls(
+            config,
+            *windows,
+            forward_flops(parameters, at.model.layers, width, seq_len),
+            forward_flops(teacher.multiplied, teacher.layers, teacher.attention_width, seq_len),
+        )
+
+    @property
+    def labelled(self) -> int:
+        """Windows that the teacher sees."""
+        return min(self.config.at.teacher.windows, self.train_windows)
+
+    @property
+    def continuation_steps(self) -> int:
+        return self.config.at.continuation.epochs * self.labelled // self.config.at.batch.rows
+
+
+def stages(budget: Budget, gpus: int) -> dict[str, Work]:
+    """Work of each stage that computes."""
+    config = budget.config
+    at = config.at
+    rates = at.pretrain if config.init == "scratch" else at.continuation
+    found = {
+        "pretrain": _training(budget, at.pretrain.tokens // at.batch.batch_tokens, at.pretrain, gpus),
+        "teacher": _capture(budget),
+        "continue": _training(budget, budget.continuation_steps, rates, gpus),
+        "distill": _training(budget, budget.continuation_steps, rates, gpus),
+        "evaluate": _evaluate(budget),
+    }
+    if at.continuation.windows == "difference":
+        tokens = budget.labelled * at.batch.seq_len
+        found["select"] = Work(tokens, None, tokens * budget.student_forward)
+    return found
+
+
+def busy_share(config: Config, gpus: int) -> float:
+    """Share of `gpus` that work in a training: a step's micro-batches are dealt out whole."""
+    parts = config.at.batch.rows // config.at.batch.micro_batch_rows
+    return parts / (gpus * math.ceil(parts / gpus))
+
+
+def _training(budget: Budget, steps: int, rates: OptimizationConfig, gpus: int) -> Work:
+    batch = budget.config.at.batch
+    tokens = steps * batch.batch_tokens
+    points = math.ceil(steps / rates.evaluate_every) + 1
+    seen = min(rates.validation_windows, budget.val_windows) * batch.seq_len + rates.hellaswag_items * HELLASWAG_TOKENS
+    evaluation = points * seen * budget.student_forward
+    busy = busy_share(budget.config, gpus)
+    return Work(tokens, steps, tokens * 3 * budget.student_forward + evaluation, evaluation, busy)
+
+
+def _capture(budget: Budget) -> Work:
+    at = budget.config.at
+    seen = (
+        budget.labelled + min(TABLE_WINDOWS, budget.labelled) + min(at.pretrain.validation_windows, budget.val_windows)
+    )
+    tokens = budget.labelled * at.batch.seq_len
+    return Work(tokens, None, seen * at.batch.seq_len * budget.teacher_forward)
+
+
+def _evaluate(budget: Budget) -> Work:
+    """Validation text and HellaSwag, three students and the teacher."""
+    tokens = budget.val_windows * budget.config.at.batch.seq_len
+    for benchmark in configured_benchmarks(budget.config):
+        if benchmark.task.name == "hellaswag":
+            tokens += min(benchmark.limit or HELLASWAG_QUESTIONS, HELLASWAG_QUESTIONS) * HELLASWAG_TOKENS
+    return Work(4 * tokens, None, tokens * (3 * budget.student_forward + budget.teacher_forward))
+
+
+def uncounted_tasks(config: Config) -> list[str]:
+    """Tasks of stage `evaluate` that `_evaluate` leaves out: how long their questions are is known with their data."""
+    names = [benchmark.task.name for benchmark in configured_benchmarks(config)]
+    return sorted({name for name in names if name != "hellaswag"})

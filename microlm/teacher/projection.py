@@ -1,0 +1,154 @@
+"""A teacher of another tokenizer, seen in the student's tokens.
+
+The teacher reads the bytes of a window in tokens of its own. After a byte where both tokenizations have a boundary, its
+next-token distribution is pushed forward to the student's ids:
+
+    P_T(j) = sum over teacher tokens t with f(t) = j of softmax(z / T)_t
+
+f(t) is the first of the student's tokens that spell t's bytes. f is total, so that no mass is lost.
+
+A position is covered where the boundary is shared and f of the teacher's next token is the student's. Where the
+student's token goes on beyond the teacher's (" 2019" against " "), P has the right answer's mass on a beginning of it,
+and would teach the student to say that. So at a covered position P of the text's token is at least the teacher's own.
+
+Shapes: B windows, L student tokens each, S teacher tokens in the longest of them, n covered positions, V ids of the
+student, U of the teacher.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microlm.corpus.batches import Batch
+from microlm.corpus.tokenizer import Tokenizer
+
+NO_TEXT = re.compile("([\udc80-\udcff]+)")  # what surrogateescape makes of bytes that are not UTF-8
+
+
+def spell(tokenizer: Tokenizer, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of any bytes: the text among them as the tokenizer cuts it, the rest merged as one word.
+
+    A window begins and ends between any two bytes, so that a character may be cut in two. The tokenizer's normalizer is
+    left out: it would change the bytes whose places are compared.
+
+    Returns:
+        Ids and the number of bytes up to the end of each. Bytes that the vocabulary lacks are counted and have no id.
+    """
+    runs = NO_TEXT.split(content.decode("utf-8", errors="surrogateescape"))  # text, rest, text, rest, ..., text
+    ids = [
+        tokenizer.encode_piece(run.encode("utf-8", errors="surrogateescape"))
+        if i % 2
+        else tokenizer.encode_as_it_is(run)
+        for i, run in enumerate(runs)
+        if run
+    ]
+    spelled = np.concatenate([np.empty(0, np.int64), *ids]).astype(np.int64)
+    ends = np.cumsum([len(tokenizer.bytes_of(token)) for token in spelled], dtype=np.int64)
+    known = spelled < tokenizer.n_vocab
+    return spelled[known], ends[known]
+
+
+def first_student_tokens(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
+    """f, int64 [U]: the student's first token of each teacher token's bytes.
+
+    A special token is the student's of the same spelling. Where the student has none, and for ids without text, it is
+    end-of-text: what was being said ends there. So are bytes that the student's vocabulary lacks.
+    """
+    first = np.array([_first(student, teacher.bytes_of(token)) for token in range(teacher.n_vocab)], np.int64)
+    for spelling, token in teacher.special_tokens.items():
+        first[token] = student.special_tokens.get(spelling, student.eot_id)
+    return first
+
+
+def _first(student: Tokenizer, content: bytes) -> int:
+    try:
+        ids = student.encode_as_it_is(content.decode("utf-8"))
+    except UnicodeDecodeError:  # a part of a character
+        ids = student.encode_piece(content)
+    return int(next((token for token in ids if token < student.n_vocab), student.eot_id))
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Windows as the teacher reads them."""
+
+    tokens: Tensor  # int64 [B, S], short rows filled up with end-of-text, which nothing before it sees
+    targets: Tensor  # int64 [B, S], the token after each
+    target_bytes: np.ndarray  # int64 [B, S], of text behind each target; 0 behind end-of-text
+    real: np.ndarray  # bool [B, S], the target is of the window: no filling
+    shared: np.ndarray  # bool [B * L], positions after which both have a boundary
+    covered: np.ndarray  # bool [B * L]
+    states: Tensor  # int64 [n], places in the flattened tokens whose hidden states speak of the covered positions
+
+
+class Projection:
+    """From one tokenizer's distributions to another's.
+
+    Attributes:
+        first: f, int64 [U].
+        n_vocab: V.
+        teacher: the teacher's tokenizer.
+    """
+
+    def __init__(self, teacher: Tokenizer, student: Tokenizer, context: int) -> None:
+        """`context`: tokens that the teacher reads; what comes after them in a window is not covered."""
+        self.teacher, self._student, self._context = teacher, student, context
+        self.n_vocab = student.n_vocab
+        self.first = torch.from_numpy(first_student_tokens(teacher, student))
+        self._lengths = student.byte_lengths.astype(np.int64)
+        self._lengths[student.eot_id] = 1  # in `_read` too: a boundary of its own
+
+    def align(self, batch: Batch) -> Aligned:
+        """The teacher's tokens of each window's text, its last target included, and where it covers the student's."""
+        rows = torch.cat((batch.tokens, batch.targets[:, -1:]), dim=1).numpy()
+        read = [self._read(row) for row in rows]
+        width = min(self._context, max(len(ids) for ids, _ in read) - 1)
+        tokens = np.full((len(read), width + 1), self.teacher.eot_id, np.int64)
+        real = np.zeros((len(read), width), bool)
+        shared = np.zeros((len(read), rows.shape[1] - 1), bool)
+        covered, states = shared.copy(), []
+        for b, (row, (ids, ends)) in enumerate(zip(rows, read)):
+            ids, ends = ids[: width + 1], ends[: width + 1]
+            tokens[b, : len(ids)], real[b, : len(ids) - 1] = ids, True
+            after = np.cumsum(self._lengths[row])[:-1]
+            place = np.searchsorted(
+                ends[:-1], after
+            )  # of the teacher's token that ends there; the last one has no next
+            found = place < len(ends) - 1
+            found[found] = ends[place[found]] == after[found]
+            shared[b] = covered[b] = found
+            covered[b, found] = self.first.numpy()[ids[place[found] + 1]] == row[1:][found]
+            states.append(b * width + place[covered[b]])
+        targets = tokens[:, 1:]
+        return Aligned(
+            torch.from_numpy(tokens[:, :-1].copy()),
+            torch.from_numpy(targets.copy()),
+            self.teacher.byte_lengths[targets] * real,
+            real,
+            shared.ravel(),
+            covered.ravel(),
+            torch.from_numpy(np.concatenate(states)),
+        )
+
+    def _read(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's ids of a window and the end of each, in bytes; an end-of-text token counts as one byte."""
+        ids, ends, at = [], [], 0
+        for piece in np.split(row, np.flatnonzero(row == self._student.eot_id)):
+            if len(piece) and piece[0] == self._student.eot_id:
+                at += 1
+                ids.append([self.teacher.eot_id])
+                ends.append([at])
+                piece = piece[1:]
+            content = b"".join(map(self._student.bytes_of, piece))
+            spelled, spelled_ends = spell(self.teacher, content)
+            ids.append(spelled)
+            ends.append(at + spelled_ends)
+            at += len(content)
+        return np.concatenate(ids).astype(np.int64), np.concatenate(ends).astype(np.int64)
+
+    def push(self, p: Tensor) -> Tensor:
+        """Probabilities of the teacher's tokens [n, U] -> of the student's [n, V], their sums kept."""
+        return p.new_zeros(len(p), self.n_vocab).index_add_(1, self.first.to(p.device), p)
