@@ -51,8 +51,9 @@ verify: $(STAMP)
 study: $(STAMP)
 	python -m stages.study
 
+# Files of tests are dealt to processes; waiting threads give their core to the others.
 test: $(STAMP)
-	python -m pytest -q
+	OMP_WAIT_POLICY=passive python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 soak: $(STAMP)
 	MICROLM_SOAK=1 python -m pytest -q $(SOAK)

@@ -35,6 +35,7 @@ from microlm.runtime import Runtime, set_up
 
 OUT = Path("evaluations")
 BATCH_TOKENS = 8192
+COMPILED_FROM = 2000  # questions; with fewer, compiling the pass over the logits takes longer than it saves
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -159,7 +160,8 @@ def _without_revision(name: str) -> tuple[str, str | None]:
 
 def _load(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]) -> tuple[Candidate, Runtime]:
     """The model, once nothing speaks against scoring it."""
-    runtime = set_up(RuntimeConfig(dtype=arguments.dtype, compile="off", threads="auto"))
+    many = sum(len(material.questions) for material in gathered) >= COMPILED_FROM
+    runtime = set_up(RuntimeConfig(dtype=arguments.dtype, compile="auto" if many else "off", threads="auto"))
     candidate = load_candidate(*_without_revision(name), runtime.dtype)
     refuse_overlong_shots(candidate, gathered)
     refuse_foreign_places(candidate, gathered, arguments.out)
@@ -184,8 +186,10 @@ def _choices(runtime: Runtime, dtype: str) -> list[str]:
         "float32": "float32 (as --dtype says, or its default)",
         "bfloat16": "bfloat16 (as --dtype says)",
     }
-    reasons = {name: reason for name, reason in runtime.reasons.items() if name != "compile"}  # nothing is compiled
-    return replace(runtime, reasons=reasons | {"dtype": asked[dtype]}).lines()
+    reasons = runtime.reasons | {"dtype": asked[dtype]}
+    if not runtime.compiled:
+        del reasons["compile"]  # it speaks of training
+    return replace(runtime, reasons=reasons).lines()
 
 
 def _references(arguments: argparse.Namespace) -> None:

