@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from hypothesis import settings
 
@@ -31,9 +32,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _leaves_no_module_in_another_folder() -> Iterator[None]:
-    """A working directory left behind would be the next module's, and its failure."""
+def _no_module_leaves_anything_to_the_next() -> Iterator[None]:
+    """Neither its working directory nor its number of threads, on which last digits depend."""
     before = Path.cwd()
+    torch.set_num_threads(1)
     yield
     assert Path.cwd() == before
 
