@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from microlm.errors import UserError
+from microlm.study.driver import Progress, Study, next_task
 from microlm.study.grid import GRID, read_grid, read_yaml
 from microlm.study.recheck import Recheck
 from microlm.study.results import read_results, stamp_rows
@@ -35,3 +36,19 @@ def test_a_loss_that_moved_is_refused_and_named(tmp_path: Path) -> None:
     study._keep([same | {"student_acc_norm": 0.9, "student_elapsed_s": 1.0}])
     with pytest.raises(UserError, match=rf"{same['run']}.*student_nats .* -> 1.5.*make study"):
         study._keep([same | {"student_nats": 1.5}])
+
+
+def test_rows_that_are_there_do_not_let_two_runs_do_the_same_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine may have made them: shards and caches that all runs share need not be in this one's cache."""
+    Clone(tmp_path)
+    study = Recheck(tmp_path, PRUNED, PARAMS)
+    study.csv.write_text(re.sub(r",[0-9a-f]{12},[0-9a-f]{12},", ",older,older,", study.csv.read_text()))
+    begun: list[Progress] = []
+    monkeypatch.setattr(Study, "_run_locked", lambda _, progress: begun.append(progress))
+    study.run(2)
+    first = next_task(begun[0])
+    begun[0].waiting.remove(first)
+    begun[0].flying[first.name] = first
+    assert begun[0].waiting and next_task(begun[0]) is None

@@ -94,9 +94,8 @@ class Study:
         """Run what is to do; returns the names of the runs that failed, whose logs have been shown."""
         self.jobs = jobs
         waiting = self.remaining()
+        # `made` begins empty: that a row is there does not say that its stages' outputs are in this machine's cache
         progress = Progress(waiting, len(self.tasks) - len(waiting))
-        finished = [task for task in self.tasks if task not in waiting]
-        progress.made = {key for task in finished for key in task.keys.values()}
         self.say(f"study: {len(self.tasks)} runs for {self.runs} points of the grid, {len(waiting)} of them to do")
         if not waiting:
             return []
