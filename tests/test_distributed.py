@@ -28,10 +28,9 @@ from microlm.training.feed import Feed
 from microlm.training.optimizer import deal_matrices
 from tests import ranks
 from tests.clones import ROOT
+from tests.soak import LONG
 from tests.toy import toy_shards
 from tests.workspace import RUNTIME, config_of, inside, make_workspace
-
-SOAK = pytest.mark.skipif(not os.environ.get("MICROLM_SOAK"), reason="minutes: set MICROLM_SOAK=1, or make soak")
 
 
 def start(directory: Path, *command: str, count: int = 2) -> subprocess.Popen[str]:
@@ -147,7 +146,7 @@ def test_a_stop_is_agreed_and_one_process_goes_on_where_two_stopped(alone: Path,
     assert log(own, "control")[1] == pytest.approx(log(alone, "control")[1], abs=1e-5)
 
 
-@SOAK
+@LONG
 def test_two_processes_go_on_where_one_stopped(alone: Path, own: Path) -> None:
     process = start(own, "stages.pretrain", count=1)
     wait_for_a_checkpoint(own, process)
@@ -159,7 +158,7 @@ def test_two_processes_go_on_where_one_stopped(alone: Path, own: Path) -> None:
     assert log(own, "control")[1] == pytest.approx(log(alone, "control")[1], abs=1e-5)
 
 
-@SOAK
+@LONG
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_launcher_that_ends_takes_its_processes_along_once_they_have_saved(own: Path, number: signal.Signals) -> None:
     process = start(own, "stages.pretrain")

@@ -1,6 +1,5 @@
 """`scale: gpt2-124m` starts: its whole pipeline on the CPU, in its real shape, against local stand-ins for the hub."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from microlm.files import atomic_directory, read_json
 from microlm.hub import load_language_model
 from microlm.plan.estimate import Machine, make_plan
 from tests.clones import ROOT, Clone
+from tests.soak import LONG
 from tests.tiny_teacher import CONTEXT, tiny_llama
 
-SOAK = pytest.mark.skipif(not os.environ.get("MICROLM_SOAK"), reason="minutes: set MICROLM_SOAK=1, or make soak")
 WHEELS = ROOT / ".resume" / "wheels"
 PARAMETERS = 123_590_400
 HEADLINE = "scales.gpt2-124m."
@@ -82,7 +81,7 @@ def assert_loads_in_transformers(directory: Path) -> None:
         assert torch.allclose(ours.logits(ours.hidden(tokens)), expected, atol=1e-4)
 
 
-@SOAK
+@LONG
 def test_headline_scale_runs_to_its_report_on_the_cpu(tmp_path: Path, parts: Path) -> None:
     clone = started(tmp_path, parts)
     clone.dvc("exp", "run", "check", *overrides())

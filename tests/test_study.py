@@ -25,12 +25,12 @@ from microlm.study.pipeline import Pipeline
 from microlm.study.results import add_rows, read_results
 from microlm.study.workspace import FOLDER, git, prepare, run
 from tests.clones import ROOT, Clone
+from tests.soak import LONG
 from tests.test_study_report import row
 from tests.tiny_teacher import write_tiny_teacher
 
 PARAMS = read_yaml(ROOT / "params.yaml")
 WHEELS = ROOT / ".resume" / "wheels"
-SOAK = pytest.mark.skipif(not os.environ.get("MICROLM_SOAK"), reason="minutes: set MICROLM_SOAK=1, or make soak")
 
 
 def committed(name: str = "pruned", scale: str = "study") -> Grid:
@@ -277,7 +277,7 @@ def test_bad_command_is_refused_in_one_line(tmp_path: Path, arguments: list[str]
     assert not (tmp_path / FOLDER).exists()
 
 
-@SOAK
+@LONG
 def test_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     clone = Clone(tmp_path)
     text = (tmp_path / "params.yaml").read_text()
