@@ -12,6 +12,7 @@ from hypothesis import settings
 from microlm.corpus.parts import PARTS, fetch_parts
 from microlm.errors import UserError
 from microlm.files import read_json
+from microlm.objective import vocabulary_blocks
 from tests.soak import SOAKING, SURVIVED
 
 # a busy machine is no failure: no test asserts a time
@@ -33,10 +34,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_module_leaves_anything_to_the_next() -> Iterator[None]:
-    """Neither its working directory nor its number of threads, on which last digits depend."""
+    """Neither its working directory, nor its number of threads or compiled passes, on which last digits depend."""
     before = Path.cwd()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary_blocks, "KERNELS", dict(vocabulary_blocks.EAGER))
+        patch.setattr(vocabulary_blocks, "compiling", False)
+        yield
     assert Path.cwd() == before
 
 
