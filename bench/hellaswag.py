@@ -24,11 +24,12 @@ from microlm.evaluation.prompts import questions
 from microlm.evaluation.sources import read_rows
 from microlm.evaluation.tasks import stratified_subset, task_named
 from microlm.model import ModelShape, StudentLM
+from microlm.plan.estimate import config_of_scale
 
 BATCH_TOKENS = 8192
 VOCAB = 49_152
 SHAPES = {
-    "laptop": ModelShape(VOCAB, VOCAB, 4, 256, 2, 128, 704, 1024, 10_000.0),
+    "laptop": ModelShape(VOCAB, VOCAB, **vars(config_of_scale("laptop").at.model)),
     "smollm2": ModelShape(VOCAB, VOCAB, 30, 576, 9, 64, 1536, 2048, 10_000.0),
 }
 ENDINGS = 4

@@ -10,10 +10,10 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 
-from microlm.config import CorpusConfig
 from microlm.corpus.sources import documents
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import run_stage
+from microlm.scale import CorpusConfig
 
 
 def timed(encode: Callable[[], list[Sequence[int]]]) -> tuple[float, list[Sequence[int]]]:

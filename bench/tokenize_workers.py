@@ -12,12 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from microlm.config import CorpusConfig
 from microlm.corpus.encoding import encoded
 from microlm.corpus.sources import Documents, batches
 from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
 from microlm.corpus.writing import ShardWriter
 from microlm.errors import run_stage
+from microlm.scale import CorpusConfig
 
 
 def measure(

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from microlm.config import PARAMS, RuntimeConfig, load_config
+from microlm.config import PARAMS, load_config
 from microlm.console import banner
 from microlm.errors import UserError, plain, run_stage
 from microlm.evaluation.benchmarks import Benchmark, benchmarks
@@ -32,6 +32,7 @@ from microlm.plan.estimate import Machine, config_of_scale, disk_here, make_plan
 from microlm.plan.page import disk_lines, page
 from microlm.report.evaluation_table import comparison_text, results_text
 from microlm.runtime import Runtime, set_up
+from microlm.scale import RuntimeConfig
 
 OUT = Path("evaluations")
 BATCH_TOKENS = 8192

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from microlm.config import TeacherConfig
 from microlm.corpus.parts import part_file
 from microlm.corpus.tokenizer import Tokenizer, json_tokenizer, smollm2_tokenizer
 from microlm.errors import UserError
@@ -29,6 +28,7 @@ from microlm.gguf_llama import read_gguf_llama
 from microlm.hub_model import HubLanguageModel
 from microlm.language_model import LanguageModel
 from microlm.model import ModelShape, StudentLM
+from microlm.scale import TeacherConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from microlm import distributed
-from microlm.config import RuntimeConfig
 from microlm.objective import vocabulary_blocks
+from microlm.scale import RuntimeConfig
 
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # as Linux names them in /proc/cpuinfo
 MIB = 2**20

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from microlm import distributed
-from microlm.config import BatchConfig, PretrainConfig, load_config
+from microlm.config import load_config
 from microlm.corpus.batches import Batches, evenly_spaced
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
@@ -25,6 +25,7 @@ from microlm.pipeline.labels import label
 from microlm.pipeline.losses import cross_entropy
 from microlm.pipeline.selection import select_windows
 from microlm.runtime import set_up
+from microlm.scale import BatchConfig, PretrainConfig
 from microlm.teacher import cache as cache_module
 from microlm.training.feed import Feed
 from microlm.training.loop import Loss, Plan, accumulate_gradients, train

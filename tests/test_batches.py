@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microlm.config import BatchConfig
 from microlm.corpus.batches import Batches, cached_windows, evenly_spaced, uncached_windows, window_count
 from microlm.errors import UserError
+from microlm.scale import BatchConfig
 from tests.toy import toy_shards
 
 CONFIG = BatchConfig(seq_len=16, batch_tokens=64, micro_batch_rows=2)

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from microlm.config import BatchConfig
 from microlm.corpus.batches import Batches
 from microlm.errors import UserError
 from microlm.files import sha256_file
 from microlm.launcher import PROCESSES, processes
 from microlm.pipeline import arms
+from microlm.scale import BatchConfig
 from microlm.training.feed import Feed
 from microlm.training.optimizer import deal_matrices
 from tests import ranks

@@ -7,13 +7,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from microlm import hub
-from microlm.config import TeacherConfig, load_config
+from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
 from microlm.gguf_llama import read_gguf_llama
 from microlm.hub import HubLanguageModel, load_teacher
 from microlm.pipeline.labels import refuse_impossible
 from microlm.pipeline.teachers import refuse_misfit
+from microlm.scale import TeacherConfig
 from microlm.teacher.cache import CacheIdentity
 
 TEXT = "The Great Wall of China is a series of fortifications built across the historical northern borders of China."

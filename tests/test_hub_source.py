@@ -186,7 +186,7 @@ def wait_for_shards(directory: Path, process: subprocess.Popen[str]) -> None:
 
 REFUSALS = """
 import sys
-from microlm.config import CorpusConfig
+from microlm.scale import CorpusConfig
 from microlm.corpus import patience
 from microlm.corpus.sources import documents
 from microlm.errors import UserError

@@ -37,6 +37,7 @@ HARMLESS = {
     "microlm/launcher.py": "starts processes; how many changes no result",
     "microlm/pipeline/teachers.py": "refuses; what it returns hub.py loads and projection.py makes",
     "microlm/probe/table.py": "words for the docs",
+    "microlm/scale.py": "as config.py",
     "microlm/schema.py": "as config.py",
     "microlm/scratch.py": "where an interrupted stage leaves what it has done",
     "microlm/training/checkpoint.py": "a resumed training gives the same bits",

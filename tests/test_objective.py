@@ -84,6 +84,31 @@ def test_fused_loss_and_gradients_equal_autograd_on_whole_logits(
     assert_equal_to_autograd(*problem(0, 6, temperature), objective, tolerance=1e-11)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    divergence=st.sampled_from(ALL),
+    tail=st.sampled_from(TAILS),
+    temperature=st.sampled_from([1.0, 2.5]),
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(1, 9), st.integers(20, 900), st.integers(1, 20)),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_logits_kept_between_the_sweeps_change_no_bit(divergence, tail, temperature, seed, shape, dtype):
+    rows, vocabulary, k = shape
+    hidden, weight, targets, teacher = problem(seed, k, temperature, vocabulary, rows)
+    hidden, weight = hidden.to(dtype), weight.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    objective = Objective(0.4, 0.6, divergence, temperature, tail, z_loss=1e-2)
+
+    def found(kept_elements: int) -> list[torch.Tensor]:
+        given_ = [t.detach().requires_grad_() for t in (hidden, weight)]
+        with patch.object(vocabulary_blocks, "KEPT_ELEMENTS", kept_elements):
+            loss = fused_head_loss(*given_, targets, vocabulary, objective, teacher).loss
+        return [loss.detach(), *torch.autograd.grad(loss, given_)]
+
+    for kept, anew in zip(found(rows * vocabulary), found(rows * vocabulary - 1), strict=True):
+        assert torch.equal(kept, anew)
+
+
 @settings(deadline=None, max_examples=80)
 @given(
     divergence=st.sampled_from(ALL),

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from microlm.config import OnPolicyConfig
 from microlm.corpus.batches import Batch
 from microlm.errors import UserError
 from microlm.hub import HubLanguageModel
 from microlm.model import ModelShape, StudentLM
 from microlm.objective.on_policy import MiniLLM, ScoredResponses, minillm_surrogate, score, unbiased_surrogate
 from microlm.objective.sampling import Reader, draw, generator_of, sample_responses
+from microlm.scale import OnPolicyConfig
 from tests.tiny_teacher import tiny_llama
 
 V, LENGTH = 3, 3  # symbols, tokens of a response; a prompt is one token

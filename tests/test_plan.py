@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microlm.config import BatchConfig, load_config
+from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
 from microlm.files import read_json, read_yaml
@@ -23,6 +23,7 @@ from microlm.plan.memory import FLOAT32, Precision, activation_bytes, optimizer_
 from microlm.plan.page import page
 from microlm.plan.sizes import KNOWN_TEACHERS, VOCABULARIES, parameter_count, teacher_shape
 from microlm.plan.work import forward_flops
+from microlm.scale import BatchConfig
 from microlm.training.optimizer import Optimizers
 from tests.clones import ROOT, Clone
 from tests.tiny_teacher import tiny_llama

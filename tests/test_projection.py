@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microlm import hub
-from microlm.config import TeacherConfig
 from microlm.corpus.batches import Batch, evenly_spaced, read_batch, window_count
 from microlm.corpus.definition import END_OF_TEXT
 from microlm.corpus.parts import WIKI, WIKI_SUMMARIES
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
 from microlm.hub import HubLanguageModel
+from microlm.scale import TeacherConfig
 from microlm.teacher.cache import CacheIdentity, sparse_teacher
 from microlm.teacher.capture import Recorder, records_of
 from microlm.teacher.projected import ProjectedRecorder, native_loss, projected_loss

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microlm.config import CorpusConfig
 from microlm.corpus.shards import HEADER, MAGIC, VERSION, TokenShards, split_of, token_dtype
 from microlm.corpus.sources import documents
 from microlm.corpus.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from microlm.errors import UserError
 from microlm.files import read_json, sha256_file, sha256_json, write_json
+from microlm.scale import CorpusConfig
 from tests.toy_shards import write_shards
 
 FIXTURE = Path(__file__).parent / "fixtures" / "documents.jsonl"

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from microlm.config import CorpusConfig
 from microlm.corpus.sources import describe, documents
 from microlm.errors import UserError
+from microlm.scale import CorpusConfig
 
 FIXTURE = Path(__file__).parent / "fixtures" / "documents.jsonl"
 TEXTS = ["First document.", "Second,\nof two lines.", "Third: naïve café 日本."]

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microlm.config import BatchConfig, PretrainConfig
 from microlm.corpus.batches import Batches, evenly_spaced
 from microlm.errors import UserError
 from microlm.files import write_json
@@ -20,6 +19,7 @@ from microlm.model import ModelShape, StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.objective.schedule import AlphaSchedule, ObjectiveSchedule
 from microlm.pipeline.losses import cross_entropy, distillation
+from microlm.scale import BatchConfig, PretrainConfig
 from microlm.scratch import scratch
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
 from microlm.teacher.capture import capture

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm.config import BatchConfig
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
+from microlm.scale import BatchConfig
 
 
 @dataclass(frozen=True)

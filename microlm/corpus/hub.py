@@ -7,9 +7,9 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from microlm.config import CorpusConfig
 from microlm.corpus.patience import be_patient
 from microlm.errors import UserError
+from microlm.scale import CorpusConfig
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # counts are another host's, whose absence would be waited out
 

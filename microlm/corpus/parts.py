@@ -18,9 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from microlm.config import ScaleConfig
 from microlm.errors import UserError
 from microlm.files import atomic_directory, read_json, sha256_file, temporary_directory, write_json
+from microlm.scale import ScaleConfig
 
 PARTS_DIRECTORY = Path("data/parts")
 FORMAT = "microlm-parts"

@@ -15,11 +15,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import datasets
 import pyarrow
 
-from microlm.config import CorpusConfig
 from microlm.corpus import hub
 from microlm.corpus import parts as packaged
 from microlm.errors import UserError
 from microlm.files import sha256_file
+from microlm.scale import CorpusConfig
 
 datasets.disable_progress_bars()
 datasets.utils.logging.set_verbosity(

@@ -96,8 +96,9 @@ def scored_nats(model: LanguageModel, hidden: Tensor, source: Tensor, target: Te
 
 
 def _nats_alone(model: LanguageModel, hidden: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    weight = model.head_weight[: model.n_vocab].to(hidden.dtype)  # once for all parts
     parts = zip(source.split(HEAD_ROWS), target.split(HEAD_ROWS))
-    return torch.cat([token_nats(hidden[rows], model.head_weight, ids, model.n_vocab).double() for rows, ids in parts])
+    return torch.cat([token_nats(hidden[rows], weight, ids, model.n_vocab).double() for rows, ids in parts])
 
 
 def _nats_from_logits(model: LanguageModel, hidden: Tensor, source: Tensor, target: Tensor) -> Tensor:

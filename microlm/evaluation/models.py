@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from microlm import hub
-from microlm.config import Config, TeacherConfig
+from microlm.config import Config
 from microlm.corpus.parts import part_file
 from microlm.corpus.shards import SHARDS_DIRECTORY
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer, smollm2_tokenizer
@@ -19,6 +19,7 @@ from microlm.errors import UserError
 from microlm.evaluation.encoding import BatchEncoder
 from microlm.files import sha256_bytes, sha256_file
 from microlm.language_model import LanguageModel
+from microlm.scale import TeacherConfig
 
 PACKAGED = "packaged"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

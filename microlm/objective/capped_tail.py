@@ -17,7 +17,7 @@ on single tokens. For memory this is one number for 64 logits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,10 @@ class Tokens:
     ids: Tensor
     log_q: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence["Tokens"]) -> "Tokens":
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "ids", "log_q")))
+
     def sum(self, values: Tensor, n_rows: int) -> Tensor:
         """Sums of `values` [M] over each row's tokens, [n_rows]."""
         return values.new_zeros(n_rows).index_add_(0, self.rows, values)
@@ -95,7 +99,7 @@ class _Tail:
         """Tokens of `rows` [R] with log q above `threshold` [R]; their `rows` count from 0 to R - 1."""
         flagged = self._largest[rows] > threshold[:, None]
         found = [self._of_part(rows, threshold, flagged, part) for part in _parts(flagged.sum(-1))]
-        return Tokens(*(torch.cat([getattr(x, name) for x in found]) for name in ("rows", "ids", "log_q")))
+        return Tokens.joined(found)
 
     def all_but(self, rows: Tensor, known: Tokens, tail_mass: Tensor) -> Tensor:
         """The student's mass on the tails of `rows` [R], of `tail_mass` [R], that is not on the `known` tokens."""
@@ -136,7 +140,7 @@ class _Tail:
             new = (cached[chosen[tile, place]] >> column) & 1 == 0
             tile, place, column = tile[new], place[new], column[new]
             found.append(Tokens(at[tile, place], columns[tile, column], log_q[tile, place, column]))
-        return Tokens(*(torch.cat([getattr(x, name) for x in found]) for name in ("rows", "ids", "log_q")))
+        return Tokens.joined(found)
 
     def _cached_bits(self, rows: Tensor, row: Tensor, group: Tensor, n_groups: int) -> Tensor:
         """For each pair of a row and a group, a bit for each of its ids that is cached: int64 [pairs]."""
@@ -210,8 +214,7 @@ def solve(
         left, margin = left[~solved], margin * 2
     if not capped:
         capped.append(Tokens(left, left, log_c[left]))
-    tokens = Tokens(*(torch.cat([getattr(x, name) for x in capped]) for name in ("rows", "ids", "log_q")))
-    return CappedTail(log_c, log_tau, uncapped_mass, tokens)
+    return CappedTail(log_c, log_tau, uncapped_mass, Tokens.joined(capped))
 
 
 def _newton(

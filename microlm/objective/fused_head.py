@@ -1,9 +1,10 @@
 """The LM head and the loss in one, block by block over the vocabulary, the gradient in the same call.
 
-[tokens, vocabulary] never exists whole: a block of logits is made, read and dropped while it is in the processor's
-cache. Two sweeps: the first gathers each row's normalizer, gold logit and logits of the cached ids; the second makes
-the logits again and turns them into gradients. The extra matrix product costs less than keeping the logits (compare
-Wijmans et al. 2024, "Cut your losses in large-vocabulary language models", arXiv:2411.09009, for cross-entropy alone).
+A block of logits is made and read while it is in the processor's cache. Two sweeps: the first gathers each row's
+normalizer, gold logit and logits of the cached ids; the second turns the logits into gradients. In between, logits of a
+small step are kept, in one array and one precision; those of a large one are dropped and made again, so that
+[tokens, vocabulary] never exists whole (compare Wijmans et al. 2024, "Cut your losses in large-vocabulary language
+models", arXiv:2411.09009, for cross-entropy alone). Both ways give the same bits.
 
 A lumped divergence sees a row through k + 1 numbers: the logits of the cached ids and the tail's logsumexp. Autograd
 differentiates it there, on [N, k + 1]; its gradient on a tail token j is that on the tail's logsumexp times
@@ -98,7 +99,8 @@ def _pass(name: str) -> Callable[..., None]:
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, n_vocab, objective, teacher, count):
-        blocks = VocabularyBlocks(hidden, weight, n_vocab)
+        wanted = any(ctx.needs_input_grad[:2])
+        blocks = VocabularyBlocks(hidden, weight, n_vocab, keep=wanted)
         gold = Entries(targets[:, None], blocks)
         distilling = objective.kd_weight > 0
         cached = Entries(teacher.ids, blocks) if distilling else None
@@ -118,7 +120,7 @@ class _FusedHead(torch.autograd.Function):
             term = TREATMENTS[tail](blocks, rows, teacher, cached, objective, objective.kd_weight / count)
             total = term.total
             loss = loss + objective.kd_weight / count * total
-        if any(ctx.needs_input_grad[:2]):
+        if wanted:
             sweep = _GradientSweep(blocks, rows, q_weight, term, cached, objective.temperature)
             ctx.save_for_backward(*_gradients(sweep, gold, ce_weight, weight))
         ctx.mark_non_differentiable(total)
@@ -144,7 +146,8 @@ def _first_sweep(
     scale = 1.0 if head is None else 1.0 / temperature
     tempered = scale != 1
     tail_peak, tail_total = (blocks.filled(LOWEST), blocks.filled(0)) if tempered else (peak, total)
-    largest = torch.empty((len(peak), -(-blocks.n_vocab // GROUP)), dtype=blocks.exact, device=peak.device)
+    n_groups = -(-blocks.n_vocab // GROUP) if groups else 0
+    largest = peak.new_empty(len(peak), n_groups)
     for index, part, z in blocks:
         r, c, places = gold.at(index)
         gold_logits[places] = z[r, c].to(blocks.exact)
@@ -210,7 +213,7 @@ class _GradientSweep:
 
 
 def _gradients(sweep: _GradientSweep, gold: Entries, ce_weight: float, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The second sweep: logits again, turned into their gradients, and those into gradients of hidden and weight."""
+    """The second sweep: logits turned into their gradients, and those into gradients of hidden and weight."""
     blocks = sweep.blocks
     hidden_gradient = torch.zeros(blocks.hidden.shape, dtype=blocks.exact, device=blocks.hidden.device)
     weight_gradient = torch.empty_like(weight)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microlm.config import OnPolicyConfig
 from microlm.corpus.batches import Batch
 from microlm.errors import UserError
 from microlm.language_model import LanguageModel
 from microlm.objective.sampling import Responses, generator_of, head_logits, sample_responses
+from microlm.scale import OnPolicyConfig
 
 
 @dataclass(frozen=True)

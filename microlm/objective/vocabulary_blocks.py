@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**22  # of one block of logits: 8 MiB in bfloat16
+KEPT_ELEMENTS = 2**28  # logits that are kept from one sweep to the next, where they are no more: 512 MiB in bfloat16
 GROUP = 64  # neighbouring ids of which a row keeps the largest logit; a block holds whole groups
 LOWEST = -1e30  # below any logit, and finite, so that no difference of infinities arises
 
@@ -91,23 +92,49 @@ class Entries:
 
 
 class VocabularyBlocks:
-    """hidden [N, D] times weight [V, D], block by block."""
+    """hidden [N, D] times weight [V, D], block by block.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, n_vocab: int) -> None:
+    Args:
+        keep: several sweeps will come. Up to KEPT_ELEMENTS the first one's blocks stay, and the others find them as
+            they were left; beyond, each sweep makes them anew.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, n_vocab: int, keep: bool = False) -> None:
         self.hidden, self.n_vocab = hidden, n_vocab
         self.weight = weight[:n_vocab].to(hidden.dtype)
         self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         fitting = BLOCK_ELEMENTS // max(1, hidden.shape[0]) // 256 * 256
         self.block = max(256, min(fitting, 16384))
+        whole = hidden.shape[0] * n_vocab
+        self._kept = _kept_memory(hidden, whole) if keep and whole <= KEPT_ELEMENTS else None
+        self._made = False
 
     def __iter__(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """Index, slice of the vocabulary and logits [N, block]; the next block reuses the memory."""
-        buffer = self.hidden.new_empty(self.hidden.shape[0] * self.block)
+        """Index, slice of the vocabulary and logits [N, block]; unless they are kept, the next block reuses the memory.
+
+        A sweep may write into a block: the next one must make do with what it finds there.
+        """
+        n, made = self.hidden.shape[0], self._made
+        memory = self.hidden.new_empty(n * self.block) if self._kept is None else self._kept
         for index, start in enumerate(range(0, self.n_vocab, self.block)):
             part = slice(start, min(start + self.block, self.n_vocab))
-            z = buffer[: self.hidden.shape[0] * (part.stop - part.start)].view(self.hidden.shape[0], -1)
-            yield index, part, torch.mm(self.hidden, self.weight[part].T, out=z)
+            first = 0 if self._kept is None else n * start
+            z = memory[first : first + n * (part.stop - start)].view(n, -1)
+            yield index, part, z if made else torch.mm(self.hidden, self.weight[part].T, out=z)
+        self._made = self._kept is not None
 
     def filled(self, value: float) -> Tensor:
         """[N] in the precision of sums."""
         return self.hidden.new_full((self.hidden.shape[0],), value, dtype=self.exact)
+
+
+_memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def _kept_memory(like: Tensor, elements: int) -> Tensor:
+    """Room for kept logits, the same in every call: to be given fresh pages costs a tenth of a training step."""
+    place = (like.device, like.dtype)
+    if place not in _memory or len(_memory[place]) < elements:
+        _memory.pop(place, None)
+        _memory[place] = like.new_empty(elements)
+    return _memory[place]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from microlm import distributed
 from microlm import model as model_module
-from microlm.config import BatchConfig, Config, OptimizationConfig, load_config
+from microlm.config import Config, load_config
 from microlm.console import banner
 from microlm.corpus import batches as batches_module
 from microlm.corpus.batches import Batches, cached_windows, uncached_windows
@@ -39,6 +39,7 @@ from microlm.pipeline.evaluator import Evaluator
 from microlm.pipeline.selection import WINDOWS, chosen_windows
 from microlm.pipeline.teachers import load_fitting_teacher
 from microlm.runtime import Runtime, peak_memory_bytes
+from microlm.scale import BatchConfig, OptimizationConfig
 from microlm.scratch import code_digest, scratch
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import TeacherCache, cache_identity

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from microlm.config import BatchConfig, OptimizationConfig
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import UserError
@@ -17,6 +16,7 @@ from microlm.evaluation.sources import DataNotAvailable, read_rows
 from microlm.evaluation.tasks import stratified_subset, task_named
 from microlm.evaluation.validation import loss_on, validation_loss
 from microlm.model import StudentLM
+from microlm.scale import BatchConfig, OptimizationConfig
 from microlm.training.telemetry import Evaluation
 
 TASK, PROTOCOL = "hellaswag", "completion"

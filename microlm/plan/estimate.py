@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from microlm.config import PARAMS, Config, ConfigError, ScaleConfig, load_config
+from microlm.config import PARAMS, Config, ConfigError, load_config
 from microlm.errors import UserError
 from microlm.files import read_yaml
 from microlm.pipeline.ledger import break_even
@@ -13,6 +13,7 @@ from microlm.plan import memory, work
 from microlm.plan.memory import Precision
 from microlm.plan.sizes import corpus_size, parameter_count, student_shape, teacher_shape, vocabulary_of
 from microlm.plan.storage import cache_plan, storage
+from microlm.scale import ScaleConfig
 from microlm.schema import parse
 
 H100_TFLOPS = 989.0  # dense bfloat16 of an H100 SXM, by its maker's data sheet

@@ -5,11 +5,12 @@ Shapes: N tokens of a micro-batch, V padded vocabulary, D hidden size, W attenti
 
 from dataclasses import dataclass
 
-from microlm.config import BatchConfig, Config, RuntimeConfig
+from microlm.config import Config
 from microlm.corpus.parts import PARTS, SMOLLM2
 from microlm.model import ModelShape
-from microlm.objective.vocabulary_blocks import BLOCK_ELEMENTS
+from microlm.objective.vocabulary_blocks import BLOCK_ELEMENTS, KEPT_ELEMENTS
 from microlm.plan.sizes import TeacherShape, block_matrix_count, parameter_count
+from microlm.scale import BatchConfig, RuntimeConfig
 from microlm.teacher.capture import GROUPS, HEAD_ROWS
 
 FLOAT32 = 4
@@ -63,11 +64,13 @@ def activation_bytes(shape: ModelShape, rows: int, seq_len: int, precision: Prec
 
 
 def head_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:
-    """Of objective/fused_head.py: the cast weight, a block of logits, gradients of the hidden states."""
+    """Of objective/fused_head.py: the cast weight, the logits that are held, gradients of the hidden states."""
     a = precision.activation_bytes
+    whole = tokens * shape.n_vocab
     block = max(256, min(BLOCK_ELEMENTS // tokens // 256 * 256, 16384))
     cast = a * shape.n_vocab * shape.hidden_size if a < FLOAT32 else 0
-    return cast + a * tokens * block + tokens * shape.hidden_size * (FLOAT32 + 2 * a)
+    logits = whole if whole <= KEPT_ELEMENTS else tokens * block
+    return cast + a * logits + tokens * shape.hidden_size * (FLOAT32 + 2 * a)
 
 
 def training_memory(

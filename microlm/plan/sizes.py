@@ -6,12 +6,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from microlm.config import CorpusConfig, ScaleConfig
 from microlm.corpus.sources import matching_files
 from microlm.corpus.tokenizer import json_tokenizer
 from microlm.errors import UserError
 from microlm.model import ModelShape
 from microlm.pipeline.arms import VOCABULARY_MULTIPLE
+from microlm.scale import CorpusConfig, ScaleConfig
 
 PACKAGED_TEXT_BYTES = 6_665_249  # both splits; metrics/tokenize.json
 BYTES_PER_TOKEN = 4.4976  # of English text under a vocabulary of 50,000; metrics/tokenize.json

@@ -10,10 +10,11 @@ model's operations.
 import math
 from dataclasses import dataclass
 
-from microlm.config import Config, OptimizationConfig
+from microlm.config import Config
 from microlm.errors import UserError
 from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.plan.sizes import CorpusSize, TeacherShape
+from microlm.scale import OptimizationConfig
 from microlm.teacher.capture import TABLE_WINDOWS
 
 HELLASWAG_TOKENS = 174  # that a question costs, its context read once: mean over every tenth question, OLMo's tokens

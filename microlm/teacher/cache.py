@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 
 from microlm import hub
-from microlm.config import Config, TeacherConfig
+from microlm.config import Config
 from microlm.corpus.batches import cached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import atomic_file, read_json, refuse_unsealed, sealed, sha256_file
 from microlm.objective.definition import SparseTeacher
 from microlm.objective.divergences import temper
+from microlm.scale import TeacherConfig
 
 FORMAT, VERSION = "microlm-teacher-cache", 2
 MANIFEST, TABLE = "manifest.json", "table.bin"

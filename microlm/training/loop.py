@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from microlm import distributed
-from microlm.config import OptimizationConfig
 from microlm.console import banner, duration, progress_bar
 from microlm.corpus.batches import Batch, Batches
 from microlm.errors import UserError
 from microlm.model import StudentLM
 from microlm.objective.fused_head import HeadLoss
+from microlm.scale import OptimizationConfig
 from microlm.training.checkpoint import restore_checkpoint, save_checkpoint
 from microlm.training.feed import Feed
 from microlm.training.optimizer import Optimizers, learning_rate_multiplier

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from microlm import distributed
-from microlm.config import OptimizationConfig
+from microlm.scale import OptimizationConfig
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
 MUON_MOMENTUM, MUON_STATE = 0.95, "momentum_buffer"
