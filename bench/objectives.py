@@ -48,11 +48,11 @@ def variants(config: Config, runtime: Runtime, model: StudentLM, only: list[str]
     for objective in OBJECTIVES:
         for tail in TAILS:
             asked = objective_schedule(replace(config, objective=objective, tail=tail))
-            found[f"{objective}-{tail}"] = losses.distillation(model.n_vocab, asked, cache)
+            found[f"{objective}-{tail}"] = losses.Distillation(model.n_vocab, asked, cache)
     if not only or LIVE in only:
         live = load_fitting_teacher(config, identity, runtime)
-        teacher = LiveTeacher(live, identity, cache.tables, shards, runtime.compiled)
-        found[LIVE] = losses.distillation(model.n_vocab, objective_schedule(config), teacher)
+        teacher = LiveTeacher(live, identity, cache.tables, runtime.compiled)
+        found[LIVE] = losses.Distillation(model.n_vocab, objective_schedule(config), teacher)
     return {name: loss for name, loss in found.items() if not only or name in (BASE, *only)}
 
 

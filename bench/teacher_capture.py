@@ -19,7 +19,7 @@ from microlm.corpus.batches import Batch
 from microlm.hub import load_teacher
 from microlm.runtime import set_up
 from microlm.teacher.cache import CacheIdentity
-from microlm.teacher.capture import Recorder, records_of
+from microlm.teacher.capture import Recorder, labels_of
 
 BATCHES = 3  # of a round
 
@@ -36,7 +36,7 @@ def main() -> None:
     identity = CacheIdentity("packaged", None, "", model.n_vocab, "", seq_len, rows, top_k, (1.0,))
     record = Recorder(model, identity, runtime.compiled)
     drawn = torch.randint(0, model.n_vocab, (BATCHES, rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
-    batches = [Batch(windows, tokens[:, :-1], tokens[:, 1:]) for tokens in drawn]
+    batches = [Batch(windows, tokens) for tokens in drawn]
 
     def bare() -> None:
         with torch.inference_mode():
@@ -45,7 +45,7 @@ def main() -> None:
 
     def captured() -> None:
         for batch in batches:
-            records_of(model, record, batch, torch.device("cpu"))
+            labels_of(model, record, batch)
 
     seconds = measure({"bare forward": bare, "capture": captured}, rounds)
     for name, value in seconds.items():

@@ -40,14 +40,15 @@ def random_cache(directory: Path, config: Config) -> TeacherCache:
     """A cache on disk of as many windows as a step has, distinct ids as skewed to frequent tokens as real ones are."""
     batch, generator = config.at.batch, np.random.default_rng(1)
     identity = CacheIdentity("random", None, "", VOCABULARY, "", batch.seq_len, batch.rows, TOP_K, (1.0,))
-    records = np.zeros((batch.rows, batch.seq_len), identity.record())
     spread = generator.random((batch.rows, batch.seq_len, TOP_K)).cumsum(-1) ** 2.2 * (VOCABULARY / TOP_K**2.2)
-    records["ids"] = np.minimum(spread.astype(np.int64) + np.arange(TOP_K), VOCABULARY - 1)
+    ids = np.minimum(spread.astype(np.int64) + np.arange(TOP_K), VOCABULARY - 1)
     logits = 2 * generator.standard_normal((batch.rows, batch.seq_len, TOP_K + 1))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    records["log_p"], records["log_tail"] = log_p[..., :-1], log_p[..., -1:]
+    columns = (torch.from_numpy(column).flatten(0, 1) for column in (ids, log_p[..., :-1], log_p[..., -1:]))
+    records = identity.layout.pack(*columns).view(batch.rows, batch.seq_len, -1).numpy()
     for name, part in identity.blocks():
-        (directory / name).write_bytes(records[part].tobytes())
+        gold = np.zeros((part.stop - part.start, batch.seq_len), np.float32)
+        (directory / name).write_bytes(records[part].tobytes() + gold.tobytes())
     (directory / TABLE).write_bytes(np.full((1, VOCABULARY), -np.log(VOCABULARY), np.float32).tobytes())
     write_json(directory / MANIFEST, manifest_of(identity, "", "", directory))
     return TeacherCache(directory, identity, np.arange(batch.rows))

@@ -65,7 +65,13 @@ class Config:
             found.append(f"temperature: {self.temperature:g} is not captured; choose one of {captured} or {mend}")
         if self.objective == "minillm" and self.temperature != 1:
             found.append(f"temperature: minillm samples at 1, not at {self.temperature:g}; set temperature=1")
-        if self.at.continuation.windows == "any" and self.distills and self.objective != "minillm":
+        if self.at.continuation.windows == "difference" and self.at.teacher.source == "live":
+            found.append(
+                f"scales.{self.scale}.continuation.windows: difference ranks windows by the teacher's cache, and "
+                "teacher.source: live writes none; choose cached, random or any, or set source: cache"
+            )
+        labelled = self.at.teacher.source == "cache" and self.objective != "minillm"
+        if self.at.continuation.windows == "any" and self.distills and labelled:
             found.append(
                 f"scales.{self.scale}.continuation.windows: any includes windows that the teacher has not labelled; "
                 "set alpha=0 with it, or choose cached, difference or random"

@@ -39,8 +39,7 @@ def set_up(config: RuntimeConfig) -> Runtime:
     """Choose and apply. Libraries' chatter is silenced on the way."""
     quiet_libraries()
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = available if config.threads == "auto" else config.threads
+    threads = available_cores() if config.threads == "auto" else config.threads
     torch.set_num_threads(max(1, threads // distributed.local_size()))
     dtype, why_dtype = _choose_dtype(config.dtype, device)
     compiled, why_compiled = _choose_compilation(config.compile, device)
@@ -62,6 +61,11 @@ def set_up(config: RuntimeConfig) -> Runtime:
         reasons["ranks"] = f"{distributed.size()} processes, {distributed.local_size()} on this machine"
         reasons["threads"] += f", shared by {distributed.local_size()} processes"
     return Runtime(device, dtype, compiled, threads, reasons)
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -124,8 +124,12 @@ class ContinuationConfig(OptimizationConfig):
 
 @dataclass(frozen=True)
 class TeacherConfig:
+    """`source: live` runs the teacher in every step and writes no cache; `record` is how what it says is rounded."""
+
     model: str
     revision: str | None
+    source: Literal["cache", "live"]
+    record: Literal["full", "compact"]
     top_k: int = within(1, 65536)
     temperatures: list[float] = positive()
     windows: int = count()

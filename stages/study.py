@@ -1,7 +1,6 @@
 """Run a grid of study/grid.yaml through the DVC queue -> study/results.csv, STUDY.md. Run again, it goes on."""
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NoReturn
 
 from microlm.config import load_config
 from microlm.errors import UserError, run_stage
+from microlm.runtime import available_cores
 from microlm.study.driver import Study
 from microlm.study.grid import read_grid, read_yaml
 from microlm.study.recheck import Recheck
@@ -62,7 +62,7 @@ def main() -> None:
 
 def _jobs(asked: int | None, scale: str, params: dict[str, Any]) -> int:
     """How many runs at once. Two that share cores slow each other many times over, so that is refused."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     threads = params["scales"][scale]["runtime"]["threads"]
     most = cores // threads if isinstance(threads, int) else 1
     jobs = max(1, most) if asked is None else asked

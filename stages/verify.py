@@ -45,6 +45,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given, config = arguments(), load_config()
+    if config.at.teacher.source == "live":
+        raise UserError(
+            f"params.yaml: scales.{config.scale}.teacher.source: live writes no records, so there are none to verify"
+        )
     shards = TokenShards(SHARDS_DIRECTORY, "train")
     windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
     identity = cache_identity(config, shards)

@@ -187,7 +187,7 @@ def test_a_publication_killed_at_any_step_keeps_the_blocks_and_the_old_cache(toy
 
     prepare(tmp_path / "counted")
     with inside(tmp_path / "counted"):
-        steps = lives(lambda _: publish(Path("scratch"), toy.identity, manifest))
+        steps = lives(lambda _: publish(Path("scratch"), manifest))
     assert steps > len(blocks)
     for last in range(steps):
         top = tmp_path / str(last)
@@ -195,11 +195,11 @@ def test_a_publication_killed_at_any_step_keeps_the_blocks_and_the_old_cache(toy
         with inside(top):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "getpid", lambda: 1)  # the one that comes after it is another process
-                killed_after(lambda _: publish(Path("scratch"), toy.identity, manifest), last)
+                killed_after(lambda _: publish(Path("scratch"), manifest), last)
             assert content(Path("scratch")) == blocks
             # the old cache, the new one, or for the instant between two renames none
             assert content(CACHE) in (content(toy.whole), {"old": sha256_bytes(b"old")}, {})
-            publish(Path("scratch"), toy.identity, manifest)
+            publish(Path("scratch"), manifest)
             assert content(CACHE) == content(toy.whole)
 
 
@@ -242,7 +242,7 @@ def test_blocks_are_copied_where_they_cannot_be_linked(toy, tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "link", unlinkable)
     with inside(tmp_path):
-        publish(toy.whole, toy.identity, json.loads((toy.whole / MANIFEST).read_text()))
+        publish(toy.whole, json.loads((toy.whole / MANIFEST).read_text()))
         assert content(CACHE) == content(toy.whole)
         assert not (CACHE / "block-00000.bin").samefile(toy.whole / "block-00000.bin")
 

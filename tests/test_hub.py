@@ -26,7 +26,7 @@ def packaged(parts):
     member = hub.PACKAGED_TEACHER
     patch = pytest.MonkeyPatch()
     patch.setattr(hub, "part_file", lambda name, path: parts / name / path)
-    yield TeacherConfig("packaged", None, 64, [1.0], 10, 1), parts / member[0] / member[1]
+    yield TeacherConfig("packaged", None, "cache", "full", 64, [1.0], 10, 1), parts / member[0] / member[1]
     patch.undo()
 
 
@@ -97,5 +97,7 @@ def test_a_head_that_is_more_than_a_matrix_is_refused():
 @pytest.mark.parametrize(("revision", "told"), [(None, "has no revision"), ("0" * 40, "the hub did not give it")])
 def test_a_teacher_that_is_not_there_is_refused_by_its_key(tmp_path, revision, told):
     with pytest.raises(UserError, match=rf"params.yaml: teacher.model: .*nowhere .*{told}") as error:
-        load_teacher(TeacherConfig(str(tmp_path / "nowhere"), revision, 8, [1.0], 10, 1), torch.float32)
+        load_teacher(
+            TeacherConfig(str(tmp_path / "nowhere"), revision, "cache", "full", 8, [1.0], 10, 1), torch.float32
+        )
     assert "\n" not in str(error.value)

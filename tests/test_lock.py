@@ -49,8 +49,11 @@ MATTERS_TO = {
     "microlm/gguf_llama.py": {"teacher", "distill", "evaluate", "probe", "ledger"},
     "microlm/hub_model.py": {"teacher", "distill", "evaluate", "probe", "ledger"},
     "microlm/teacher/cache.py": {"teacher", "select", "distill", "probe", "ledger"},
-    "microlm/teacher/projected.py": {"teacher", "evaluate"},  # of a teacher that the ledger refuses
-    "microlm/teacher/projection.py": {"teacher", "evaluate"},
+    "microlm/teacher/records.py": {"teacher", "select", "distill", "probe", "ledger"},
+    "microlm/teacher/capture.py": {"teacher", "distill", "ledger"},
+    "microlm/teacher/live.py": {"distill", "ledger"},
+    "microlm/teacher/projected.py": {"teacher", "distill", "evaluate"},  # of a teacher that the ledger refuses
+    "microlm/teacher/projection.py": {"teacher", "distill", "evaluate"},
     "microlm/objective/capped_tail.py": {"distill", "ledger"},
     "microlm/objective/definition.py": {"distill", "ledger"},
     "microlm/objective/divergences.py": {"distill", "ledger", "probe"},

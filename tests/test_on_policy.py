@@ -119,7 +119,7 @@ def test_minillm_itself_descends_the_sequence_level_reverse_kl():
     """Of two tokens, the first has one reward after it: length normalization divides by one."""
     rows = PROMPTS.repeat(ROWS, 1)
     minillm = MiniLLM(STUDENT, TEACHER, OnPolicyConfig(len(rows), 1, 2, 0.0, 1e9), seed=0)
-    batches = [Batch(np.array([call]), rows, rows) for call in range(CALLS)]
+    batches = [Batch(np.array([call]), torch.cat((rows, rows[:, :1]), 1)) for call in range(CALLS)]
     gradients = [torch.autograd.grad(2 * minillm(batch).surrogate, STUDENT.head_weight)[0] for batch in batches]
     samples, expected = torch.stack(gradients), exact_gradient(STUDENT, TEACHER, 2)
     reached = slice(0, V + V * V)  # prefixes of one and two tokens
@@ -203,7 +203,7 @@ SETTINGS = OnPolicyConfig(prompts=3, prompt_tokens=6, response_tokens=5, teacher
 
 def batch_of(windows: list[int]) -> Batch:
     tokens = torch.randint(0, 50257, (4, 16), generator=torch.Generator().manual_seed(0))
-    return Batch(np.array(windows), tokens, tokens)
+    return Batch(np.array(windows), torch.cat((tokens, tokens[:, :1]), 1))
 
 
 def gradients_of(student: StudentLM, minillm: MiniLLM, batch: Batch) -> tuple[Tensor, ...]:

@@ -28,6 +28,7 @@ from stages.verify import main as verify
 from tests.other_tokenizers import write_teacher
 from tests.test_objective import ALL, PADDED, TAILS, V, dense_divergence, problem
 from tests.tiny_teacher import gpt2
+from tests.toy_records import cached_records, read_block, write_block
 from tests.workspace import RUNTIME, WHEELS, config_of, inside, make_workspace
 
 
@@ -109,7 +110,7 @@ def open_cache(top: Path) -> tuple[TokenShards, np.ndarray, TeacherCache]:
 def test_the_manifest_names_both_tokenizers_and_the_metrics_what_is_covered(workspace):
     with inside(workspace):
         shards, windows, cache = open_cache(workspace)
-        records, told = cache.records(windows), read_json("metrics/teacher.json", "teacher")
+        records, told = cached_records(cache, windows), read_json("metrics/teacher.json", "teacher")
         assert cache.manifest["tokenizer"] == shards.manifest["tokenizer"]["fingerprint"]
         assert cache.manifest["teacher_tokenizer"] not in (None, cache.manifest["tokenizer"])
         assert told["coverage"] == pytest.approx(records["covered"].mean()) and 0.5 < told["coverage"] < 1
@@ -165,10 +166,10 @@ def test_verify_finds_a_projected_record_made_wrong(workspace, field, tmp_path, 
     whole, manifest = block.read_bytes(), (workspace / CACHE / MANIFEST).read_text()
     try:
         with inside(workspace):
-            records = np.fromfile(block, open_cache(workspace)[2].identity.record())
+            identity = open_cache(workspace)[2].identity
+        records = read_block(block, identity)
         records[field] = ~records[field] if field == "covered" else np.roll(records[field], 1, axis=0)
-        block.unlink()
-        block.write_bytes(records.tobytes())
+        write_block(block, records, identity)
         changed = json.loads(manifest)
         changed["blocks"] = [{"file": block.name, "sha256": sha256_file(block)}]
         write_json(workspace / CACHE / MANIFEST, sealed(changed))
@@ -185,7 +186,7 @@ def test_a_step_of_distillation_from_a_partly_covered_cache_is_finite(workspace)
         shards, windows, cache = open_cache(workspace)
         model = fresh_student(config, gpt2(WHEELS))
         batch = read_batch(shards, windows[:4], config.at.batch.seq_len)
-        loss = losses.distillation(model.n_vocab, objective_schedule(config), cache)
+        loss = losses.Distillation(model.n_vocab, objective_schedule(config), cache)
         part = loss(model.hidden(batch.tokens).flatten(0, 1), model.head_weight, batch, batch.targets.numel(), 0.5)
         part.loss.backward()
         assert torch.isfinite(part.loss) and torch.isfinite(model.head_weight.grad).all()

@@ -226,9 +226,9 @@ def test_one_byte_an_entry_is_within_a_step_of_its_scale(seed, k):
 def test_bytes_are_those_of_the_layouts():
     identity = CacheIdentity("", None, "", V, "", 1, 1, top_k=16, temperatures=(1.0,))
     sizes = {method.name: method.token_bytes(16, 12.0) for method in METHODS}
-    assert sizes["lumped"] == sizes["capped"] == identity.record().itemsize
-    assert sizes["head + samples"] == identity.record().itemsize + 16 * 2
-    compact = np.dtype([("ids", "<u2", 16), ("drop", "u1", 16), ("tail", "<f2"), ("gold", "<f2")])
+    assert sizes["lumped"] == sizes["capped"] == identity.token_bytes
+    assert sizes["head + samples"] == identity.token_bytes + 16 * 2
+    compact = np.dtype([("ids", "<u2", 16), ("drop", "u1", 16), ("tail", "<f4"), ("gold", "<f4")])
     assert sizes["compact capped"] == sizes["compact table tail"] == compact.itemsize
     assert sizes["code tail"] == compact.itemsize + code_bytes(128) == compact.itemsize + 32
     assert sizes["random sampling"] == 36 and sizes["ghost token"] == 80

@@ -20,10 +20,11 @@ from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
 from microlm.hub import HubLanguageModel
 from microlm.scale import TeacherConfig
 from microlm.teacher.cache import CacheIdentity, sparse_teacher
-from microlm.teacher.capture import Recorder, records_of
+from microlm.teacher.capture import Recorder, labels_of
 from microlm.teacher.projected import ProjectedRecorder, native_loss, projected_loss
 from microlm.teacher.projection import Projection, spell
 from tests.other_tokenizers import random_network, toy_tokenizer, write_teacher
+from tests.toy_records import records_of
 from tests.toy_shards import write_shards
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def identity_of(student: Tokenizer, top_k: int, seq_len: int, teacher: Tokenizer
 
 def batch_of(rows: list[list[int]]) -> Batch:
     whole = torch.tensor(rows)
-    return Batch(np.arange(len(rows)), whole[:, :-1], whole[:, 1:])
+    return Batch(np.arange(len(rows)), whole)
 
 
 def content(tokenizer: Tokenizer, ids: list[int]) -> bytes:
@@ -115,7 +116,7 @@ def test_records_are_the_enumerated_projection_at_every_temperature(rows, k):
     projection = Projection(TEACHER, STUDENT, 64)
     model = HubLanguageModel(random_network("llama", TEACHER.n_vocab + 5), TEACHER.n_vocab).eval()
     identity, batch = identity_of(STUDENT, k, 8, TEACHER), batch_of(rows)
-    records = records_of(model, ProjectedRecorder(model, identity, projection), batch, CPU)
+    records = records_of(model, ProjectedRecorder(model, identity, projection), batch)
     gold = batch.targets.flatten().tolist()
     aligned = projection.align(batch)
     assert (records["covered"] == aligned.covered).all()
@@ -194,10 +195,11 @@ def test_the_same_tokenizer_under_two_names_gives_the_plain_records(built, renam
     teacher, row = projection.teacher, [student.eot_id, *student.encode(text)]
     batch = batch_of([row[: len(row) // 2 * 2]])
     length = batch.tokens.shape[1]
-    plain = records_of(model, Recorder(model, identity_of(student, 8, length, None), False), batch, CPU)
-    projected = records_of(
-        model, ProjectedRecorder(model, identity_of(student, 8, length, teacher), projection), batch, CPU
+    recorders = (
+        Recorder(model, identity_of(student, 8, length, None), False),
+        ProjectedRecorder(model, identity_of(student, 8, length, teacher), projection),
     )
+    plain, projected = (records_of(model, record, batch) for record in recorders)
     assert projected["covered"].all()
     assert projection.align(batch).tokens.tolist() == batch.tokens.tolist()
     assert (projected["ids"][:, 0] == plain["ids"]).mean() > 0.98  # equal logits may change places
@@ -206,8 +208,8 @@ def test_the_same_tokenizer_under_two_names_gives_the_plain_records(built, renam
     tables = torch.zeros(len(TEMPERATURES), student.n_vocab)
     for temperature in TEMPERATURES[:2]:
         both = [
-            sparse_teacher(records, identity_of(student, 8, length, own), tables, temperature).log_p
-            for records, own in ((plain, None), (projected, teacher))
+            sparse_teacher(labels_of(model, record, batch).rows, record.identity, tables, temperature).log_p
+            for record in recorders
         ]
         torch.testing.assert_close(*both, rtol=3e-3, atol=3e-3)
 
@@ -217,15 +219,15 @@ def test_the_same_tokenizer_under_two_names_gives_the_plain_records(built, renam
 def test_a_teacher_of_any_architecture_is_read_with_its_padding_left_out(built, kind, dtype, tmp_path):
     tokenizer = built["olmo"]
     network = write_teacher(tmp_path, kind, tokenizer, padding=24)
-    config = TeacherConfig(str(tmp_path), None, 8, [1.0], 1, 1)
+    config = TeacherConfig(str(tmp_path), None, "cache", "full", 8, [1.0], 1, 1)
     model = hub.load_teacher(config, dtype)
     assert model.n_vocab == tokenizer.n_vocab == 50280 and len(model.head_weight) == 50304
     assert model.head_weight.dtype == dtype and model.network.config._attn_implementation == "sdpa"
     assert hub.teacher_tokenizer(config).fingerprint == tokenizer.fingerprint
     ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode("The wall is long, naïve and 2019 years old.")]])
-    batch = Batch(np.array([0]), ids[:, :-1], ids[:, 1:])
+    batch = Batch(np.array([0]), ids)
     identity = replace(identity_of(tokenizer, 8, ids.shape[1] - 1, None), temperatures=(1.0,))
-    records = records_of(model, Recorder(model, identity, False), batch, CPU)
+    records = records_of(model, Recorder(model, identity, False), batch)
     with torch.no_grad():
         log_p = torch.log_softmax(network.to(dtype)(ids[:, :-1]).logits[0, :, : tokenizer.n_vocab].float(), -1)
     gold = log_p.gather(1, batch.targets[0][:, None])[:, 0]
@@ -237,7 +239,7 @@ def test_a_teacher_of_any_architecture_is_read_with_its_padding_left_out(built, 
 def test_the_real_teacher_covers_another_tokenizers_text_and_loses_little(built, parts, monkeypatch, tmp_path):
     """Measured over 12 windows of 128 tokens: 0.94 covered, 0.90 bits per byte projected, 0.96 native."""
     monkeypatch.setattr(hub, "part_file", lambda name, path: parts / name / path)
-    config = TeacherConfig("packaged", None, 64, [1.0, 2.5], 1, 1)
+    config = TeacherConfig("packaged", None, "cache", "full", 64, [1.0, 2.5], 1, 1)
     model = hub.load_teacher(config, torch.bfloat16)
     summaries = json.loads((parts / WIKI / WIKI_SUMMARIES).read_text())
     texts = [entry["extract"] for entry in list(summaries.values())[::200]]
@@ -247,7 +249,7 @@ def test_the_real_teacher_covers_another_tokenizers_text_and_loses_little(built,
     chosen = evenly_spaced(window_count(shards, 128), 3)
     projection = Projection(hub.teacher_tokenizer(config), student, model.context)
     identity = replace(identity_of(student, 64, 128, projection.teacher), temperatures=(1.0, 2.5))
-    records = records_of(model, ProjectedRecorder(model, identity, projection), read_batch(shards, chosen, 128), CPU)
+    records = records_of(model, ProjectedRecorder(model, identity, projection), read_batch(shards, chosen, 128))
     said = records[records["covered"]]
     assert all(np.isfinite(said[name].astype(float)).all() for name in ("log_p", "log_tail", "gold"))
     mass = np.exp(said["log_p"].astype(float)).sum(-1) + np.exp(said["log_tail"].astype(float))

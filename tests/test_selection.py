@@ -70,7 +70,7 @@ def test_difference_sampling_agrees_with_the_cache_and_the_control(workspace: Pa
         pool = cached_windows(shards, seq_len, config.at.teacher.windows)
         chosen = selected(with_windows(config, "difference"))
         cache = TeacherCache(Path("data/teacher"), cache_identity(config, shards), pool)
-        teacher = -cache.records(pool)["gold"].sum(-1)
+        teacher = -cache.gold(pool).sum(-1)
         lengths = np.ones(load_student(Path("models/control")).n_vocab, dtype=np.int64)
         reference = loss_on(load_student(Path("models/control")), shards, lengths, seq_len, pool, 4).window_nats
         ahead = reference - teacher

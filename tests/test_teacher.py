@@ -17,8 +17,9 @@ from microlm.model import ModelShape, StudentLM
 from microlm.objective.divergences import lump
 from microlm.teacher import capture as capture_module
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
-from microlm.teacher.capture import Kernels, Recorder, capture, records_of, top_k
+from microlm.teacher.capture import Kernels, Recorder, capture, top_k
 from tests.toy import toy_shards
+from tests.toy_records import records_of
 
 N_VOCAB, SEQ_LEN = 70, 16
 
@@ -68,16 +69,12 @@ def test_records_are_the_lumped_teacher_at_every_captured_temperature(model, sha
         torch.testing.assert_close(teacher.log_p, expected, rtol=2e-3, atol=2e-3)  # float16 in the records
     assert torch.equal(cache.teacher(chosen, 1.0).ids.sort(-1).values, z.topk(5).indices.sort(-1).values)
     gold = torch.log_softmax(z, -1).gather(1, batch.targets.reshape(-1, 1))[:, 0]
-    torch.testing.assert_close(
-        torch.from_numpy(cache.records(chosen)["gold"].ravel().copy()), gold, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(torch.from_numpy(cache.gold(chosen).ravel()), gold, rtol=1e-5, atol=1e-5)
 
 
 def test_caching_the_whole_vocabulary_leaves_an_empty_tail(model, shards):
     identity = identity_of(shards, top_k=N_VOCAB)
-    records = records_of(
-        model, Recorder(model, identity, False), read_batch(shards, np.array([0, 1]), SEQ_LEN), torch.device("cpu")
-    )
+    records = records_of(model, Recorder(model, identity, False), read_batch(shards, np.array([0, 1]), SEQ_LEN))
     assert np.isneginf(records["log_tail"]).all()
     assert np.exp(records["log_p"].astype(np.float64)).sum(-1) == pytest.approx(1, abs=5e-3)
 
@@ -117,7 +114,7 @@ def test_truncated_flipped_or_missing_blocks_are_refused(model, shards, tmp_path
 
 
 def test_a_killed_capture_goes_on_at_the_next_block_and_gives_the_same_bytes(model, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("microlm.teacher.cache.SMALLEST_BLOCK", 3 * SEQ_LEN * identity_of(shards).record().itemsize)
+    monkeypatch.setattr("microlm.teacher.cache.SMALLEST_BLOCK", 3 * SEQ_LEN * identity_of(shards).token_bytes)
     identity, windows = identity_of(shards), evenly_spaced(50, 20)
     assert len(list(identity.blocks())) > 4
 
@@ -141,4 +138,4 @@ def test_a_window_that_is_not_cached_is_a_key_error(model, shards, tmp_path):
     identity = identity_of(shards)
     cache = TeacherCache(tmp_path / "cache", identity, write_cache(tmp_path / "cache", model, shards, identity))
     with pytest.raises(KeyError):
-        cache.records(np.array([1]))
+        cache.read(np.array([1]))

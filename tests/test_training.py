@@ -18,7 +18,7 @@ from microlm.files import write_json
 from microlm.model import ModelShape, StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.objective.schedule import AlphaSchedule, ObjectiveSchedule
-from microlm.pipeline.losses import cross_entropy, distillation
+from microlm.pipeline.losses import Distillation, cross_entropy
 from microlm.scale import BatchConfig, PretrainConfig
 from microlm.scratch import scratch
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
@@ -105,10 +105,10 @@ def test_alpha_zero_distills_to_the_continued_control_bit_for_bit(shards, tmp_pa
     write_json(tmp_path / "cache" / MANIFEST, manifest_of(identity, "", "", tmp_path / "cache"))
     cache = TeacherCache(tmp_path / "cache", identity, windows)
     continued, _ = run(shards, tmp_path / "continued")
-    undistilled, _ = run(shards, tmp_path / "zero", distillation(N_VOCAB, reverse_kl(0.0), cache))
-    distilled, _ = run(shards, tmp_path / "half", distillation(N_VOCAB, reverse_kl(0.5), cache))
-    never, _ = run(shards, tmp_path / "never", distillation(N_VOCAB, reverse_kl(0.0, "linear", 0.0), cache))
-    falling, _ = run(shards, tmp_path / "falling", distillation(N_VOCAB, reverse_kl(0.5, "linear", 0.0), cache))
+    undistilled, _ = run(shards, tmp_path / "zero", Distillation(N_VOCAB, reverse_kl(0.0), cache))
+    distilled, _ = run(shards, tmp_path / "half", Distillation(N_VOCAB, reverse_kl(0.5), cache))
+    never, _ = run(shards, tmp_path / "never", Distillation(N_VOCAB, reverse_kl(0.0, "linear", 0.0), cache))
+    falling, _ = run(shards, tmp_path / "falling", Distillation(N_VOCAB, reverse_kl(0.5, "linear", 0.0), cache))
     assert same_bits(continued, undistilled) and same_bits(continued, never)
     assert not same_bits(continued, distilled)
     assert not same_bits(distilled, falling) and not same_bits(continued, falling)

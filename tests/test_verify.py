@@ -20,14 +20,16 @@ from microlm.model import ModelShape, StudentLM
 from microlm.pipeline.labels import CACHE
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of, sealed
 from microlm.teacher.capture import Recorder, capture, tail_table
-from microlm.teacher.live import LiveTeacher, live_teacher
+from microlm.teacher.live import LiveTeacher
 from microlm.teacher.verify import Replay, allowed_nats, replay
 from stages.verify import main
 from tests.tiny_teacher import write_tiny_teacher
 from tests.toy import toy_shards
+from tests.toy_records import read_block, write_block
 from tests.workspace import WHEELS, inside, make_workspace
 
 N_VOCAB, SEQ_LEN, ROWS, CACHED = 70, 16, 3, 18
+TEMPERATURES = (1.0, 2.0, 0.5)
 WINDOWS = evenly_spaced(50, CACHED)
 
 
@@ -52,9 +54,9 @@ def cache_of(
     shards: TokenShards,
     dtype: torch.dtype,
     top_k: int = 5,
-    temperatures: tuple[float, ...] = (1.0, 2.0, 0.5),
+    record: str = "full",
 ) -> TeacherCache:
-    identity = CacheIdentity("toy", None, "", N_VOCAB, shards.digest, SEQ_LEN, CACHED, top_k, temperatures)
+    identity = CacheIdentity("toy", None, "", N_VOCAB, shards.digest, SEQ_LEN, CACHED, top_k, TEMPERATURES, record)
     directory.mkdir(exist_ok=True)
     capture(model, shards, WINDOWS, identity, directory, ROWS, compiled=False, progress=lambda tokens: None)
     write_json(directory / MANIFEST, manifest_of(identity, "", str(dtype), directory))
@@ -69,29 +71,29 @@ def replayed(model: StudentLM, cache: TeacherCache, shards: TokenShards) -> Repl
 @given(st.data())
 def test_live_and_cached_teacher_are_equal_bit_for_bit(shards, tmp_path_factory, data):
     model = teacher(data.draw(st.integers(0, 5)))
-    top_k = data.draw(st.sampled_from((1, 5, N_VOCAB)))
-    cache = cache_of(tmp_path_factory.mktemp("cache"), model, shards, torch.float32, top_k)
+    top_k, kind = data.draw(st.sampled_from((1, 5, N_VOCAB))), data.draw(st.sampled_from(("full", "compact")))
+    cache = cache_of(tmp_path_factory.mktemp("cache"), model, shards, torch.float32, top_k, kind)
     first = ROWS * data.draw(st.integers(0, CACHED // ROWS - 1))
     windows, temperature = WINDOWS[first : first + ROWS], data.draw(st.sampled_from(cache.identity.temperatures))
     cached = cache.teacher(windows, temperature)
     batch = read_batch(shards, windows, SEQ_LEN)
     record = Recorder(model, cache.identity, compiled=False)
     tables = torch.from_numpy(tail_table(model, record, shards, WINDOWS, ROWS))
-    live = live_teacher(model, record, tables, batch, temperature)
-    again = LiveTeacher(model, cache.identity, cache.tables, shards, compiled=False).teacher(windows, temperature)
+    teacher_at_work = LiveTeacher(model, cache.identity, tables, compiled=False)
+    live = teacher_at_work.of_batch(batch, temperature)
     for field in ("ids", "log_p", "log_table"):
         assert torch.equal(getattr(live, field), getattr(cached, field))
-        assert torch.equal(getattr(again, field), getattr(cached, field))
     assert not live.log_p.requires_grad and not live.log_p.is_inference()
     with pytest.raises(UserError, match="temperature: 3 is not in the teacher's cache"):
-        live_teacher(model, record, tables, batch, 3.0)
+        teacher_at_work.of_batch(batch, 3.0)
 
 
+@pytest.mark.parametrize("record", ["full", "compact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 5, N_VOCAB])
-def test_the_own_teacher_is_accepted_in_any_batch_composition(shards, tmp_path, dtype, top_k):
+def test_the_own_teacher_is_accepted_in_any_batch_composition(shards, tmp_path, dtype, top_k, record):
     model = teacher(3, dtype)
-    found = replayed(model, cache_of(tmp_path / "cache", model, shards, dtype, top_k), shards)
+    found = replayed(model, cache_of(tmp_path / "cache", model, shards, dtype, top_k, record), shards)
     assert found.positions == 4 * SEQ_LEN
     assert found.excess(dtype) is None
     found.refuse_excess(dtype, CACHE, "toy")
@@ -106,9 +108,11 @@ def test_rounding_of_another_kernel_is_accepted(shards, tmp_path, dtype):
     assert found.excess(dtype) is None
 
 
+@pytest.mark.parametrize("record", ["full", "compact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_teacher_is_refused_by_what_it_says(shards, tmp_path, dtype):
-    found = replayed(teacher(4, dtype), cache_of(tmp_path / "cache", teacher(3, dtype), shards, dtype), shards)
+def test_another_teacher_is_refused_by_what_it_says(shards, tmp_path, dtype, record):
+    cache = cache_of(tmp_path / "cache", teacher(3, dtype), shards, dtype, record=record)
+    found = replayed(teacher(4, dtype), cache, shards)
     with pytest.raises(UserError, match=r"data/teacher: toy differs in log_p by up to .* dvc repro") as error:
         found.refuse_excess(dtype, CACHE, "toy")
     assert "\n" not in str(error.value)
@@ -147,7 +151,7 @@ def test_a_cache_made_wrong_is_refused_though_every_checksum_is_right(
     model, directory = teacher(3), tmp_path / "cache"
     cache = cache_of(directory, model, shards, torch.float32)
     block = directory / "block-00000.bin"
-    records = np.fromfile(block, cache.identity.record())
+    records = read_block(block, cache.identity)
     corrupt(records)
     found = replay(model, rewritten(directory, cache.identity, records), shards, WINDOWS, batch_rows=4)
     assert found.excess(torch.float32) is not None
@@ -156,7 +160,7 @@ def test_a_cache_made_wrong_is_refused_though_every_checksum_is_right(
 def rewritten(directory: Path, identity: CacheIdentity, records: np.ndarray) -> TeacherCache:
     """The cache with other records in its only block, and a manifest that names them."""
     block = directory / "block-00000.bin"
-    block.write_bytes(records.tobytes())
+    write_block(block, records, identity)
     manifest = json.loads((directory / MANIFEST).read_text())
     manifest["blocks"] = [{"file": block.name, "sha256": sha256_file(block)}]
     write_json(directory / MANIFEST, sealed(manifest))
@@ -166,7 +170,7 @@ def rewritten(directory: Path, identity: CacheIdentity, records: np.ndarray) -> 
 def test_true_probabilities_of_ids_that_are_not_the_likeliest_are_refused(shards, tmp_path):
     model, directory = teacher(3), tmp_path / "cache"
     identity = cache_of(directory, model, shards, torch.float32).identity
-    records = np.fromfile(directory / "block-00000.bin", identity.record())
+    records = read_block(directory / "block-00000.bin", identity)
     with torch.no_grad():
         log_p = torch.log_softmax(model.logits(model.hidden(read_batch(shards, WINDOWS, SEQ_LEN).tokens)), -1)
     log_p = log_p.flatten(0, 1)

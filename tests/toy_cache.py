@@ -51,7 +51,7 @@ class ToyCache:
         toy = cls(StudentLM(SHAPE, seed=5).eval(), shards, identity, directory / "whole")
         toy.capture(toy.whole)
         write_json(toy.whole / MANIFEST, toy.manifest(toy.whole))
-        for seal in toy.whole.glob("*.sha256"):  # of the scratch folder, not of a published cache
+        for seal in toy.whole.glob("*.seal"):  # of the scratch folder, not of a published cache
             seal.unlink()
         assert len(list(identity.blocks())) > 4
         return toy
@@ -70,6 +70,6 @@ class ToyCache:
 
 
 def content(directory: Path) -> dict[str, str]:
-    """sha256 of each file, but for those that only tell the sha256 of another one."""
-    files = (path for path in directory.glob("*") if path.is_file() and path.suffix != ".sha256")
+    """sha256 of each file, but for those that only tell of another one."""
+    files = (path for path in directory.glob("*") if path.is_file() and path.suffix != ".seal")
     return {path.name: sha256_file(path) for path in files}

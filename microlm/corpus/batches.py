@@ -16,11 +16,21 @@ from microlm.scale import BatchConfig
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one forward pass. `windows` names them to the teacher's cache."""
+    """Windows of one forward pass, by their names in the teacher's cache."""
 
     windows: np.ndarray  # int64 [B]
-    tokens: Tensor  # int64 [B, T]
-    targets: Tensor  # int64 [B, T]
+    rows: Tensor  # int64 [B, T + 1], contiguous: a copy from pinned memory waits for nobody
+    records: Tensor | None = None  # uint8 [B * T, bytes of a record] of the teacher's cache, where they were read ahead
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [B, T]."""
+        return self.rows[:, :-1]
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [B, T], the token after each."""
+        return self.rows[:, 1:]
 
 
 def window_count(shards: TokenShards, seq_len: int) -> int:
@@ -41,8 +51,7 @@ def evenly_spaced(available: int, wanted: int) -> np.ndarray:
 
 
 def read_batch(shards: TokenShards, windows: np.ndarray, seq_len: int) -> Batch:
-    rows = torch.from_numpy(shards.windows(windows * seq_len, seq_len + 1))
-    return Batch(windows, rows[:, :-1], rows[:, 1:])
+    return Batch(windows, torch.from_numpy(shards.windows(windows * seq_len, seq_len + 1)))
 
 
 def cached_windows(shards: TokenShards, seq_len: int, wanted: int) -> np.ndarray:

@@ -76,7 +76,7 @@ def load_candidate(name: str, revision: str | None, dtype: torch.dtype) -> Candi
     """
     if name == PACKAGED:
         path = part_file(*hub.PACKAGED_TEACHER)
-        packaged = TeacherConfig(PACKAGED, None, top_k=1, temperatures=[1.0], windows=1, batch_rows=1)
+        packaged = TeacherConfig(PACKAGED, None, "cache", "full", top_k=1, temperatures=[1.0], windows=1, batch_rows=1)
         ours = smollm2_tokenizer(path)
         return Candidate(
             name, hub.load_teacher(packaged, dtype), ours, ours.eot_id, sha256_file(path), ours.fingerprint

@@ -1,7 +1,7 @@
 """Assemble and run one arm: control, continued or student. The loss alone differs between the last two."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,12 +37,14 @@ from microlm.objective.schedule import objective_schedule
 from microlm.pipeline import losses
 from microlm.pipeline.evaluator import Evaluator
 from microlm.pipeline.selection import WINDOWS, chosen_windows
-from microlm.pipeline.teachers import load_fitting_teacher
+from microlm.pipeline.teachers import load_fitting_teacher, load_labelling_teacher
 from microlm.runtime import Runtime, peak_memory_bytes
 from microlm.scale import BatchConfig, OptimizationConfig
 from microlm.scratch import code_digest, scratch
 from microlm.teacher import cache as cache_module
+from microlm.teacher import capture, live, projected, projection, records
 from microlm.teacher.cache import TeacherCache, cache_identity
+from microlm.teacher.live import LiveTeacher
 from microlm.training import feed, loop, optimizer, replica
 from microlm.training.loop import Loss, Plan, train
 from microlm.training.optimizer import Optimizers
@@ -54,7 +56,7 @@ VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round sh
 CODE = (
     *(model_module, batches_module, cache_module, feed, loop, optimizer, replica, losses),
     *(capped_tail, definition, divergences, fused_head, on_policy, sampling, schedule),
-    *(table_tail, tails, vocabulary_blocks),
+    *(table_tail, tails, vocabulary_blocks, records, capture, live, projected, projection),
 )
 
 
@@ -80,7 +82,7 @@ def continue_control(config: Config, runtime: Runtime) -> None:
 
 
 def distill(config: Config, runtime: Runtime) -> None:
-    """The student: (1 - alpha) CE + alpha D, D from the teacher's cache or, for minillm, from the teacher itself."""
+    """The student: (1 - alpha) CE + alpha D, D from the teacher's cache or from the teacher itself."""
     start, asked = _Start(config), objective_schedule(config)
     identity = cache_identity(config, start.shards)
     inputs: dict[str, object] = {"objective": asdict(asked)}
@@ -91,9 +93,19 @@ def distill(config: Config, runtime: Runtime) -> None:
         inputs |= {"on_policy": asdict(config.at.on_policy), "teacher": teacher_fingerprint(config.at.teacher, teacher)}
     else:
         labelled = cached_windows(start.shards, identity.seq_len, config.at.teacher.windows)
-        loss = losses.distillation(start.model.n_vocab, asked, TeacherCache(CACHE, identity, labelled))
+        teacher: losses.Teacher = TeacherCache(CACHE, identity, labelled)
+        if identity.source == "live" and config.distills:
+            teacher = _live(teacher, config, runtime, start.tokenizer)
+        loss = losses.Distillation(start.model.n_vocab, asked, teacher)
         inputs |= {"cache": sha256_file(CACHE / cache_module.MANIFEST)}
     start.run("student", loss, asked.describe(), config, runtime, inputs)
+
+
+def _live(stage: TeacherCache, config: Config, runtime: Runtime, tokenizer: Tokenizer) -> LiveTeacher:
+    """The teacher at work in the steps, in the dtype of stage `teacher`, whose manifest and table are in `stage`."""
+    runtime = replace(runtime, dtype=stage.dtype)
+    model, pushed = load_labelling_teacher(config, stage.identity, runtime, tokenizer)
+    return LiveTeacher(model, stage.identity, stage.tables, runtime.compiled, pushed)
 
 
 def fresh_student(config: Config, tokenizer: Tokenizer) -> StudentLM:

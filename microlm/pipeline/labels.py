@@ -26,13 +26,22 @@ from microlm.teacher import cache as cache_module
 from microlm.teacher import capture as capture_module
 from microlm.teacher import projected as projected_module
 from microlm.teacher import projection as projection_module
-from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, cache_identity, covered, manifest_of
+from microlm.teacher import records as records_module
+from microlm.teacher.cache import (
+    MANIFEST,
+    TABLE,
+    CacheIdentity,
+    cache_identity,
+    manifest_of,
+    map_block,
+    sealed_sums,
+)
 from microlm.teacher.capture import capture, dealt_blocks
 from microlm.teacher.projected import native_loss, projected_loss
 from microlm.teacher.projection import Projection
 
 SHARDS, CACHE, METRICS = Path("data/shards"), Path("data/teacher"), Path("metrics/teacher.json")
-CODE = (gguf_llama, hub, cache_module, capture_module, projected_module, projection_module)
+CODE = (gguf_llama, hub, cache_module, capture_module, projected_module, projection_module, records_module)
 
 
 def label(config: Config, runtime: Runtime) -> None:
@@ -56,8 +65,7 @@ def label(config: Config, runtime: Runtime) -> None:
         f"teacher: {config.at.teacher.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
         [
             *runtime.lines(),
-            f"cache    {tokens:,} tokens, top {identity.top_k}, {identity.record().itemsize} bytes each: "
-            f"{tokens * identity.record().itemsize / 2**20:,.0f} MiB",
+            _what_is_written(identity, tokens),
             *([f"tokens   {projection.teacher.name}'s, projected to {tokenizer.name}'s"] if projection else []),
         ],
     )
@@ -71,16 +79,28 @@ def label(config: Config, runtime: Runtime) -> None:
         if not distributed.is_first():
             return
         tokens_per_s = fresh / (time.perf_counter() - began)
-        publish(directory, identity, manifest_of(identity, weights_sha256, str(runtime.dtype), directory))
+        publish(directory, manifest_of(identity, weights_sha256, str(runtime.dtype), directory))
         metrics = _metrics(model, config, identity, directory, shards, windows, tokenizer, projection)
         speed = {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(time.perf_counter() - began, 1)}
         write_json(METRICS, metrics | speed | {"peak_memory_bytes": peak_memory_bytes()})
 
 
-def publish(source: Path, identity: CacheIdentity, manifest: dict[str, Any]) -> None:
-    """data/teacher, whole or not at all, from the blocks in `source`, which stay there."""
+def _what_is_written(identity: CacheIdentity, tokens: int) -> str:
+    if identity.source == "live":
+        return (
+            "cache    none: the teacher runs in the students' steps (teacher.source: live); its mean distribution alone"
+        )
+    size = tokens * identity.token_bytes / 2**20
+    return (
+        f"cache    {tokens:,} tokens, top {identity.top_k}, {identity.record} records, {identity.token_bytes} bytes "
+        f"each: {size:,.0f} MiB"
+    )
+
+
+def publish(source: Path, manifest: dict[str, Any]) -> None:
+    """data/teacher, whole or not at all, from the files of `manifest` in `source`, which stay there."""
     with atomic_directory(CACHE) as folder:
-        for name in (*(name for name, _ in identity.blocks()), TABLE):
+        for name in (*(block["file"] for block in manifest["blocks"]), TABLE):
             try:
                 os.link(source / name, folder / name)
             except OSError:  # another file system, or one without hard links
@@ -98,7 +118,7 @@ def _metrics(
     tokenizer: Tokenizer,
     projection: Projection | None,
 ) -> dict[str, Any]:
-    train, at = _loss_in(directory, identity, shards, windows, tokenizer), config.at
+    at = config.at
     val = TokenShards(SHARDS, "val")
     wanted, rows = at.pretrain.validation_windows, at.teacher.batch_rows
     projected: dict[str, Any] = {}
@@ -111,13 +131,27 @@ def _metrics(
     return {
         "model": at.teacher.model,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "source": identity.source,
         "tokens": len(windows) * identity.seq_len,
         "top_k": identity.top_k,
-        "bytes_per_token": identity.record().itemsize,
-        "head_mass": _head_mass(directory, identity),
-        "train": {"nats": train.nats, "bpb": train.bpb},
+        **(_cached(directory, identity, shards, windows, tokenizer) if identity.source == "cache" else {}),
         "val": {"nats": native.nats, "bpb": native.bpb},
         **projected,
+    }
+
+
+def _cached(
+    directory: Path, identity: CacheIdentity, shards: TokenShards, windows: np.ndarray, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What only a cache tells, from the sums of its blocks and their gold columns: records are not read again."""
+    train = _loss_in(directory, identity, shards, windows, tokenizer)
+    sums = [sealed_sums(directory / name) for name, _ in identity.blocks()]
+    covered = sum(block["covered"] for block in sums)
+    return {
+        "record": identity.record,
+        "bytes_per_token": identity.token_bytes,
+        "head_mass": sum(block["head_mass"] for block in sums) / covered,
+        "train": {"nats": train.nats, "bpb": train.bpb},
     }
 
 
@@ -133,10 +167,13 @@ def _projected(
 ) -> dict[str, Any]:
     """How much of the text the projection covers, and its loss on the text of the native one in `val`."""
     loss, shared = projected_loss(model, identity, projection, val, windows, rows, tokenizer.byte_lengths)
-    marks = np.concatenate([block["covered"].ravel() for _, block in _records(directory, identity)])
+    coverage: dict[str, float] = {}
+    if identity.source == "cache":
+        covered = sum(sealed_sums(directory / name)["covered"] for name, _ in identity.blocks())
+        coverage = {"coverage": covered / (identity.windows * identity.seq_len)}
     return {
         "tokenizers": {"teacher": projection.teacher.name, "student": tokenizer.name},
-        "coverage": float(marks.mean()),
+        **coverage,
         "val_projected": {
             "nats": loss.nats,
             "bpb": loss.bpb,
@@ -154,30 +191,16 @@ def refuse_impossible(identity: CacheIdentity, config: Config) -> None:
         )
 
 
-def _records(directory: Path, identity: CacheIdentity) -> list[tuple[slice, np.memmap]]:
-    shape = (-1, identity.seq_len)
-    return [
-        (part, np.memmap(directory / name, identity.record(), "r").reshape(shape)) for name, part in identity.blocks()
-    ]
-
-
 def _loss_in(
     directory: Path, identity: CacheIdentity, shards: TokenShards, windows: np.ndarray, tokenizer: Tokenizer
 ) -> ValidationLoss:
     """The teacher's own loss on the cached windows, from the gold log-probabilities where it speaks."""
     nats, lengths, tokens = [], [], 0
-    for part, block in _records(directory, identity):
-        said = covered(block)
+    for name, part in identity.blocks():
+        _, gold = map_block(directory / name, identity, part.stop - part.start)
+        said = ~np.isnan(gold)  # of a projected record that is not covered it is NaN, and nowhere else
         targets = read_batch(shards, windows[part], identity.seq_len).targets.numpy()
-        nats.append(-np.where(said, block["gold"], 0).sum(-1, dtype=np.float64))
+        nats.append(-np.where(said, gold, 0).sum(-1, dtype=np.float64))
         lengths.append((tokenizer.byte_lengths[targets] * said).sum(-1))
         tokens += int(said.sum())
     return ValidationLoss(windows, np.concatenate(nats), np.concatenate(lengths), tokens)
-
-
-def _head_mass(directory: Path, identity: CacheIdentity) -> float:
-    """Mean probability that the k cached tokens hold."""
-    at = identity.temperatures.index(1.0)
-    blocks = [block for _, block in _records(directory, identity)]
-    masses = [1 - np.exp(block["log_tail"][..., at].astype(np.float64))[covered(block)] for block in blocks]
-    return float(np.concatenate(masses).mean())

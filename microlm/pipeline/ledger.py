@@ -24,8 +24,7 @@ from microlm.pipeline.teachers import load_fitting_teacher
 from microlm.runtime import Runtime
 from microlm.teacher.cache import REMAKE, TeacherCache, cache_identity
 from microlm.teacher.live import LiveTeacher
-from microlm.training.feed import Feed
-from microlm.training.loop import Loss, accumulate_gradients
+from microlm.training.loop import Loss, accumulate_gradients, feed_for
 from microlm.training.replica import Replica
 
 SHARDS, CACHE, MODELS = Path("data/shards"), Path("data/teacher"), Path("models")
@@ -69,6 +68,11 @@ def ledger(config: Config, runtime: Runtime) -> dict[str, Any]:
     A step here is forward and backward over `batch.batch_tokens` tokens; the optimizer's part is the same with and
     without a cache, and left out.
     """
+    if config.at.teacher.source == "live":
+        raise UserError(
+            f"params.yaml: scales.{config.scale}.teacher.source: live writes no cache, and the ledger times one; set "
+            "cache and run dvc repro, or ask `microlm plan`, which prices both"
+        )
     shards = TokenShards(SHARDS, "train")
     windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
     cache = TeacherCache(CACHE, cache_identity(config, shards), windows)
@@ -117,9 +121,9 @@ def measure_steps(
         # the capture's dtype, so that both ways say the same
         teacher_runtime = Runtime(runtime.device, cache.dtype, runtime.compiled, runtime.threads)
         model = load_fitting_teacher(config, cache.identity, teacher_runtime)
-        live = LiveTeacher(model, cache.identity, cache.tables, shards, runtime.compiled)
+        live = LiveTeacher(model, cache.identity, cache.tables, runtime.compiled)
         for name, teacher in (("cached", cache), ("live", live)):
-            variants[name] = losses.distillation(student.n_vocab, schedule, teacher)
+            variants[name] = losses.Distillation(student.n_vocab, schedule, teacher)
     lines = [*runtime.lines(), f"step     {config.at.batch.batch_tokens:,} tokens, {ROUNDS} of each, in turn"]
     banner(f"ledger: {', '.join(name.replace('_', '-') for name in variants)}", lines)
     windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
@@ -134,7 +138,7 @@ def step_of(
 ) -> Callable[[int], None]:
     """Gradients of the step with a given number, dropped again."""
 
-    replica, feed = Replica(student), Feed(batches, device)
+    replica, feed = Replica(student), feed_for(batches, loss, lambda _: progress, device)
 
     def step(number: int) -> None:
         accumulate_gradients(replica, feed, loss, number, progress)

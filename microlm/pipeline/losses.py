@@ -1,9 +1,9 @@
 """The losses of the arms, as the training loop takes them."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from microlm.corpus.batches import Batch
@@ -11,14 +11,15 @@ from microlm.objective.definition import Objective, SparseTeacher
 from microlm.objective.fused_head import HeadLoss, fused_head_loss
 from microlm.objective.on_policy import MiniLLM
 from microlm.objective.schedule import ObjectiveSchedule
+from microlm.teacher.cache import TeacherCache
 from microlm.training.loop import Loss
 
 
 class Teacher(Protocol):
     """A cache, or the teacher itself (teacher/cache.py, teacher/live.py)."""
 
-    def teacher(self, windows: np.ndarray, temperature: float, device: torch.device | str = ...) -> SparseTeacher:
-        """What the fused head wants of B windows, N = B * seq_len rows."""
+    def of_batch(self, batch: Batch, temperature: float) -> SparseTeacher:
+        """What the fused head wants of B windows, N = B * seq_len rows, on the batch's device."""
 
 
 def cross_entropy(n_vocab: int, z_loss: float) -> Loss:
@@ -32,17 +33,25 @@ def cross_entropy(n_vocab: int, z_loss: float) -> Loss:
     return loss
 
 
-def distillation(n_vocab: int, schedule: ObjectiveSchedule, cache: Teacher) -> Loss:
-    """The loss of `distill`. Where alpha is 0 the cache is not read and the bits are those of `cross_entropy`."""
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of `distill`. Where alpha is 0 the teacher is not asked and the bits are those of `cross_entropy`."""
 
-    def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int, progress: float) -> HeadLoss:
-        objective = schedule(progress)
+    n_vocab: int
+    schedule: ObjectiveSchedule
+    teacher: Teacher
+
+    def __call__(self, hidden: Tensor, weight: Tensor, batch: Batch, count: int, progress: float) -> HeadLoss:
+        objective = self.schedule(progress)
         targets = batch.targets.to(hidden.device).flatten()
         distilling = objective.kd_weight > 0
-        teacher = cache.teacher(batch.windows, objective.temperature, hidden.device) if distilling else None
-        return fused_head_loss(hidden, weight, targets, n_vocab, objective, teacher, count)
+        teacher = self.teacher.of_batch(batch, objective.temperature) if distilling else None
+        return fused_head_loss(hidden, weight, targets, self.n_vocab, objective, teacher, count)
 
-    return loss
+    def read(self, windows: np.ndarray, progress: float) -> Tensor | None:
+        """What `Feed` reads ahead: records uint8 [N, itemsize] in main memory, where the loss will want any."""
+        wanted = isinstance(self.teacher, TeacherCache) and self.schedule(progress).kd_weight > 0
+        return self.teacher.read(windows) if wanted else None
 
 
 def on_policy(n_vocab: int, schedule: ObjectiveSchedule, minillm: MiniLLM) -> Loss:

@@ -86,7 +86,7 @@ def _nats(config: Config, runtime: Runtime, shards: TokenShards, pool: np.ndarra
             "params.yaml: continuation.windows: difference compares the log-probabilities of all of a window's tokens, "
             "and a teacher with another tokenizer covers only some; choose cached or random"
         )
-    teacher = np.array([-cache.records(pool[i : i + 1])["gold"].mean(dtype=np.float64) for i in range(len(pool))])
+    teacher = -cache.mean_gold()
     control = load_student(CONTROL, runtime.dtype).to(runtime.device)
     lengths = load_tokenizer(SHARDS / "tokenizer").byte_lengths
     scored = loss_on(control, shards, lengths, config.at.batch.seq_len, pool, config.at.batch.micro_batch_rows)

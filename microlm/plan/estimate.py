@@ -60,7 +60,7 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
     budget = work.Budget.build(config, corpus, parameter_count(shape), teacher)
     stages = work.stages(budget, machine.gpus)
     windows = budget.labelled
-    record = cache_plan(config, vocabulary, windows).record().itemsize
+    record = cache_plan(config, vocabulary, windows).token_bytes
     return {
         "scale": config.scale,
         "machine": vars(machine),

@@ -24,6 +24,8 @@ def cache_plan(config: Config, vocabulary: Vocabulary, windows: int) -> CacheIde
         windows=windows,
         top_k=teacher.top_k,
         temperatures=tuple(teacher.temperatures),
+        record=teacher.record,
+        source=teacher.source,
     )
 
 
@@ -48,9 +50,9 @@ def storage(
 
 
 def cache_bytes(identity: CacheIdentity) -> int:
-    """Records and table, without the manifest."""
-    records = identity.windows * identity.seq_len * identity.record().itemsize
-    return records + FLOAT32 * len(identity.temperatures) * identity.n_vocab
+    """Records, where the teacher's source is a cache, and table, without the manifest."""
+    tokens = identity.windows * identity.seq_len if identity.source == "cache" else 0
+    return tokens * identity.token_bytes + FLOAT32 * len(identity.temperatures) * identity.n_vocab
 
 
 def _shards(shard_tokens: int, corpus: CorpusSize, vocabulary: Vocabulary) -> int:

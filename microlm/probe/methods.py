@@ -16,6 +16,7 @@ from microlm.probe.positions import Positions
 from microlm.probe.tails import code_bytes
 from microlm.probe.treatments import Target, Treatment, cap
 from microlm.teacher.cache import CacheIdentity
+from microlm.teacher.records import decode, encode
 
 Keep = Callable[[Positions, int, Generator], Target]
 SMALLEST_TAIL = 1e-8  # to which Megatron-LM clamps one minus the sum of its head
@@ -35,18 +36,13 @@ class Method:
     ks: tuple[int, ...] | None = None  # the only ones to measure
 
 
-def record_bytes(k: int) -> int:
+def record_bytes(k: int, kind: str = "full") -> int:
     """Bytes of the cache's own record of k entries at one temperature."""
     vocabulary = 2**16  # ids of two bytes
     identity = CacheIdentity(
-        "", None, "", n_vocab=vocabulary, corpus="", seq_len=1, windows=1, top_k=k, temperatures=(1.0,)
+        "", None, "", n_vocab=vocabulary, corpus="", seq_len=1, windows=1, top_k=k, temperatures=(1.0,), record=kind
     )
-    return identity.record().itemsize
-
-
-def compact_bytes(k: int) -> int:
-    """u16 id and u8 log_p an entry, float16 tail and gold."""
-    return 3 * k + 4
+    return identity.token_bytes
 
 
 def distillkit_bytes(k: int) -> int:
@@ -76,21 +72,8 @@ def capped(at: Positions, k: int, draws: Generator) -> Target:
     return cap(lumped(at, k, draws), at)
 
 
-def difference_code(log_p: Tensor, largest_nats: float = 16.0) -> Tensor:
-    """Descending log_p [N, k] as one byte an entry would return them.
-
-    Each byte holds the drop from the value decoded before it, on a quadratic scale, so that errors do not add up.
-    """
-    decoded, previous = torch.empty_like(log_p), torch.zeros_like(log_p[:, 0])
-    for i in range(log_p.shape[1]):
-        drop = (previous - log_p[:, i]).clamp(0, largest_nats)
-        previous = previous - torch.round(255 * (drop / largest_nats).sqrt()).div(255).square() * largest_nats
-        decoded[:, i] = previous
-    return decoded
-
-
 def compact(at: Positions, k: int, shape: str = "student") -> Target:
-    return completed(at, difference_code(at.ranked_log_p[:, :k]), at.tail_mass(k).log().half(), shape)
+    return completed(at, decode(encode(at.ranked_log_p[:, :k])), at.tail_mass(k).log().float(), shape)
 
 
 def compact_lumped(at: Positions, k: int, _: Generator) -> Target:
@@ -225,7 +208,7 @@ def own_bytes(k: int, _: float) -> float:
 
 
 def compact_record_bytes(k: int, _: float) -> float:
-    return compact_bytes(k)
+    return record_bytes(k, "compact")
 
 
 def sampled_bytes(k: int, _: float) -> float:
@@ -233,7 +216,7 @@ def sampled_bytes(k: int, _: float) -> float:
 
 
 def coded_bytes(k: int, _: float) -> float:
-    return compact_bytes(k) + code_bytes(DIRECTIONS_AN_ENTRY * k)
+    return record_bytes(k, "compact") + code_bytes(DIRECTIONS_AN_ENTRY * k)
 
 
 METHODS = (

@@ -1,25 +1,17 @@
 """The teacher's top-k cache: fixed-width records, memory-mapped, found by (window, position), O(1) a token.
 
     data/teacher/manifest.json      whose cache this is (see CacheIdentity), with its own checksum, written last
-    data/teacher/block-00000.bin    records of consecutive cached windows, [windows, seq_len]
+    data/teacher/block-00000.bin    records (see records.py) of consecutive cached windows, [windows, seq_len], and
+                                    after them, float32 [windows, seq_len], the log-probability of the token that
+                                    follows each position in the text
     data/teacher/table.bin          for each captured temperature, the logarithm of the mean distribution (see
                                     objective/table_tail.py), float32 [temperatures, n_vocab]
 
-A record holds what the teacher says of the token after a position:
-
-    ids       k of the k most likely tokens, uint16 where the vocabulary allows
-    log_p     k log-probabilities at temperature 1, float16
-    log_tail  for each captured temperature T, log of the sum of p^(1/T) over all other tokens, float32
-    gold      log-probability of the token that follows in the text, float32
-
-That of a teacher with another tokenizer (see projection.py) holds ids and log_p for each captured temperature, [T, k],
-since the projected distribution at a temperature does not follow from that at another, log_tail of the probabilities
-themselves, and
-
-    covered   whether the teacher speaks of this position at all
+Of a teacher that runs live in the students' steps there are a manifest and the table alone.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,20 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm import hub
+from microlm import distributed, hub
 from microlm.config import Config
-from microlm.corpus.batches import cached_windows
+from microlm.corpus.batches import Batch, cached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
-from microlm.files import atomic_file, read_json, refuse_unsealed, sealed, sha256_file
+from microlm.files import read_json, refuse_unsealed, sealed, sha256_file, sha256_json, write_json
 from microlm.objective.definition import SparseTeacher
 from microlm.objective.divergences import temper
+from microlm.runtime import available_cores
 from microlm.scale import TeacherConfig
+from microlm.scratch import scratch_root
+from microlm.teacher.records import Columns, RecordLayout
 
-FORMAT, VERSION = "microlm-teacher-cache", 2
+FORMAT, VERSION = "microlm-teacher-cache", 3
 MANIFEST, TABLE = "manifest.json", "table.bin"
 REMAKE = "make it again with: dvc repro -f -s teacher"
 SMALLEST_BLOCK, LARGEST_BLOCK, WANTED_BLOCKS = 2**22, 2**28, 16
+TRUSTED_BYTES = 2**32  # hashed in two seconds; what is larger is not hashed at every start
+GOLD = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,8 @@ class CacheIdentity:
     windows: int  # evenly spaced ones of the split
     top_k: int
     temperatures: tuple[float, ...]
+    record: str = "full"  # full | compact
+    source: str = "cache"  # cache | live: no blocks, the table alone
     # None where the reader cannot know or does not care; the manifest always has them
     weights_sha256: str | None = None
     dtype: str | None = None  # of the teacher's activations
@@ -67,21 +66,18 @@ class CacheIdentity:
     def projected(self) -> bool:
         return self.teacher_tokenizer is not None
 
-    def record(self) -> np.dtype:
-        shape = (len(self.temperatures), self.top_k) if self.projected else (self.top_k,)
-        return np.dtype(
-            [
-                ("ids", np.uint16 if self.n_vocab <= 2**16 else np.uint32, shape),
-                ("log_p", np.float16, shape),
-                ("log_tail", np.float32, (len(self.temperatures),)),
-                ("gold", np.float32),
-                *([("covered", np.bool_)] if self.projected else []),
-            ]
-        )
+    @property
+    def layout(self) -> RecordLayout:
+        return RecordLayout(self.record, self.n_vocab, self.top_k, len(self.temperatures), self.projected)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one position on the disk."""
+        return self.layout.itemsize + GOLD.itemsize
 
     def block_windows(self) -> int:
         """Windows in one block: enough bytes to read well, few enough that a killed capture loses little."""
-        window_bytes = self.seq_len * self.record().itemsize
+        window_bytes = self.seq_len * self.token_bytes
         wanted = min(max(window_bytes * self.windows // WANTED_BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
         return max(1, wanted // window_bytes)
 
@@ -116,6 +112,8 @@ def cache_identity(config: Config, shards: TokenShards) -> CacheIdentity:
         windows=len(cached_windows(shards, config.at.batch.seq_len, teacher.windows)),
         top_k=teacher.top_k,
         temperatures=tuple(teacher.temperatures),
+        record=teacher.record,
+        source=teacher.source,
         weights_sha256=weights_at_hand(teacher),
     )
 
@@ -131,37 +129,42 @@ def weights_at_hand(teacher: TeacherConfig) -> str | None:
 
 
 def manifest_of(identity: CacheIdentity, weights_sha256: str, dtype: str, directory: Path) -> dict[str, Any]:
-    """The manifest of the blocks in `directory`."""
+    """The manifest of the files in `directory`."""
+    blocks = identity.blocks() if identity.source == "cache" else ()
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         **identity.as_json(),
         "weights_sha256": weights_sha256,
         "dtype": dtype,
-        "blocks": [{"file": name, "sha256": _checked_sha256(directory / name)} for name, _ in identity.blocks()],
+        "blocks": [{"file": name, "sha256": _checked_sha256(directory / name)} for name, _ in blocks],
         "table_sha256": _checked_sha256(directory / TABLE),
     }
     return sealed(manifest)
 
 
-def seal_file(path: Path) -> None:
-    """Write the sha256 of a finished file beside it, for the hours until the manifest has it."""
-    with atomic_file(_seal(path), "w") as file:
-        file.write(sha256_file(path) + "\n")
+def seal_file(path: Path, sha256: str, **sums: float) -> None:
+    """Write the sha256 of a finished file beside it, for the hours until the manifest has it, and what was summed."""
+    write_json(_seal(path), {"sha256": sha256, **sums})
 
 
 def is_finished(path: Path, n_bytes: int) -> bool:
     return path.is_file() and path.stat().st_size == n_bytes and _seal(path).is_file()
 
 
+def sealed_sums(path: Path) -> dict[str, Any]:
+    """What `seal_file` was told of a finished file."""
+    return read_json(_seal(path), "teacher")
+
+
 def _seal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
+    return path.with_name(f"{path.name}.seal")
 
 
 def _checked_sha256(path: Path) -> str:
     """UserError where the file is no longer what was sealed."""
     digest = sha256_file(path)
-    if _seal(path).is_file() and _seal(path).read_text().strip() != digest:
+    if _seal(path).is_file() and sealed_sums(path)["sha256"] != digest:
         raise UserError(f"{path}: damaged since it was written; remove it, then run the same command again")
     return digest
 
@@ -203,41 +206,61 @@ class TeacherCache:
         self._windows = windows
         self._size = expected.block_windows()
         listed = {block["file"]: block["sha256"] for block in manifest["blocks"]}
-        self._blocks = [
-            _open_block(
-                directory / name, listed.get(name), expected.record(), (part.stop - part.start, expected.seq_len)
-            )
-            for name, part in expected.blocks()
-        ]
-        shape = (len(expected.temperatures), expected.n_vocab)
-        table = _open_block(directory / TABLE, manifest.get("table_sha256"), np.dtype(np.float32), shape)
-        self.tables = torch.from_numpy(np.array(table))
+        parts = list(expected.blocks()) if expected.source == "cache" else []
+        sizes = {name: (part.stop - part.start) * expected.seq_len * expected.token_bytes for name, part in parts}
+        table = (len(expected.temperatures), expected.n_vocab)
+        sizes[TABLE], listed[TABLE] = table[0] * table[1] * 4, manifest.get("table_sha256")
+        _verify(directory, sizes, listed)
+        self._rows, self._gold = [], []
+        for name, part in parts:
+            records, gold = map_block(directory / name, expected, part.stop - part.start)
+            self._rows.append(records)
+            self._gold.append(gold)
+        self.tables = torch.from_numpy(np.fromfile(directory / TABLE, np.float32).reshape(table))
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the teacher's activations at the capture."""
         return getattr(torch, self.manifest["dtype"].removeprefix("torch."))
 
-    def records(self, windows: np.ndarray) -> np.ndarray:
-        """Records of whole windows, [B, seq_len] of the record's dtype. KeyError for a window that is not cached."""
-        places = np.searchsorted(self._windows, windows)
-        if (places >= len(self._windows)).any() or (self._windows[places] != windows).any():
-            raise KeyError(f"some of the windows {windows.tolist()} are not cached")
-        return np.stack([self._blocks[place // self._size][place % self._size] for place in places])
+    def read(self, windows: np.ndarray) -> Tensor:
+        """Records of whole windows, uint8 [B * seq_len, itemsize]. KeyError for a window that is not cached."""
+        places = self._places(windows)
+        return torch.from_numpy(np.concatenate([self._rows[i // self._size][i % self._size] for i in places]))
+
+    def gold(self, windows: np.ndarray) -> np.ndarray:
+        """Log-probabilities of the text's own tokens, float32 [B, seq_len]. KeyError as `read`."""
+        places = self._places(windows)
+        return np.stack([self._gold[i // self._size][i % self._size] for i in places])
+
+    def mean_gold(self) -> np.ndarray:
+        """Mean over each cached window of those, float64 [W]; of the files only the gold columns are read."""
+        return np.concatenate([gold.mean(-1, dtype=np.float64) for gold in self._gold])
+
+    def columns(self, windows: np.ndarray) -> Columns:
+        """`read`, unpacked."""
+        return self.identity.layout.unpack(self.read(windows))
 
     def teacher(self, windows: np.ndarray, temperature: float, device: torch.device | str = "cpu") -> SparseTeacher:
         """What the fused head wants of B windows, N = B * seq_len rows. UserError as `sparse_teacher`."""
-        return sparse_teacher(self.records(windows).reshape(-1), self.identity, self.tables, temperature, device)
+        return sparse_teacher(self.read(windows).to(device), self.identity, self.tables, temperature)
+
+    def of_batch(self, batch: Batch, temperature: float) -> SparseTeacher:
+        """The same, of a batch that brought its records along, or whose records are read now."""
+        device = batch.tokens.device
+        records = self.read(batch.windows).to(device) if batch.records is None else batch.records
+        return sparse_teacher(records, self.identity, self.tables, temperature)
+
+    def _places(self, windows: np.ndarray) -> np.ndarray:
+        places = np.searchsorted(self._windows, windows)
+        if (places >= len(self._windows)).any() or (self._windows[places] != windows).any():
+            raise KeyError(f"some of the windows {windows.tolist()} are not cached")
+        return places
 
 
-def sparse_teacher(
-    records: np.ndarray,
-    identity: CacheIdentity,
-    tables: Tensor,
-    temperature: float,
-    device: torch.device | str = "cpu",
-) -> SparseTeacher:
-    """Records [N] and tables [temperatures, V] as the fused head wants them, at a captured temperature.
+def sparse_teacher(records: Tensor, identity: CacheIdentity, tables: Tensor, temperature: float) -> SparseTeacher:
+    """Records uint8 [N, itemsize] and tables [temperatures, V] as the fused head wants them, at a captured temperature,
+    on the records' device.
 
     Raises:
         UserError: the tail's mass was not captured at this temperature; nothing else in a record fixes it.
@@ -249,28 +272,52 @@ def sparse_teacher(
             f"teacher.temperatures and {REMAKE}"
         )
     at = identity.temperatures.index(temperature)
-    head = (slice(None), at) if identity.projected else slice(None)
-    log_p = torch.from_numpy(records["log_p"][head].astype(np.float32)).to(device)
-    log_tail = torch.from_numpy(records["log_tail"][:, at].copy()).to(device)
-    ids = torch.from_numpy(records["ids"][head].astype(np.int64)).to(device)
+    said, table = identity.layout.unpack(records), tables[at].to(records.device)
+    log_tail = said.log_tail[:, at]
     if not identity.projected:
-        return SparseTeacher(ids, temper(log_p, log_tail, temperature), tables[at].to(device))
-    mark = torch.from_numpy(records["covered"].copy()).to(device)
+        return SparseTeacher(said.ids, temper(said.log_p, log_tail, temperature), table)
     # its log_p is of this temperature already; the rounding is normalized away
-    return SparseTeacher(ids, temper(log_p, log_tail, 1.0), tables[at].to(device), mark)
+    return SparseTeacher(said.ids[:, at], temper(said.log_p[:, at], log_tail, 1.0), table, said.covered)
 
 
-def covered(records: np.ndarray) -> np.ndarray:
-    """Where the teacher speaks, bool of the records' shape: everywhere, unless they are projected."""
-    return records["covered"] if "covered" in records.dtype.names else np.ones(records.shape, bool)
+def map_block(path: Path, identity: CacheIdentity, windows: int) -> tuple[np.ndarray, np.ndarray]:
+    """A block of `windows` windows, memory-mapped: records uint8 [W, seq_len, itemsize], gold float32 [W, seq_len]."""
+    itemsize = identity.layout.itemsize
+    positions = windows * identity.seq_len
+    records = np.memmap(path, np.uint8, "r", shape=(windows, identity.seq_len, itemsize))
+    gold = np.memmap(path, GOLD, "r", offset=positions * itemsize, shape=(windows, identity.seq_len))
+    return records, gold
 
 
-def _open_block(path: Path, sha256: str | None, record: np.dtype, shape: tuple[int, int]) -> np.ndarray:
-    if sha256 is None or not path.is_file():
-        raise UserError(f"{path} is not there or not in the manifest; {REMAKE}")
-    expected = shape[0] * shape[1] * record.itemsize
-    if path.stat().st_size != expected:
-        raise UserError(f"{path}: {path.stat().st_size} bytes long, expected {expected}; {REMAKE}")
-    if sha256_file(path) != sha256:
-        raise UserError(f"{path}: its sha256 is not the manifest's; {REMAKE}")
-    return np.memmap(path, record, "r", shape=shape)
+def _verify(directory: Path, sizes: dict[str, int], sha256: dict[str, str | None]) -> None:
+    """Each file's size and sha256; of several processes on a machine the first one does the reading for all.
+
+    A cache of more than TRUSTED_BYTES is hashed once and then known by its files' sizes, times and inodes: a start
+    would wait minutes for what was checked an hour ago.
+
+    Raises:
+        UserError: a file is absent or another than it should be.
+    """
+    for name, expected in sizes.items():
+        path = directory / name
+        if sha256.get(name) is None or not path.is_file():
+            raise UserError(f"{path} is not there or not in the manifest; {REMAKE}")
+        if path.stat().st_size != expected:
+            raise UserError(f"{path}: {path.stat().st_size} bytes long, expected {expected}; {REMAKE}")
+    if distributed.local_rank() == 0:
+        memo = scratch_root() / f"verified-{sha256_json(str(directory.resolve()))[:16]}.json"
+        known = read_json(memo, "teacher") if memo.is_file() and sum(sizes.values()) > TRUSTED_BYTES else {}
+        new = {name: [*_identity_of(directory / name), sha256[name]] for name in sizes}
+        unknown = [name for name in sizes if known.get(name) != new[name]]
+        with ThreadPoolExecutor(available_cores()) as readers:
+            for name, found in zip(unknown, readers.map(lambda name: sha256_file(directory / name), unknown)):
+                if found != sha256[name]:
+                    raise UserError(f"{directory / name}: its sha256 is not the manifest's; {REMAKE}")
+        if unknown and sum(sizes.values()) > TRUSTED_BYTES:
+            write_json(memo, new)
+    distributed.wait_for_all()
+
+
+def _identity_of(path: Path) -> tuple[int, int, int]:
+    seen = path.stat()
+    return seen.st_size, seen.st_mtime_ns, seen.st_ino

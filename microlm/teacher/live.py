@@ -1,52 +1,42 @@
-"""The teacher run now, in place of its cache: what distillation without a cache has to pay in every step."""
+"""The teacher run in every step, in place of its cache."""
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from microlm.corpus.batches import Batch, read_batch
-from microlm.corpus.shards import TokenShards
+from microlm.corpus.batches import Batch
 from microlm.language_model import LanguageModel
 from microlm.objective.definition import SparseTeacher
 from microlm.teacher.cache import CacheIdentity, sparse_teacher
-from microlm.teacher.capture import Recorder, records_of
-
-
-def live_teacher(
-    model: LanguageModel,
-    record: Recorder,
-    tables: Tensor,
-    batch: Batch,
-    temperature: float,
-    device: torch.device | str = "cpu",
-) -> SparseTeacher:
-    """What the cache says of a batch, N = B * T rows, computed by running the teacher.
-
-    It passes through the records of the capture, float16 log-probabilities and all: for a batch of the same composition
-    the result equals `TeacherCache.teacher` bit for bit.
-
-    Args:
-        record: of the same model; its identity names the captured temperatures.
-        tables: the cache's, or what `capture.tail_table` makes, [temperatures, V]. They are of no position.
-        device: of the result.
-
-    Raises:
-        UserError: the teacher's logits are not finite, or the temperature is not one of the identity's.
-    """
-    records = records_of(model, record, batch, next(model.parameters()).device)
-    return sparse_teacher(records, record.identity, tables, temperature, device)
+from microlm.teacher.capture import labels_of, recorder
+from microlm.teacher.projection import Projection
 
 
 class LiveTeacher:
-    """Answers as `TeacherCache` does, of any windows of the shards, by running the model each time it is asked."""
+    """Answers as `TeacherCache` does, of any windows, by running the model each time it is asked.
+
+    It passes through the records of the capture, their rounding and all: for a batch of the same composition the answer
+    equals the cache's bit for bit.
+
+    Args:
+        tables: the cache's, or what `capture.tail_table` makes, [temperatures, V]. They are of no position.
+        projection: of a teacher with another tokenizer than the shards'.
+    """
 
     def __init__(
-        self, model: LanguageModel, identity: CacheIdentity, tables: Tensor, shards: TokenShards, compiled: bool
+        self,
+        model: LanguageModel,
+        identity: CacheIdentity,
+        tables: Tensor,
+        compiled: bool,
+        projection: Projection | None = None,
     ) -> None:
         self.identity, self._tables = identity, tables
-        self._model, self._record, self._shards = model, Recorder(model, identity, compiled), shards
+        self._model, self._record = model, recorder(model, identity, compiled, projection)
 
-    def teacher(self, windows: np.ndarray, temperature: float, device: torch.device | str = "cpu") -> SparseTeacher:
-        """What the fused head wants of B windows, N = B * seq_len rows. UserError as `live_teacher`."""
-        batch = read_batch(self._shards, windows, self.identity.seq_len)
-        return live_teacher(self._model, self._record, self._tables, batch, temperature, device)
+    def of_batch(self, batch: Batch, temperature: float) -> SparseTeacher:
+        """What the fused head wants of B windows, N = B * seq_len rows, on the batch's device.
+
+        Raises:
+            UserError: the teacher's logits are not finite, or the temperature is not one of the identity's.
+        """
+        labels = labels_of(self._model, self._record, batch)
+        return sparse_teacher(labels.rows.to(batch.tokens.device), self.identity, self._tables, temperature)

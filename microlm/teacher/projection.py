@@ -100,10 +100,11 @@ class Projection:
         self.first = torch.from_numpy(first_student_tokens(teacher, student))
         self._lengths = student.byte_lengths.astype(np.int64)
         self._lengths[student.eot_id] = 1  # in `_read` too: a boundary of its own
+        self._sorted: dict[torch.device, tuple[Tensor, Tensor]] = {}  # of `first`, where it is summed in order
 
     def align(self, batch: Batch) -> Aligned:
         """The teacher's tokens of each window's text, its last target included, and where it covers the student's."""
-        rows = torch.cat((batch.tokens, batch.targets[:, -1:]), dim=1).numpy()
+        rows = batch.rows.cpu().numpy()
         read = [self._read(row) for row in rows]
         width = min(self._context, max(len(ids) for ids, _ in read) - 1)
         tokens = np.full((len(read), width + 1), self.teacher.eot_id, np.int64)
@@ -151,4 +152,16 @@ class Projection:
 
     def push(self, p: Tensor) -> Tensor:
         """Probabilities of the teacher's tokens [n, U] -> of the student's [n, V], their sums kept."""
-        return p.new_zeros(len(p), self.n_vocab).index_add_(1, self.first.to(p.device), p)
+        if p.device.type != "cuda":
+            return p.new_zeros(len(p), self.n_vocab).index_add_(1, self.first.to(p.device), p)
+        # index_add_ adds in the order in which threads come by there, and a capture has to give the same bytes again
+        if p.device not in self._sorted:
+            order = self.first.argsort(stable=True)
+            counts = self.first.bincount(minlength=self.n_vocab)
+            self._sorted[p.device] = (order.to(p.device), counts.to(p.device))
+        return sum_sorted(p, *self._sorted[p.device])
+
+
+def sum_sorted(p: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+    """Sums of runs of the columns of p [n, U], taken in `order` [U], of the lengths `counts` [V] -> [n, V]."""
+    return torch.segment_reduce(p.T[order], "sum", lengths=counts, axis=0).T

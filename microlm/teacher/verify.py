@@ -7,6 +7,7 @@ record claims. Ids are compared through their log-probabilities alone, for token
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from microlm.errors import UserError
 from microlm.language_model import LanguageModel
 from microlm.teacher.cache import MANIFEST, REMAKE, TeacherCache
 from microlm.teacher.projection import Projection
+from microlm.teacher.records import Columns
 
 ROWS = 256  # positions whose logits exist at once
-FLOAT16_ROUNDING = 2.0**-11  # of a log-probability in a record, relative
 FIELDS = ("log_p", "log_tail", "gold")
 # in units of a dtype's rounding (see `allowed_nats`)
 LARGEST, MEAN = 8.0, 0.35
@@ -60,6 +61,25 @@ class Spread:
         return self.total / max(1, self.count)
 
 
+class Said(NamedTuple):
+    """What a cache says of N positions."""
+
+    columns: Columns
+    gold: Tensor  # float32 [N]
+
+    @classmethod
+    def of(cls, cache: TeacherCache, windows: np.ndarray, device: torch.device) -> "Said":
+        gold = torch.from_numpy(cache.gold(windows)).flatten().to(device)
+        return cls(cache.identity.layout.unpack(cache.read(windows).to(device)), gold)
+
+    def at(self, places: slice | np.ndarray) -> "Said":
+        def part(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column[places]
+
+        columns = Columns(**{name: part(column) for name, column in vars(self.columns).items()})
+        return Said(columns, self.gold[places])
+
+
 @dataclass
 class Replay:
     """Live against cached.
@@ -77,16 +97,15 @@ class Replay:
     positions: int = 0
     logit_scale: float = 0.0
 
-    def add(self, logits: Tensor, targets: Tensor, records: np.ndarray, temperatures: tuple[float, ...]) -> None:
-        """logits [N, V], targets int64 [N], records [N] of the cache."""
-        z = logits.float()
-        cached = {name: torch.from_numpy(records[name].astype(np.float32)).to(z.device) for name in FIELDS}
-        ids = torch.from_numpy(records["ids"].astype(np.int64)).to(z.device)
+    def add(self, logits: Tensor, targets: Tensor, said: "Said", temperatures: tuple[float, ...]) -> None:
+        """logits [N, V], targets int64 [N], what the cache said of these positions."""
+        z, (cached, said_gold) = logits.float(), said
+        ids = cached.ids
         peak, log_normalizer = z.amax(-1), z.logsumexp(-1)
         log_p = z.gather(1, ids) - log_normalizer[:, None]
         gold = z.gather(1, targets[:, None])[:, 0] - log_normalizer
-        self.log_p.add(((log_p - cached["log_p"]).abs() - FLOAT16_ROUNDING * cached["log_p"].abs()).clamp_min(0))
-        self.gold.add((gold - cached["gold"]).abs())
+        self.log_p.add(((log_p - cached.log_p).abs() - cached.rounding).clamp_min(0))
+        self.gold.add((gold - said_gold).abs())
         self.positions += len(z)
         self.logit_scale = max(self.logit_scale, float(z.abs().max()))
         if ids.shape[1] == z.shape[1]:
@@ -99,18 +118,17 @@ class Replay:
             tail = ((rest - peak[:, None]) / temperature).logsumexp(-1).clamp_min(SMALLEST)
             live = tail - (log_normalizer - peak) / temperature
             # below temperature 1 logits are stretched, and their rounding with them
-            self.log_tail.add((live - cached["log_tail"][:, column]).abs() * min(1.0, temperature))
+            self.log_tail.add((live - cached.log_tail[:, column]).abs() * min(1.0, temperature))
 
-    def add_projected(
-        self, log_p: Tensor, targets: Tensor, records: np.ndarray, column: int, temperature: float
-    ) -> None:
-        """One temperature. log_p [n, V] of the projected teacher, targets int64 [n], records [n], all covered."""
-        cached = {name: torch.from_numpy(records[name].astype(np.float32)).to(log_p.device) for name in FIELDS}
-        ids = torch.from_numpy(records["ids"][:, column].astype(np.int64)).to(log_p.device)
-        head, said, stretch = log_p.gather(1, ids), cached["log_p"][:, column], min(1.0, temperature)
-        self.log_p.add(((head - said).abs() - FLOAT16_ROUNDING * said.abs()).clamp_min(0) * stretch)
+    def add_projected(self, log_p: Tensor, targets: Tensor, said: "Said", column: int, temperature: float) -> None:
+        """One temperature. log_p [n, V] of the projected teacher, targets int64 [n]; all positions are covered."""
+        cached, said_gold = said
+        ids, stretch = cached.ids[:, column], min(1.0, temperature)
+        head = log_p.gather(1, ids)
+        off = (head - cached.log_p[:, column]).abs() - cached.rounding[:, column]
+        self.log_p.add(off.clamp_min(0) * stretch)
         if temperature == 1:
-            self.gold.add((log_p.gather(1, targets[:, None])[:, 0] - cached["gold"]).abs())
+            self.gold.add((log_p.gather(1, targets[:, None])[:, 0] - said_gold).abs())
             self.positions += len(log_p)
         if ids.shape[1] == log_p.shape[1]:
             return
@@ -119,7 +137,7 @@ class Replay:
         self.outranked.add(outranking.clamp_min(0))
         self.changed_sets += int((outranking > 0).sum()) if temperature == 1 else 0
         tail = rest.logsumexp(-1).clamp_min(SMALLEST)
-        self.log_tail.add((tail - cached["log_tail"][:, column]).abs() * stretch)
+        self.log_tail.add((tail - cached.log_tail[:, column]).abs() * stretch)
 
     def excess(self, dtype: torch.dtype) -> str | None:
         """What differs by more than rounding in `dtype` explains, in words; None where nothing does."""
@@ -194,15 +212,15 @@ def replay(
     seq_len = cache.identity.seq_len
     for start in range(0, len(windows), batch_rows):
         batch = read_batch(shards, windows[start : start + batch_rows], seq_len)
-        records, targets = cache.records(batch.windows).reshape(-1), batch.targets.to(device).flatten()
+        said, targets = Said.of(cache, batch.windows, device), batch.targets.to(device).flatten()
         with torch.inference_mode():
             if projection:
-                _replay_projected(found, model, cache, batch, records, projection)
+                _replay_projected(found, model, cache, batch, said, projection)
             else:
                 hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
                 for i in range(0, len(hidden), ROWS):
                     part = slice(i, i + ROWS)
-                    found.add(model.logits(hidden[part]), targets[part], records[part], cache.identity.temperatures)
+                    found.add(model.logits(hidden[part]), targets[part], said.at(part), cache.identity.temperatures)
         progress(len(batch.windows) * seq_len)
     return found
 
@@ -212,14 +230,15 @@ def _replay_projected(
     model: LanguageModel,
     cache: TeacherCache,
     batch: Batch,
-    records: np.ndarray,
+    said: "Said",
     projection: Projection,
 ) -> None:
     device, aligned = next(model.parameters()).device, projection.align(batch)
-    found.changed_marks += int((records["covered"] != aligned.covered).sum())
-    both = records["covered"][aligned.covered]  # of the positions that the live teacher covers
+    marks = said.columns.covered.cpu().numpy()
+    found.changed_marks += int((marks != aligned.covered).sum())
+    both = marks[aligned.covered]  # of the positions that the live teacher covers
     states = aligned.states[torch.from_numpy(both)].to(device)
-    places = np.flatnonzero(aligned.covered & records["covered"])
+    places = np.flatnonzero(aligned.covered & marks)
     hidden = model.hidden(aligned.tokens.to(device)).flatten(0, 1)[states]
     targets, first = batch.targets.flatten()[places].to(device), projection.first.to(device)
     for i in range(0, len(hidden), ROWS):
@@ -230,4 +249,4 @@ def _replay_projected(
             p = z.new_zeros(len(z), projection.n_vocab)
             p.scatter_add_(1, first.expand(len(z), -1), (z / temperature).log_softmax(-1).exp())
             log_p = p.log().clamp_min(SMALLEST)
-            found.add_projected(log_p, targets[part], records[places[part]], column, temperature)
+            found.add_projected(log_p, targets[part], said.at(places[part]), column, temperature)

@@ -1,24 +1,33 @@
 """The micro-batches of this process on the training's device; on CUDA they are read and pinned a step ahead."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from microlm import distributed
 from microlm.corpus.batches import Batch, Batches
+
+Reader = Callable[[np.ndarray, int], Tensor | None]
+"""(windows [B], step) -> records of the teacher's cache, uint8 [B * T, bytes of a record], or None."""
 
 
 class Feed:
     """`batches`, of which this process takes its share of every step.
 
     Args:
+        read: what else the loss wants of each batch.
         ahead: read the next step in a thread during this one; None does so on CUDA.
     """
 
-    def __init__(self, batches: Batches, device: torch.device, ahead: bool | None = None) -> None:
+    def __init__(
+        self, batches: Batches, device: torch.device, read: Reader | None = None, ahead: bool | None = None
+    ) -> None:
         self.config = batches.config
-        self._batches, self._device = batches, device
+        self._batches, self._device, self._more = batches, device, read
         ahead = device.type == "cuda" if ahead is None else ahead
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches") if ahead else None
         self._next: tuple[int, Future[list[Batch]]] | None = None
@@ -39,10 +48,17 @@ class Feed:
 
     def _read(self, step: int) -> list[Batch]:
         found = self._batches.micro_batches(step, distributed.rank(), distributed.size())
+        if self._more is not None:
+            found = [replace(batch, records=self._more(batch.windows, step)) for batch in found]
         if self._device.type != "cuda":
             return found
-        return [Batch(batch.windows, batch.tokens.pin_memory(), batch.targets.pin_memory()) for batch in found]
+        return [replace(batch, rows=batch.rows.pin_memory(), records=_pinned(batch.records)) for batch in found]
 
     def _moved(self, batch: Batch) -> Batch:
-        moved = (tensor.to(self._device, non_blocking=True) for tensor in (batch.tokens, batch.targets))
-        return Batch(batch.windows, *moved)
+        rows = batch.rows.to(self._device, non_blocking=True)
+        records = None if batch.records is None else batch.records.to(self._device, non_blocking=True)
+        return replace(batch, rows=rows, records=records)
+
+
+def _pinned(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.pin_memory()

@@ -79,7 +79,7 @@ def train(
     """
     start, history = restore_checkpoint(directory, model, optimizers)
     step_tokens = batches.config.batch_tokens
-    replica, feed = Replica(model), Feed(batches, model.head_weight.device)
+    replica, feed = Replica(model), feed_for(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
     announce_expected_time(replica, feed, loss, plan, start)
     bar = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.arm)
     with stop_requests() as stopping, bar:
@@ -110,6 +110,12 @@ def train(
                     "run the same command again to go on"
                 )
     return history
+
+
+def feed_for(batches: Batches, loss: Loss, progress: Callable[[int], float], device: torch.device) -> Feed:
+    """The batches, with the records that a loss which reads a cache (`Loss.read`) will want of them at each step."""
+    read = getattr(loss, "read", None)
+    return Feed(batches, device, read and (lambda windows, step: read(windows, progress(step))))
 
 
 def take_step(replica: Replica, feed: Feed, loss: Loss, plan: Plan, optimizers: Optimizers, step: int) -> float:
