@@ -56,6 +56,7 @@ MATTERS_TO = {
     "microlm/teacher/projection.py": {"teacher", "distill", "evaluate"},
     "microlm/objective/capped_tail.py": {"distill", "ledger"},
     "microlm/objective/definition.py": {"distill", "ledger"},
+    "microlm/objective/dense_tail.py": {"distill", "ledger"},
     "microlm/objective/divergences.py": {"distill", "ledger", "probe"},
     "microlm/objective/on_policy.py": {"distill"},
     "microlm/objective/sampling.py": {"distill"},

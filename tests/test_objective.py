@@ -1,6 +1,8 @@
 """The fused head against autograd on whole logits, and the divergences' promises."""
 
 import math
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -8,18 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microlm.objective import capped_tail, vocabulary_blocks
+from microlm.objective import capped_tail
 from microlm.objective.capped_tail import cap_tail
 from microlm.objective.divergences import DIVERGENCES, LARGEST_LOG_RATIO, Divergence, lump, temper
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss, token_nats
 from microlm.objective.table_tail import table_tail
-from microlm.objective.vocabulary_blocks import GROUP, VocabularyBlocks
+from microlm.objective.vocabulary_blocks import GROUP, SIZES, VocabularyBlocks
 
 N, D, V, PADDED = 7, 5, 700, 704
 PARAMETERS = {"jsd": 0.3, "skew_fkl": 0.1, "skew_rkl": 0.1, "notebook": 0.7}
 ALL = [Divergence(name, PARAMETERS.get(name, math.nan)) for name in DIVERGENCES]
 BOUNDS = ("lumped", "capped")
 TAILS = (*BOUNDS, "table")
+
+
+def sizes(**changed: int | bool) -> AbstractContextManager[None]:
+    """Logits on the CPU held otherwise; with `whole_passes` as on CUDA, few at a time."""
+    return patch.dict(SIZES, cpu=replace(SIZES["cpu"], **changed))
 
 
 def named(divergence: Divergence) -> str:
@@ -72,16 +79,15 @@ def assert_equal_to_autograd(hidden, weight, targets, teacher, objective: Object
     assert (got[1][vocabulary:] == 0).all()  # padding rows get no gradient
 
 
-@pytest.mark.parametrize("block_elements", [2**11, 2**22])
+@pytest.mark.parametrize("whole_passes", [False, True])
+@pytest.mark.parametrize("block", [2**11, 2**22])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("divergence", ALL, ids=named)
-def test_fused_loss_and_gradients_equal_autograd_on_whole_logits(
-    divergence, tail, temperature, block_elements, monkeypatch
-):
-    monkeypatch.setattr(vocabulary_blocks, "BLOCK_ELEMENTS", block_elements)
+def test_fused_loss_and_gradients_equal_autograd_on_whole_logits(divergence, tail, temperature, block, whole_passes):
     objective = Objective(0.4, 0.6 * temperature**2, divergence, temperature, tail, z_loss=1e-2)
-    assert_equal_to_autograd(*problem(0, 6, temperature), objective, tolerance=1e-11)
+    with sizes(block=block, whole_passes=whole_passes):
+        assert_equal_to_autograd(*problem(0, 6, temperature), objective, tolerance=1e-11)
 
 
 @settings(deadline=None, max_examples=60)
@@ -92,8 +98,9 @@ def test_fused_loss_and_gradients_equal_autograd_on_whole_logits(
     seed=st.integers(0, 2**31),
     shape=st.tuples(st.integers(1, 9), st.integers(20, 900), st.integers(1, 20)),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+    whole_passes=st.booleans(),
 )
-def test_logits_kept_between_the_sweeps_change_no_bit(divergence, tail, temperature, seed, shape, dtype):
+def test_logits_kept_between_the_sweeps_change_no_bit(divergence, tail, temperature, seed, shape, dtype, whole_passes):
     rows, vocabulary, k = shape
     hidden, weight, targets, teacher = problem(seed, k, temperature, vocabulary, rows)
     hidden, weight = hidden.to(dtype), weight.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -101,7 +108,7 @@ def test_logits_kept_between_the_sweeps_change_no_bit(divergence, tail, temperat
 
     def found(kept_elements: int) -> list[torch.Tensor]:
         given_ = [t.detach().requires_grad_() for t in (hidden, weight)]
-        with patch.object(vocabulary_blocks, "KEPT_ELEMENTS", kept_elements):
+        with sizes(kept=kept_elements, block=2**11 if whole_passes else 2**22, whole_passes=whole_passes):
             loss = fused_head_loss(*given_, targets, vocabulary, objective, teacher).loss
         return [loss.detach(), *torch.autograd.grad(loss, given_)]
 
@@ -119,9 +126,11 @@ def test_logits_kept_between_the_sweeps_change_no_bit(divergence, tail, temperat
     shape=st.tuples(st.integers(1, 9), st.integers(20, 900), st.integers(1, 20)),
     spread=st.floats(0.05, 4),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    block=st.sampled_from([2**8, 2**11, 2**22]),
+    whole_passes=st.booleans(),
 )
 def test_fused_head_equals_autograd_whatever_the_shape(
-    divergence, tail, temperature, alpha, seed, shape, spread, dtype
+    divergence, tail, temperature, alpha, seed, shape, spread, dtype, block, whole_passes
 ):
     rows, vocabulary, k = shape
     hidden, weight, targets, teacher = problem(seed, k, temperature, vocabulary, rows, spread)
@@ -132,7 +141,8 @@ def test_fused_head_equals_autograd_whatever_the_shape(
     tolerance = 1e-9 if dtype == torch.float64 else 1e-6 * max(1.0, temperature**2)
     if divergence.name == "tvd":  # its slope jumps where p = q, and rounding decides on which side a token falls
         tolerance = max(tolerance, 1e-5)
-    assert_equal_to_autograd(hidden, weight, targets, teacher, objective, tolerance)
+    with sizes(block=block, whole_passes=whole_passes):
+        assert_equal_to_autograd(hidden, weight, targets, teacher, objective, tolerance)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -187,6 +197,12 @@ def test_water_filling_is_that_of_the_sorted_vocabulary(
     made = made.scatter(-1, teacher.ids, teacher.log_p[:, :-1])
     held = found.log_c < LARGEST_LOG_RATIO  # where it is limited, so that float32 can hold it, p* sums to less than 1
     torch.testing.assert_close(made[held].exp(), oracle[held].exp(), rtol=1e-9, atol=1e-14)
+    with sizes(block=2**10, whole_passes=True):
+        swept = VocabularyBlocks(blocks.hidden, blocks.weight, vocabulary)
+        found_by_sweeps = capped_tail.solve_by_sweeps(
+            swept, swept.entries(teacher.ids), teacher.log_p, z.logsumexp(-1), tail.logsumexp(-1), 1 / temperature
+        )
+    torch.testing.assert_close(found_by_sweeps, (found.log_c, found.log_tau), rtol=1e-9, atol=1e-9)
     capped = torch.zeros_like(z, dtype=torch.bool)
     assert len(found.capped.ids) == len({*zip(found.capped.rows.tolist(), found.capped.ids.tolist())})
     capped[found.capped.rows, found.capped.ids] = True

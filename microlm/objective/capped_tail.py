@@ -13,7 +13,8 @@ to the solution without passing it, and reach it exactly in the piece that holds
 
 Few tokens are capped, about ten of a row's. The largest logit of each group of 64, which the first sweep over the
 vocabulary leaves behind, tells where they can be: only those groups' logits are made again, and the rest is arithmetic
-on single tokens. For memory this is one number for 64 logits.
+on single tokens. For memory this is one number for 64 logits. A device that sweeps over all logits faster than it
+picks some of them takes each of Newton's steps as a sweep.
 """
 
 import math
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from microlm.objective.divergences import LARGEST_LOG_RATIO
-from microlm.objective.vocabulary_blocks import EAGER, GROUP, LOWEST, Entries, VocabularyBlocks
+from microlm.objective.vocabulary_blocks import EAGER, GROUP, LOWEST, AnyEntries, Entries, VocabularyBlocks, kernel
 
 CANCELLING = 0.1  # share of the tail's mass below which a difference of sums has too few digits
 MARGIN = 0.5  # of log c: how far above the iterate the first round looks; each round doubles it
@@ -194,10 +195,8 @@ def solve(
         largest: the largest scaled logit of the tail in each group of the vocabulary, [N, G].
         scale: 1 / temperature.
     """
-    log_mass, tail_mass = log_p[:, -1], (log_tail - log_normalizer).exp()
-    n_tail = blocks.n_vocab - ids.shape[1]
-    log_tau = torch.maximum(log_p[:, :-1].amin(-1), log_mass - math.log(n_tail))
-    log_c = (log_mass - (log_tail - log_normalizer)).clamp_max(LARGEST_LOG_RATIO)
+    tail_mass = (log_tail - log_normalizer).exp()
+    log_mass, log_tau, log_c = _start(blocks.n_vocab - ids.shape[1], log_p, log_normalizer, log_tail)
     uncapped_mass = tail_mass.clone()
     tail = _Tail(blocks, ids, log_normalizer, largest, scale)
     left = torch.nonzero(log_c + largest.amax(-1) - log_normalizer > log_tau)[:, 0]
@@ -217,6 +216,52 @@ def solve(
     return CappedTail(log_c, log_tau, uncapped_mass, Tokens.joined(capped))
 
 
+def solve_by_sweeps(
+    blocks: VocabularyBlocks,
+    cached: AnyEntries,
+    log_p: Tensor,
+    log_normalizer: Tensor,
+    log_tail: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Water-filling where a sweep over all logits costs less than to pick tokens: log c and log tau, both [N].
+
+    Arguments as `solve`. Each of Newton's steps is a sweep, after which the host looks once whether any row moved.
+    """
+    log_mass, log_tau, log_c = _start(blocks.n_vocab - log_p.shape[1] + 1, log_p, log_normalizer, log_tail)
+    tiny, before = torch.finfo(log_c.dtype).tiny, None
+    add = kernel("add_capped", lambda: add_capped)
+    while True:
+        count, mass = torch.zeros_like(log_c), torch.zeros_like(log_c)
+        for index, _, z in blocks:
+            cached.write(index, z, -torch.inf)
+            add(z, scale, log_normalizer, log_tau - log_c, count, mass)
+        if before is not None and torch.equal(count, before):  # as `_newton`: as many as before are the same ones
+            return log_c, log_tau
+        log_c, before = _raised(log_c, count, mass.clamp_min(tiny), log_tau, log_mass), count
+
+
+def add_capped(z: Tensor, scale: float, log_normalizer: Tensor, threshold: Tensor, count: Tensor, mass: Tensor) -> None:
+    """A pass that adds how many tokens of each row have log q above its threshold [N], and the others' mass."""
+    log_q = z.to(mass.dtype) * scale - log_normalizer[:, None]
+    above = log_q > threshold[:, None]
+    count += above.to(mass.dtype).sum(-1)
+    mass += torch.where(above, 0.0, torch.exp(log_q)).sum(-1)
+
+
+def _start(n_tail: int, log_p: Tensor, log_normalizer: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tail's log-mass, its cap, and log c where no token exceeds it, each [N]."""
+    log_mass = log_p[:, -1]
+    log_tau = torch.maximum(log_p[:, :-1].amin(-1), log_mass - math.log(n_tail))
+    return log_mass, log_tau, (log_mass - (log_tail - log_normalizer)).clamp_max(LARGEST_LOG_RATIO)
+
+
+def _raised(log_c: Tensor, count: Tensor, left: Tensor, log_tau: Tensor, log_mass: Tensor) -> Tensor:
+    """Newton's step: log c where `count` tokens are capped and the student has mass `left` on the others."""
+    missing = (log_mass.exp() - count * log_tau.exp()).clamp_min(torch.finfo(log_c.dtype).tiny)
+    return torch.maximum(log_c, (missing / left).log().clamp_max(LARGEST_LOG_RATIO))
+
+
 def _newton(
     known: Tokens, rest: Tensor, log_c: Tensor, log_tau: Tensor, log_mass: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,5 +276,4 @@ def _newton(
         left = (rest + known.sum(torch.where(above, 0.0, q), n_rows)).clamp_min(tiny)
         if before is not None and torch.equal(count, before):
             return log_c, above, left
-        missing = (log_mass.exp() - count * log_tau.exp()).clamp_min(tiny)
-        log_c, before = torch.maximum(log_c, (missing / left).log().clamp_max(LARGEST_LOG_RATIO)), count
+        log_c, before = _raised(log_c, count, left, log_tau, log_mass), count

@@ -18,7 +18,7 @@ class SparseTeacher:
     covered: Tensor | None = None  # bool [N], where the teacher speaks; None: everywhere
 
     def of(self, rows: Tensor) -> "SparseTeacher":
-        """The rows that `rows`, bool [N], picks, all of them covered."""
+        """The rows numbered `rows`, int64 [n], all of them covered."""
         return SparseTeacher(self.ids[rows], self.log_p[rows], self.log_table)
 
 

@@ -1,15 +1,16 @@
 """The LM head and the loss in one, block by block over the vocabulary, the gradient in the same call.
 
-A block of logits is made and read while it is in the processor's cache. Two sweeps: the first gathers each row's
-normalizer, gold logit and logits of the cached ids; the second turns the logits into gradients. In between, logits of a
-small step are kept, in one array and one precision; those of a large one are dropped and made again, so that
+A block of logits is made and read while it is in the processor's cache; on CUDA blocks are as large as its kernels
+count, so that products run at full rate and launches are few (vocabulary_blocks.py). Two sweeps: the first gathers each
+row's normalizer, gold logit and logits of the cached ids; the second turns the logits into gradients. In between, the
+logits of a small step are kept, in one array and one precision; those of a large one are dropped and made again: then
 [tokens, vocabulary] never exists whole (compare Wijmans et al. 2024, "Cut your losses in large-vocabulary language
 models", arXiv:2411.09009, for cross-entropy alone). Both ways give the same bits.
 
 A lumped divergence sees a row through k + 1 numbers: the logits of the cached ids and the tail's logsumexp. Autograd
 differentiates it there, on [N, k + 1]; its gradient on a tail token j is that on the tail's logsumexp times
-softmax_tail(j). A capped tail adds slopes on the few tokens that the cap binds (capped_tail.py). A tabled tail has a
-slope of its own for each token (table_tail.py): a sweep between the two takes the means.
+softmax_tail(j). A capped tail adds slopes on the few tokens that the cap binds (capped_tail.py). A tabled tail, and on
+CUDA a capped one, has a slope of its own for each token (dense_tail.py): a sweep between the two takes the means.
 
 Shapes: N tokens, D hidden size, V real vocabulary, k cached ids.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from microlm.objective.definition import Objective, SparseTeacher
 from microlm.objective.tails import TREATMENTS, DistillationTerm, RowStatistics
-from microlm.objective.vocabulary_blocks import EAGER, GROUP, LOWEST, Entries, VocabularyBlocks, kernel
+from microlm.objective.vocabulary_blocks import EAGER, GROUP, LOWEST, AnyEntries, Entries, VocabularyBlocks, kernel
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def token_nats(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) ->
     """Cross-entropy of each token, nats [N], without a gradient. Arguments as `fused_head_loss`."""
     with torch.no_grad():
         blocks = VocabularyBlocks(hidden, weight, n_vocab)
-        rows = _first_sweep(blocks, Entries(targets[:, None], blocks))
+        rows = _first_sweep(blocks, blocks.entries(targets[:, None]))
         return rows.log_normalizer - rows.gold
 
 
@@ -80,15 +81,12 @@ def _partly_covered(
     count: int,
 ) -> HeadLoss:
     """Covered rows and the others, each for themselves: both have all of their loss in one call of the head."""
-    alone = Objective(z_loss=objective.z_loss)
-    parts = [
-        fused_head_loss(hidden[rows], weight, targets[rows], n_vocab, wanted, said, count)
-        for rows, wanted, said in (
-            (teacher.covered, objective, teacher.of(teacher.covered)),
-            (~teacher.covered, alone, None),
-        )
-        if rows.any()
-    ]
+    parts, alone = [], Objective(z_loss=objective.z_loss)
+    for mask, wanted in ((teacher.covered, objective), (~teacher.covered, alone)):
+        rows = mask.nonzero()[:, 0]  # once: each selection by a mask would ask how many there are
+        if len(rows):
+            said = teacher.of(rows) if wanted is objective else None
+            parts.append(fused_head_loss(hidden[rows], weight, targets[rows], n_vocab, wanted, said, count))
     return HeadLoss(*(sum(getattr(part, name) for part in parts) for name in ("loss", "cross_entropy", "divergence")))
 
 
@@ -101,12 +99,13 @@ class _FusedHead(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, n_vocab, objective, teacher, count):
         wanted = any(ctx.needs_input_grad[:2])
         blocks = VocabularyBlocks(hidden, weight, n_vocab, keep=wanted)
-        gold = Entries(targets[:, None], blocks)
+        gold = blocks.entries(targets[:, None])
         distilling = objective.kd_weight > 0
-        cached = Entries(teacher.ids, blocks) if distilling else None
+        cached = blocks.entries(teacher.ids) if distilling else None
         width = teacher.ids.shape[1] if distilling else 0
         tail = "lumped" if width == n_vocab else objective.tail  # with every id cached there is no tail to treat
-        rows = _first_sweep(blocks, gold, cached, width, objective.temperature, tail == "capped")
+        groups = tail == "capped" and not blocks.whole_passes
+        rows = _first_sweep(blocks, gold, cached, width, objective.temperature, groups)
 
         nats = rows.log_normalizer - rows.gold
         ce_weight = objective.ce_weight / count
@@ -128,14 +127,18 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss_slope, *_):
-        scale = loss_slope.item()
-        return *(g if scale == 1 else g * scale for g in ctx.saved_tensors), None, None, None, None, None
+        if loss_slope.device.type == "cuda":  # to look at it would wait for all that was launched
+            gradients = tuple(g * loss_slope.to(g.dtype) for g in ctx.saved_tensors)
+        else:
+            scale = loss_slope.item()
+            gradients = tuple(g if scale == 1 else g * scale for g in ctx.saved_tensors)
+        return *gradients, None, None, None, None, None
 
 
 def _first_sweep(
     blocks: VocabularyBlocks,
-    gold: Entries,
-    head: Entries | None = None,
+    gold: AnyEntries,
+    head: AnyEntries | None = None,
     width: int = 0,
     temperature: float = 1.0,
     groups: bool = False,
@@ -149,12 +152,10 @@ def _first_sweep(
     n_groups = -(-blocks.n_vocab // GROUP) if groups else 0
     largest = peak.new_empty(len(peak), n_groups)
     for index, part, z in blocks:
-        r, c, places = gold.at(index)
-        gold_logits[places] = z[r, c].to(blocks.exact)
+        gold.read(index, z, gold_logits)
         if head is not None:
-            r, c, places = head.at(index)
-            head_logits[places] = z[r, c].to(blocks.exact)
-            z[r, c] = -torch.inf  # what is left of the row is the tail
+            head.read(index, z, head_logits)
+            head.write(index, z, -torch.inf)  # what is left of the row is the tail
         if tempered:
             _pass("update_statistics")(z, 1.0, peak, total)
         if groups:
@@ -179,11 +180,11 @@ class _GradientSweep:
         rows: RowStatistics,
         q_weight: Tensor,
         term: DistillationTerm | None,
-        cached: Entries | None,
+        cached: AnyEntries | None,
         temperature: float,
     ) -> None:
         self.blocks, self._rows, self._term, self._weight, self._scale = blocks, rows, term, q_weight, 1 / temperature
-        self._singles: list[tuple[Entries, Tensor]] = []  # with the gradient on each
+        self._singles: list[tuple[AnyEntries, Tensor]] = []  # with the gradient on each
         if term is None:
             return
         q_head = torch.exp(rows.head - rows.log_normalizer[:, None])
@@ -199,8 +200,8 @@ class _GradientSweep:
 
     def write(self, index: int, part: slice, z: Tensor) -> None:
         rows, term, scale = self._rows, self._term, self._scale
-        if term is not None and term.tabled is not None:
-            term.tabled.write(z, part, rows.log_normalizer, self._weight, scale)
+        if term is not None and term.dense is not None:
+            term.dense.write(z, part, rows.log_normalizer, self._weight, scale)
         elif term is None or scale == 1:
             _pass("write_gradient")(z, rows.log_normalizer, self._weight)
         else:
@@ -208,22 +209,37 @@ class _GradientSweep:
                 z, rows.log_normalizer, self._weight, scale, rows.log_tail, term.tail_slope * scale
             )
         for entries, values in self._singles:
-            r, c, places = entries.at(index)
-            z[r, c] = values[places].to(z.dtype)
+            entries.write(index, z, values)
 
 
-def _gradients(sweep: _GradientSweep, gold: Entries, ce_weight: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(sweep: _GradientSweep, gold: AnyEntries, ce_weight: float, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The second sweep: logits turned into their gradients, and those into gradients of hidden and weight."""
     blocks = sweep.blocks
     hidden_gradient = torch.zeros(blocks.hidden.shape, dtype=blocks.exact, device=blocks.hidden.device)
     weight_gradient = torch.empty_like(weight)
     weight_gradient[blocks.n_vocab :] = 0
-    partial = torch.empty_like(blocks.hidden)
-    hidden_T = blocks.hidden.T.contiguous()  # the CPU's bf16 product wants its left operand by rows
+    add = _added_on_cuda if blocks.hidden.device.type == "cuda" else _AddedOnCpu(blocks.hidden)
     for index, part, z in blocks:
         sweep.write(index, part, z)
-        r, c, _ = gold.at(index)
-        z[r, c] -= ce_weight
-        hidden_gradient += torch.mm(z, blocks.weight[part], out=partial)
-        weight_gradient[part] = torch.mm(hidden_T, z).T
+        gold.subtract(index, z, ce_weight)
+        add(z, blocks.hidden, blocks.weight[part], hidden_gradient, weight_gradient[part])
     return hidden_gradient.to(blocks.hidden.dtype), weight_gradient
+
+
+class _AddedOnCpu:
+    """A block's part of both gradients, products in the dtype of the hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self._partial = torch.empty_like(hidden)
+        self._hidden_T = hidden.T.contiguous()  # the CPU's bf16 product wants its left operand by rows
+
+    def __call__(self, z: Tensor, _: Tensor, weight: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor) -> None:
+        hidden_gradient += torch.mm(z, weight, out=self._partial)
+        weight_gradient.copy_(torch.mm(self._hidden_T, z).T)
+
+
+def _added_on_cuda(z: Tensor, hidden: Tensor, weight: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor) -> None:
+    """The same, with the products' sums left in the gradients' own precision, which cuBLAS gives for nothing."""
+    wide = {} if z.dtype == hidden_gradient.dtype else {"out_dtype": hidden_gradient.dtype}
+    hidden_gradient += torch.mm(z, weight, **wide)
+    torch.mm(z.T, hidden, **wide, out=weight_gradient)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microlm.objective.capped_tail import solve
+from microlm.objective.capped_tail import solve, solve_by_sweeps
 from microlm.objective.definition import Objective, SparseTeacher
+from microlm.objective.dense_tail import DenseSlope, DenseTail, tail_moments
 from microlm.objective.divergences import LARGEST_LOG_RATIO, Divergence
-from microlm.objective.table_tail import TabledSlope, scale_to_mass, tail_moments
-from microlm.objective.vocabulary_blocks import Entries, VocabularyBlocks
+from microlm.objective.table_tail import scale_to_mass
+from microlm.objective.vocabulary_blocks import AnyEntries, VocabularyBlocks
 
 
 @dataclass
@@ -41,11 +42,16 @@ class DistillationTerm:
     head_slope: Tensor  # [N, k] on the logits of the cached ids
     tail_slope: Tensor | None = None  # [N] on the tail's logsumexp of z / T, for all other ids but `single`
     single: TokenSlopes | None = None
-    tabled: TabledSlope | None = None  # in place of `tail_slope`
+    dense: DenseSlope | None = None  # in place of both
 
 
 def _lumped(
-    _: VocabularyBlocks, rows: RowStatistics, teacher: SparseTeacher, __: Entries, objective: Objective, weight: float
+    _: VocabularyBlocks,
+    rows: RowStatistics,
+    teacher: SparseTeacher,
+    __: AnyEntries,
+    objective: Objective,
+    weight: float,
 ) -> DistillationTerm:
     with torch.enable_grad():
         head = rows.head.detach().requires_grad_()
@@ -61,13 +67,16 @@ def _capped(
     blocks: VocabularyBlocks,
     rows: RowStatistics,
     teacher: SparseTeacher,
-    _: Entries,
+    cached: AnyEntries,
     objective: Objective,
     weight: float,
 ) -> DistillationTerm:
     divergence, scale = objective.divergence, 1 / objective.temperature
     log_p, head = teacher.log_p.to(blocks.exact), rows.head * scale
     log_normalizer = torch.logaddexp(head.logsumexp(-1), rows.log_tail)
+    if blocks.whole_passes:
+        found = solve_by_sweeps(blocks, cached, log_p, log_normalizer, rows.log_tail, scale)
+        return _dense(blocks, rows, log_p, log_normalizer, cached, DenseTail("capped", *found), objective, weight)
     tail = solve(blocks, teacher.ids, log_p, log_normalizer, rows.log_tail, rows.largest, scale)
     capped, log_q = tail.capped, tail.capped.log_q
     q, log_tau = log_q.exp(), tail.log_tau[capped.rows]
@@ -87,20 +96,37 @@ def _tabled(
     blocks: VocabularyBlocks,
     rows: RowStatistics,
     teacher: SparseTeacher,
-    cached: Entries,
+    cached: AnyEntries,
     objective: Objective,
     weight: float,
 ) -> DistillationTerm:
     if teacher.log_table is None:
         raise ValueError("tail: table needs a teacher with a table")
-    divergence, scale = objective.divergence, 1 / objective.temperature
+    scale = 1 / objective.temperature
     log_p, head = teacher.log_p.to(blocks.exact), rows.head * scale
     log_normalizer = torch.logaddexp(head.logsumexp(-1), rows.log_tail)
     log_table = teacher.log_table.to(blocks.exact)
-    log_c = scale_to_mass(log_p, teacher.ids, log_table)
-    value, slope = tail_moments(blocks, cached, log_c, log_table, log_normalizer, divergence, scale)
-    term, center = _with_tail(head - log_normalizer[:, None], log_p, value, slope, divergence, weight * scale)
-    term.tabled = TabledSlope(divergence, weight * scale, log_c, log_table, center, log_normalizer)
+    tail = DenseTail("table", scale_to_mass(log_p, teacher.ids, log_table), log_table)
+    return _dense(blocks, rows, log_p, log_normalizer, cached, tail, objective, weight)
+
+
+def _dense(
+    blocks: VocabularyBlocks,
+    rows: RowStatistics,
+    log_p: Tensor,
+    log_normalizer: Tensor,
+    cached: AnyEntries,
+    tail: DenseTail,
+    objective: Objective,
+    weight: float,
+) -> DistillationTerm:
+    """A tail whose tokens each have a slope of their own: one more sweep for its sums."""
+    divergence, scale = objective.divergence, 1 / objective.temperature
+    parameter = torch.full((), divergence.parameter, dtype=log_p.dtype, device=log_p.device)
+    value, slope = tail_moments(blocks, cached, tail, log_normalizer, divergence, parameter, scale)
+    head = rows.head * scale - log_normalizer[:, None]
+    term, center = _with_tail(head, log_p, value, slope, divergence, weight * scale)
+    term.dense = DenseSlope(divergence, parameter, weight * scale, tail, center, log_normalizer)
     return term
 
 

@@ -23,6 +23,7 @@ from microlm.model import ModelShape, StudentLM
 from microlm.objective import (
     capped_tail,
     definition,
+    dense_tail,
     divergences,
     fused_head,
     on_policy,
@@ -55,7 +56,7 @@ CROSS_ENTROPY = "cross-entropy"
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round shapes
 CODE = (
     *(model_module, batches_module, cache_module, feed, loop, optimizer, replica, losses),
-    *(capped_tail, definition, divergences, fused_head, on_policy, sampling, schedule),
+    *(capped_tail, definition, dense_tail, divergences, fused_head, on_policy, sampling, schedule),
     *(table_tail, tails, vocabulary_blocks, records, capture, live, projected, projection),
 )
 

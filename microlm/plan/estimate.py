@@ -12,7 +12,7 @@ from microlm.pipeline.ledger import break_even
 from microlm.plan import memory, work
 from microlm.plan.memory import Precision
 from microlm.plan.sizes import corpus_size, parameter_count, student_shape, teacher_shape, vocabulary_of
-from microlm.plan.storage import cache_plan, storage
+from microlm.plan.storage import cache_bytes, cache_plan, storage
 from microlm.scale import ScaleConfig
 from microlm.schema import parse
 
@@ -60,7 +60,8 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
     budget = work.Budget.build(config, corpus, parameter_count(shape), teacher)
     stages = work.stages(budget, machine.gpus)
     windows = budget.labelled
-    record = cache_plan(config, vocabulary, windows).token_bytes
+    layout = cache_plan(config, vocabulary, windows)
+    record = layout.token_bytes
     return {
         "scale": config.scale,
         "machine": vars(machine),
@@ -74,8 +75,9 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
         "micro_batches": at.batch.rows // at.batch.micro_batch_rows,
         "break_even": _break_even(budget, machine, record),
         "cache_bytes_per_token": record,
+        "sources": _sources(budget, machine, cache_bytes(replace(layout, source="cache"))),
         "bytes": storage(config, corpus, vocabulary, shape, teacher, windows),
-        "memory": _memory(config, machine, shape, teacher, windows * at.batch.seq_len * record),
+        "memory": _memory(config, machine, shape, teacher, cache_bytes(layout)),
     }
 
 
@@ -87,7 +89,6 @@ def _stage(one: work.Work, machine: Machine) -> dict[str, Any]:
         "tokens": one.tokens,
         "steps": one.steps,
         "flops": one.flops,
-        "evaluation_flops": one.evaluation_flops,
         "gpu_hours": hours * machine.gpus,
         "hours": hours,
         "price": cost,
@@ -110,23 +111,52 @@ def _break_even(budget: work.Budget, machine: Machine, record_bytes: int) -> dic
     }
 
 
+def _sources(budget: work.Budget, machine: Machine, cache_size: int) -> dict[str, Any]:
+    """The teacher's part under either `teacher.source`: GPU-hours, and bytes that stay for as long as students come.
+
+    `students_to_turn`: the first number of students for which the cache takes less.
+    """
+    epochs = budget.config.at.continuation.epochs
+    once = budget.labelled * budget.config.at.batch.seq_len * budget.teacher_forward / machine.flops_per_s / 3600
+    return {
+        "cache": {"gpu_hours": once, "bytes": cache_size},
+        "live": {"gpu_hours_a_student": epochs * once, "bytes": 0},
+        "cheaper_for_one_student": "cache" if epochs > 1 else "live",  # at equal hours live spares the disk
+        "students_to_turn": 1 // epochs + 1,
+    }
+
+
 def _memory(config: Config, machine: Machine, shape: Any, teacher: Any, cache_size: int) -> dict[str, dict[str, int]]:
     """By stage. `cpu` is the process's resident set without a GPU, `mapped` the file pages that come on top of it."""
+    found = _held(config, machine.gpus, shape, teacher, "cuda")
+    for name, one in _held(config, 1, shape, teacher, "cpu").items():
+        loads = name == "teacher" or (name == "distill" and "teacher" in one)
+        own = max(one["total"], memory.loading_bytes(config, teacher)) if loads else one["total"]
+        found[name]["cpu"] = own + memory.LIBRARIES_BYTES[config.at.runtime.compile == "auto"]
+    if config.distills and config.at.teacher.source == "cache":
+        found["distill"]["mapped"] = cache_size
+    return found
+
+
+def _held(config: Config, gpus: int, shape: Any, teacher: Any, device: str) -> dict[str, dict[str, int]]:
+    """Bytes by stage and purpose on a kind of device."""
     at = config.at
     rates = at.pretrain if config.init == "scratch" else at.continuation
     precision, continued = Precision.of(at.runtime), Precision.of(config.continuation_runtime)
     top_k = at.teacher.top_k if config.distills else 0
+
+    def training(narrowed: Precision, optimizer: str, ids: int = 0) -> dict[str, int]:
+        return memory.training_memory(at.batch, narrowed, shape, optimizer, gpus, ids, device)
+
     found = {
-        "pretrain": memory.training_memory(at.batch, precision, shape, at.pretrain.optimizer, machine.gpus),
-        "continue": memory.training_memory(at.batch, continued, shape, rates.optimizer, machine.gpus),
-        "distill": memory.training_memory(at.batch, continued, shape, rates.optimizer, machine.gpus, top_k),
-        "teacher": memory.capture_memory(config, teacher, shape.n_vocab),
+        "pretrain": training(precision, at.pretrain.optimizer),
+        "continue": training(continued, rates.optimizer),
+        "distill": training(continued, rates.optimizer, top_k),
+        "teacher": memory.teacher_memory(config, teacher, shape.n_vocab, at.teacher.batch_rows, device),
     }
-    for name, one in found.items():
-        own = max(one["total"], memory.loading_bytes(config, teacher)) if name == "teacher" else one["total"]
-        one["cpu"] = own + memory.LIBRARIES_BYTES[at.runtime.compile == "auto"]
-    if top_k:
-        found["distill"]["mapped"] = cache_size
+    if top_k and at.teacher.source == "live":
+        live = memory.teacher_memory(config, teacher, shape.n_vocab, at.batch.micro_batch_rows, device)["total"]
+        found["distill"] |= {"teacher": live, "total": found["distill"]["total"] + live}
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from microlm.config import Config
 from microlm.corpus.parts import PARTS, SMOLLM2
 from microlm.model import ModelShape
-from microlm.objective.vocabulary_blocks import BLOCK_ELEMENTS, KEPT_ELEMENTS
+from microlm.objective.vocabulary_blocks import layout_of
 from microlm.plan.sizes import TeacherShape, block_matrix_count, parameter_count
 from microlm.scale import BatchConfig, RuntimeConfig
 from microlm.teacher.capture import GROUPS, HEAD_ROWS
@@ -63,20 +63,24 @@ def activation_bytes(shape: ModelShape, rows: int, seq_len: int, precision: Prec
     return tokens * (shape.layers * token + last + 8) + casts
 
 
-def head_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:
+def head_bytes(shape: ModelShape, tokens: int, precision: Precision, device: str) -> int:
     """Of objective/fused_head.py: the cast weight, the logits that are held, gradients of the hidden states."""
     a = precision.activation_bytes
-    whole = tokens * shape.n_vocab
-    block = max(256, min(BLOCK_ELEMENTS // tokens // 256 * 256, 16384))
     cast = a * shape.n_vocab * shape.hidden_size if a < FLOAT32 else 0
-    logits = whole if whole <= KEPT_ELEMENTS else tokens * block
+    logits = layout_of(tokens, shape.n_vocab, device).elements(tokens, shape.n_vocab)
     return cast + a * logits + tokens * shape.hidden_size * (FLOAT32 + 2 * a)
 
 
 def training_memory(
-    batch: BatchConfig, precision: Precision, shape: ModelShape, optimizer: str, gpus: int, top_k: int = 0
+    batch: BatchConfig,
+    precision: Precision,
+    shape: ModelShape,
+    optimizer: str,
+    gpus: int,
+    top_k: int = 0,
+    device: str = "cuda",
 ) -> dict[str, int]:
-    """Bytes by purpose and in total, per GPU; each holds the whole model. `top_k`: ids of a distillation."""
+    """Bytes by purpose and in total, per device; each holds the whole model. `top_k`: ids of a distillation."""
     tokens = batch.micro_batch_rows * batch.seq_len
     held = {
         "weights": FLOAT32 * parameter_count(shape),
@@ -85,7 +89,7 @@ def training_memory(
     }
     embedding = FLOAT32 * shape.padded_vocab * shape.hidden_size
     parts = -(-(batch.rows // batch.micro_batch_rows) // gpus)
-    head = head_bytes(shape, tokens, precision) + ENTRY_BYTES * tokens * top_k
+    head = head_bytes(shape, tokens, precision, device) + ENTRY_BYTES * tokens * top_k
     # with several parts a step, the head's new gradient stands beside the sum of the earlier ones
     passing = {
         "activations": activation_bytes(shape, batch.micro_batch_rows, batch.seq_len, precision),
@@ -95,15 +99,15 @@ def training_memory(
     return {**held, **passing, "total": sum(held.values()) + max(sum(passing.values()), 2 * embedding)}
 
 
-def capture_memory(config: Config, teacher: TeacherShape, n_vocab: int) -> dict[str, int]:
-    """Bytes of the teacher at work, per GPU. Without its shape (`--teacher-parameters`) only the weights are known."""
+def teacher_memory(config: Config, teacher: TeacherShape, n_vocab: int, rows: int, device: str) -> dict[str, int]:
+    """Bytes of the teacher at work on `rows` windows. Without its shape only the weights are known."""
     a = Precision.of(config.at.runtime).activation_bytes
-    tokens = config.at.teacher.batch_rows * config.at.batch.seq_len
+    tokens, logit = rows * config.at.batch.seq_len, FLOAT32 if device == "cuda" else a
     padded = -(-n_vocab // GROUPS) * GROUPS
     found = {
         "weights": a * teacher.parameters,
         "activations": a * tokens * (4 * teacher.hidden_size + 3 * teacher.intermediate_size),
-        "head": a * padded * (teacher.hidden_size + HEAD_ROWS),
+        "head": padded * (a * teacher.hidden_size + logit * HEAD_ROWS[device]),
     }
     return {**found, "total": sum(found.values())}
 

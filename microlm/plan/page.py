@@ -10,6 +10,7 @@ MEMORY_ROWS = {
     "optimizer": "optimizer",
     "activations": "activations",
     "head": "head and loss",
+    "teacher": "teacher",
     "total": "total",
     "cpu": "without a GPU",
     "mapped": "mapped files",
@@ -109,14 +110,22 @@ def _memory(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _cache(plan: dict[str, Any]) -> Iterator[str]:
-    met, record = plan["break_even"], plan["cache_bytes_per_token"]
+    met, sources = plan["break_even"], plan["sources"]
+    cache, live = sources["cache"], sources["live"]
     epochs = f"{met['epochs_a_student']} epoch{'s' if met['epochs_a_student'] > 1 else ''}"
-    told = (
-        f"cache: {record} bytes a token; distill reads {size(met['read_bytes_per_s'])}/s for each GPU. With the "
-        f"teacher live in every step, distill would cost {met['live_over_cached']:.2f} times as much; capturing has "
-        f"paid after {met['epochs']:.2f} epochs, with student {met['students']} of {epochs} each"
+    yield from wrap(
+        f"cache: {plan['cache_bytes_per_token']} bytes a token; distill reads {size(met['read_bytes_per_s'])}/s for "
+        f"each GPU. With the teacher live a step of distill takes {met['live_over_cached']:.2f} times as much",
+        WIDTH,
     )
-    yield from wrap(told, WIDTH)
+    turn = f"from student {sources['students_to_turn']} on the cache is"
+    cheaper = "the cache is cheaper" if sources["cheaper_for_one_student"] == "cache" else f"live is cheaper, {turn}"
+    yield from wrap(
+        f"teacher.source: cache takes {spell_hours(cache['gpu_hours'])} GPU-hours once and {size(cache['bytes'])} of "
+        f"disk, live {spell_hours(live['gpu_hours_a_student'])} GPU-hours for each student of {epochs} and no disk: "
+        f"{cheaper}",
+        WIDTH,
+    )
 
 
 def disk_lines(disk: dict[str, int]) -> str:

@@ -23,21 +23,16 @@ HELLASWAG_QUESTIONS = 10_042
 
 @dataclass(frozen=True)
 class Work:
-    """`flops` of all, `evaluation_flops` of them in evaluations during the training."""
+    """Of one stage."""
 
     tokens: int
     steps: int | None
     flops: float
-    evaluation_flops: float = 0.0
     busy: float = 1.0  # share of the GPUs that have something to do
 
     def hours(self, gpus: int, flops_per_s: float) -> float:
-        """Wall-clock hours on `gpus` that each do `flops_per_s` while they are busy.
-
-        The first process alone evaluates a model in training, and the others wait for it.
-        """
-        shared = self.flops - self.evaluation_flops
-        return (shared / (gpus * self.busy) + self.evaluation_flops) / flops_per_s / 3600
+        """Wall-clock hours on `gpus` that each do `flops_per_s` while they are busy."""
+        return self.flops / (gpus * self.busy) / flops_per_s / 3600
 
 
 def forward_flops(multiplied: int, layers: int, width: int, positions: int) -> int:
@@ -87,11 +82,12 @@ def stages(budget: Budget, gpus: int) -> dict[str, Work]:
     config = budget.config
     at = config.at
     rates = at.pretrain if config.init == "scratch" else at.continuation
+    live = budget.teacher_forward if config.distills and at.teacher.source == "live" else 0
     found = {
         "pretrain": _training(budget, at.pretrain.tokens // at.batch.batch_tokens, at.pretrain, gpus),
         "teacher": _capture(budget),
         "continue": _training(budget, budget.continuation_steps, rates, gpus),
-        "distill": _training(budget, budget.continuation_steps, rates, gpus),
+        "distill": _training(budget, budget.continuation_steps, rates, gpus, live),
         "evaluate": _evaluate(budget),
     }
     if at.continuation.windows == "difference":
@@ -106,22 +102,22 @@ def busy_share(config: Config, gpus: int) -> float:
     return parts / (gpus * math.ceil(parts / gpus))
 
 
-def _training(budget: Budget, steps: int, rates: OptimizationConfig, gpus: int) -> Work:
+def _training(budget: Budget, steps: int, rates: OptimizationConfig, gpus: int, live: int = 0) -> Work:
+    """`live`: operations that the teacher spends on a token of a step."""
     batch = budget.config.at.batch
     tokens = steps * batch.batch_tokens
     points = math.ceil(steps / rates.evaluate_every) + 1
     seen = min(rates.validation_windows, budget.val_windows) * batch.seq_len + rates.hellaswag_items * HELLASWAG_TOKENS
     evaluation = points * seen * budget.student_forward
     busy = busy_share(budget.config, gpus)
-    return Work(tokens, steps, tokens * 3 * budget.student_forward + evaluation, evaluation, busy)
+    return Work(tokens, steps, tokens * (3 * budget.student_forward + live) + evaluation, busy)
 
 
 def _capture(budget: Budget) -> Work:
     at = budget.config.at
-    seen = (
-        budget.labelled + min(TABLE_WINDOWS, budget.labelled) + min(at.pretrain.validation_windows, budget.val_windows)
-    )
-    tokens = budget.labelled * at.batch.seq_len
+    cached = budget.labelled if at.teacher.source == "cache" else 0
+    seen = cached + min(TABLE_WINDOWS, budget.labelled) + min(at.pretrain.validation_windows, budget.val_windows)
+    tokens = cached * at.batch.seq_len
     return Work(tokens, None, seen * at.batch.seq_len * budget.teacher_forward)
 
 

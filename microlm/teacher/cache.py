@@ -248,6 +248,7 @@ class TeacherCache:
     def of_batch(self, batch: Batch, temperature: float) -> SparseTeacher:
         """The same, of a batch that brought its records along, or whose records are read now."""
         device = batch.tokens.device
+        self.tables = self.tables.to(device)  # once: a copy from memory that is not pinned waits for the device
         records = self.read(batch.windows).to(device) if batch.records is None else batch.records
         return sparse_teacher(records, self.identity, self.tables, temperature)
 

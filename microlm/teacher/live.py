@@ -38,5 +38,6 @@ class LiveTeacher:
         Raises:
             UserError: the teacher's logits are not finite, or the temperature is not one of the identity's.
         """
+        self._tables = self._tables.to(batch.tokens.device)  # once, as in cache.py
         labels = labels_of(self._model, self._record, batch)
         return sparse_teacher(labels.rows.to(batch.tokens.device), self.identity, self._tables, temperature)
