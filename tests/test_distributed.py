@@ -253,11 +253,15 @@ def test_processes_read_the_windows_of_the_step_each_once(parts: int, rows: int,
 
 def test_batches_read_ahead_are_those_read_when_needed(tmp_path: Path) -> None:
     batches = Batches(toy_shards(tmp_path, 70, tokens=900), BatchConfig(16, 64, 2), seed=1)
-    plain, ahead = (Feed(batches, torch.device("cpu"), ahead) for ahead in (False, True))
+
+    def records(windows: np.ndarray, step: int) -> torch.Tensor:
+        return torch.from_numpy((windows[:, None] + step + np.arange(5)).astype(np.uint8))
+
+    plain, ahead = (Feed(batches, torch.device("cpu"), records, ahead) for ahead in (False, True))
     for step in (3, 4, 5, 9, 10, 0, 31):
         for a, b in zip(plain.micro_batches(step), ahead.micro_batches(step), strict=True):
-            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets)
-            assert (a.windows == b.windows).all()
+            assert torch.equal(a.rows, b.rows) and torch.equal(a.records, b.records)
+            assert torch.equal(b.records, records(b.windows, step)) and (a.windows == b.windows).all()
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64)), min_size=1, max_size=40), st.integers(1, 9))
