@@ -29,6 +29,7 @@ from microlm.evaluation.run import Material, evaluate, gather, refuse_foreign_pl
 from microlm.evaluation.tasks import TASKS
 from microlm.files import write_json
 from microlm.plan.estimate import Machine, config_of_scale, disk_here, make_plan
+from microlm.plan.measured import rate_of
 from microlm.plan.page import disk_lines, page
 from microlm.report.evaluation_table import comparison_text, results_text
 from microlm.runtime import Runtime, set_up
@@ -85,8 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     found = commands.add_parser("plan", help="tokens, FLOPs, bytes, memory and hours of a scale, before it is run")
     found.add_argument("--scale", metavar="NAME", help="a scale of params.yaml (default: the one it chooses)")
     found.add_argument("--gpus", type=int, default=1, metavar="N")
-    found.add_argument("--peak-tflops", type=float, default=Machine.peak_tflops, help="of one GPU (default an H100's)")
-    found.add_argument("--utilisation", type=float, default=Machine.utilisation, help="share of the peak (default 0.4)")
+    found.add_argument(
+        "--card", metavar="NAME", help="as measured by make gpu: a file of bench/gpu (default the only one)"
+    )
+    found.add_argument(
+        "--peak-tflops", type=float, help="of one GPU (default the card's; an H100's if none is measured)"
+    )
+    found.add_argument(
+        "--utilisation", type=float, help="share of the peak (default the card's; 0.4 if none is measured)"
+    )
     found.add_argument("--price-per-gpu-hour", type=float, metavar="X")
     found.add_argument("--teacher-parameters", type=int, metavar="N", help="of a teacher that is not known here")
     found.add_argument("--json", action="store_true")
@@ -98,9 +106,13 @@ def _plan(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')}: {value} is not a number above 0")
-    if arguments.utilisation > 1:
+    if arguments.utilisation is not None and arguments.utilisation > 1:
         raise UserError(f"--utilisation: {arguments.utilisation:g} is more than the whole; a share, e.g. 0.4")
-    machine = Machine(arguments.gpus, arguments.peak_tflops, arguments.utilisation, arguments.price_per_gpu_hour)
+    rate = rate_of(arguments.card)
+    stated = {key: getattr(arguments, key) for key in ("peak_tflops", "utilisation") if getattr(arguments, key)}
+    if stated:
+        rate = replace(rate, **stated, source="as stated")
+    machine = Machine(arguments.gpus, rate, arguments.price_per_gpu_hour)
     found = make_plan(config_of_scale(arguments.scale), machine, arguments.teacher_parameters)
     disk = disk_here(found)
     print(json.dumps(found | {"disk": disk}, indent=2) if arguments.json else f"{page(found)}\n{disk_lines(disk)}")

@@ -18,7 +18,9 @@ from microlm.files import read_json, read_yaml
 from microlm.model import ModelShape, StudentLM
 from microlm.objective.definition import Objective
 from microlm.objective.fused_head import fused_head_loss
+from microlm.objective.vocabulary_blocks import COLUMNS, SIZES, SPARE, layout_of
 from microlm.plan.estimate import Machine, config_of_scale, make_plan
+from microlm.plan.measured import ASSUMED, Rate, rate_of
 from microlm.plan.memory import FLOAT32, Precision, activation_bytes, optimizer_bytes, training_memory
 from microlm.plan.page import page
 from microlm.plan.sizes import KNOWN_TEACHERS, VOCABULARIES, parameter_count, teacher_shape
@@ -28,7 +30,7 @@ from microlm.training.optimizer import Optimizers
 from tests.clones import ROOT, Clone
 from tests.tiny_teacher import tiny_llama
 
-SCALES = ("laptop", "study", "gpt2-124m")
+SCALES = ("laptop", "study", "one-gpu", "gpt2-124m")
 WITHIN = 0.1
 
 
@@ -196,12 +198,10 @@ def test_directory_of_a_teacher_is_read(parts: Path, tmp_path: Path) -> None:
 @given(scale=st.sampled_from(SCALES), gpus=st.integers(1, 64), share=st.floats(0.01, 1), price=st.floats(0.01, 100))
 @settings(max_examples=30)
 def test_gpu_hours_are_flops_at_the_stated_speed(scale: str, gpus: int, share: float, price: float) -> None:
-    plan = make_plan(config_of_scale(scale), Machine(gpus, 500.0, share, price))
+    plan = make_plan(config_of_scale(scale), Machine(gpus, Rate(500.0, share, "as stated"), price))
     for name, one in plan["stages"].items():
         busy = plan["busy_share"] if name in ("pretrain", "continue", "distill") else 1
-        waited = one["evaluation_flops"] * gpus  # all wait for the one that evaluates
-        paid_flops = (one["flops"] - one["evaluation_flops"]) / busy + waited
-        assert one["gpu_hours"] * 3600 * 500e12 * share == pytest.approx(paid_flops)
+        assert one["gpu_hours"] * 3600 * 500e12 * share == pytest.approx(one["flops"] / busy)
         assert one["price"] == pytest.approx(one["gpu_hours"] * price)
         assert one["hours"] * gpus == pytest.approx(one["gpu_hours"])
     assert 0 < plan["busy_share"] <= 1
@@ -217,6 +217,88 @@ def test_more_gpus_never_take_more_memory_each(rows: int, parts: int, gpus: int)
     assert many <= alone
 
 
+@given(epochs=st.integers(1, 8), gpus=st.sampled_from([1, 2, 4, 8]))
+def test_source_that_is_said_to_be_cheaper_is(epochs: int, gpus: int) -> None:
+    config = config_of_scale("gpt2-124m")
+    at = replace(config.at, continuation=replace(config.at.continuation, epochs=epochs))
+    plans = {
+        source: make_plan(replace(config, at=replace(at, teacher=replace(at.teacher, source=source))), Machine(gpus))
+        for source in ("cache", "live")
+    }
+    told = plans["cache"]["sources"]
+    assert told == plans["live"]["sources"]
+
+    def spent(source: str, students: int) -> float:
+        once, each = told["cache"]["gpu_hours"], told["live"]["gpu_hours_a_student"]
+        return once if source == "cache" else students * each
+
+    turn = told["students_to_turn"]
+    assert spent("cache", turn) < spent("live", turn)
+    assert turn == 1 or spent("cache", turn - 1) >= spent("live", turn - 1) * (1 - 1e-9)
+    cheaper = min(
+        ("live", "cache"), key=lambda source: round(spent(source, 1), 9)
+    )  # at equal hours the one without a disk
+    assert told["cheaper_for_one_student"] == cheaper
+    # what the stages' own rows say of the two
+    extra = {s: sum(plans[s]["stages"][n]["gpu_hours"] for n in ("teacher", "distill")) for s in plans}
+    whole_steps = 1e-3 * spent("live", 1)  # the windows that do not fill a step are labelled, and not trained on
+    assert extra["live"] - extra["cache"] == pytest.approx(spent("live", 1) - spent("cache", 1), abs=whole_steps)
+    assert plans["cache"]["bytes"]["data/teacher"] > 1e11 > 1e6 > plans["live"]["bytes"]["data/teacher"]
+
+
+def test_one_gpu_fits_24_gb_and_the_headline_record_140_bytes() -> None:
+    plan = make_plan(config_of_scale("one-gpu"), Machine())
+    slack = 2e9  # CUDA's context and the allocator's
+    assert max(one["total"] for one in plan["memory"].values()) + slack < 24e9
+    assert sum(one["hours"] for one in plan["stages"].values()) < 8
+    headline = make_plan(config_of_scale("gpt2-124m"), Machine())
+    assert headline["cache_bytes_per_token"] <= 140 and plan["cache_bytes_per_token"] <= 140
+
+
+@given(rows=st.integers(1, 2**17), n_vocab=st.integers(1, 2**18), device=st.sampled_from(["cpu", "cuda"]))
+def test_logits_that_are_held_stay_within_bounds(rows: int, n_vocab: int, device: str) -> None:
+    layout, sizes = layout_of(rows, n_vocab, device), SIZES[device]
+    slack = rows * (COLUMNS + 2 * SPARE)  # a block has whole columns, however many rows there are
+    assert 1 <= layout.width <= layout.row and rows * layout.row < 2**31  # what an int32 can index
+    assert rows * layout.width <= sizes.block + slack
+    held = layout.elements(rows, n_vocab)
+    blocks = -(-n_vocab // layout.width)
+    assert held <= (sizes.kept if layout.kept else sizes.block) + blocks * slack
+    assert layout.kept == (rows * n_vocab <= sizes.kept)
+
+
+# --- measured cards -------------------------------------------------------------------------------------------------
+
+
+def card_file(folder: Path, name: str, **content: Any) -> Path:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_measured_card_takes_the_place_of_the_assumed_one(tmp_path: Path) -> None:
+    assert rate_of(None, tmp_path) == ASSUMED
+    card_file(tmp_path, "h100", peak_tflops=700.0, utilisation=0.5)
+    card_file(tmp_path, "cut-short", peak_tflops=700.0)
+    assert (rate_of(None, tmp_path).peak_tflops, rate_of(None, tmp_path).utilisation) == (700.0, 0.5)
+    assert "assumed" not in page(make_plan(config_of_scale("one-gpu"), Machine(1, rate_of(None, tmp_path))))
+    card_file(tmp_path, "a100", peak_tflops=250.0, utilisation=0.4)
+    assert rate_of(None, tmp_path) == ASSUMED  # which of the two is meant is not known
+    assert rate_of("a100", tmp_path).peak_tflops == 250.0
+    with pytest.raises(UserError, match="--card: 'b200' was not measured; known: a100, h100"):
+        rate_of("b200", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"peak_tflops": "fast", "utilisation": 0.4}', '{"peak_tflops": 700, "utilisation": 40}']
+)
+def test_damaged_card_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "h100.json").write_text(content)
+    with pytest.raises(UserError, match=r"h100\.json.*make gpu") as told:
+        rate_of(None, tmp_path)
+    assert "\n" not in str(told.value)
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +306,7 @@ def test_command_prints_page_and_json(tmp_path: Path) -> None:
     clone = Clone(tmp_path)
     command = [sys.executable, "-m", "microlm", "plan", "--scale", "gpt2-124m", "--gpus", "8"]
     printed = clone.run(*command).stdout
-    plan = make_plan(config_of_scale("gpt2-124m"), Machine(8))
+    plan = make_plan(config_of_scale("gpt2-124m"), Machine(8, rate_of(None)))
     assert printed.startswith(page(plan)) and printed.splitlines()[-2].startswith("disk here: ")
     found = json.loads(clone.run(*command, "--json").stdout)
     assert found.pop("disk")["needed"] == sum(plan["bytes"].values())
@@ -239,6 +321,7 @@ def test_command_prints_page_and_json(tmp_path: Path) -> None:
         (["--gpus", "0"], "--gpus: 0 is not a number above 0"),
         (["--utilisation", "nan"], "--utilisation: nan is not a number above 0"),
         (["--utilisation", "40"], "--utilisation: 40 is more than the whole"),
+        (["--card", "abacus"], "--card: 'abacus' was not measured; known: "),
         (["--price-per-gpu-hour", "-1"], "--price-per-gpu-hour: -1.0 is not a number above 0"),
         (["--scale", "smoke"], "teacher.model: data/tiny-teacher is no folder here"),
     ],
@@ -279,4 +362,4 @@ def test_known_teachers_are_those_of_the_scales() -> None:
 def test_docs_show_the_page() -> None:
     text = (ROOT / "docs" / "scale.md").read_text()
     shown = text.split("<!-- plan:begin -->\n```\n")[1].split("```\n<!-- plan:end -->")[0]
-    assert shown == page(make_plan(config_of_scale("gpt2-124m"), Machine(8)))
+    assert shown == page(make_plan(config_of_scale("gpt2-124m"), Machine(8, rate_of(None))))

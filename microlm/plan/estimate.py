@@ -10,28 +10,26 @@ from microlm.errors import UserError
 from microlm.files import read_yaml
 from microlm.pipeline.ledger import break_even
 from microlm.plan import memory, work
+from microlm.plan.measured import ASSUMED, Rate
 from microlm.plan.memory import Precision
 from microlm.plan.sizes import corpus_size, parameter_count, student_shape, teacher_shape, vocabulary_of
 from microlm.plan.storage import cache_bytes, cache_plan, storage
 from microlm.scale import ScaleConfig
 from microlm.schema import parse
 
-H100_TFLOPS = 989.0  # dense bfloat16 of an H100 SXM, by its maker's data sheet
-
 
 @dataclass(frozen=True)
 class Machine:
-    """Of one GPU: `peak_tflops` 10^12 operations a second, of which a run reaches `utilisation`."""
+    """`gpus` of one kind."""
 
     gpus: int = 1
-    peak_tflops: float = H100_TFLOPS
-    utilisation: float = 0.4
+    rate: Rate = ASSUMED
     price_per_gpu_hour: float | None = None
 
     @property
     def flops_per_s(self) -> float:
         """Of one GPU at work."""
-        return self.peak_tflops * 1e12 * self.utilisation
+        return self.rate.peak_tflops * 1e12 * self.rate.utilisation
 
 
 def config_of_scale(scale: str | None) -> Config:
@@ -64,7 +62,7 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
     record = layout.token_bytes
     return {
         "scale": config.scale,
-        "machine": vars(machine),
+        "machine": {"gpus": machine.gpus, **vars(machine.rate), "price_per_gpu_hour": machine.price_per_gpu_hour},
         "student": {"parameters": parameter_count(shape), **vars(shape)},
         "teacher": {"model": at.teacher.model, **vars(teacher)},
         "tokens": {"train": corpus.train_tokens, "val": corpus.val_tokens, "labelled": windows * at.batch.seq_len},

@@ -59,7 +59,7 @@ def _head(plan: dict[str, Any]) -> Iterator[str]:
     yield f"corpus    {tokens['train']:,} training and {tokens['val']:,} validation tokens"
     yield (
         f"machine   {gpus} GPU{'s' if gpus > 1 else ''} of {machine['peak_tflops']:g} TFLOP/s, "
-        f"{machine['utilisation']:.0%} of which are reached (assumed, not measured)"
+        f"{machine['utilisation']:.0%} of which are reached ({machine['source']})"
     )
     if plan["busy_share"] < 1:
         yield (
@@ -104,6 +104,8 @@ def _bytes(plan: dict[str, Any]) -> Iterator[str]:
 def _memory(plan: dict[str, Any]) -> Iterator[str]:
     yield f"{'memory of a GPU':<16}" + "".join(f"{name:>11}" for name in plan["memory"])
     for row, said in MEMORY_ROWS.items():
+        if not any(row in one for one in plan["memory"].values()):
+            continue
         values = "".join(f"{size(one[row]) if row in one else '':>11}" for one in plan["memory"].values())
         yield f"  {said:<14}{values}".rstrip()
     yield "without a GPU: the process's resident set, libraries included; the system takes mapped files back at need"

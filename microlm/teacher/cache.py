@@ -307,7 +307,7 @@ def _verify(directory: Path, sizes: dict[str, int], sha256: dict[str, str | None
             raise UserError(f"{path}: {path.stat().st_size} bytes long, expected {expected}; {REMAKE}")
     if distributed.local_rank() == 0:
         memo = scratch_root() / f"verified-{sha256_json(str(directory.resolve()))[:16]}.json"
-        known = read_json(memo, "teacher") if memo.is_file() and sum(sizes.values()) > TRUSTED_BYTES else {}
+        known = _remembered(memo) if sum(sizes.values()) > TRUSTED_BYTES else {}
         new = {name: [*_identity_of(directory / name), sha256[name]] for name in sizes}
         unknown = [name for name in sizes if known.get(name) != new[name]]
         with ThreadPoolExecutor(available_cores()) as readers:
@@ -317,6 +317,14 @@ def _verify(directory: Path, sizes: dict[str, int], sha256: dict[str, str | None
         if unknown and sum(sizes.values()) > TRUSTED_BYTES:
             write_json(memo, new)
     distributed.wait_for_all()
+
+
+def _remembered(memo: Path) -> dict[str, Any]:
+    """Nothing where the file is absent or damaged: all is hashed again."""
+    try:
+        return read_json(memo, "teacher")
+    except UserError:
+        return {}
 
 
 def _identity_of(path: Path) -> tuple[int, int, int]:
