@@ -160,6 +160,42 @@ def test_every_parameter_is_optimized_once_and_only_matrices_decay(optimizer):
         assert {id(p) in matrices for p in group["params"]} == {group["weight_decay"] > 0}
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_state_taken_over_is_the_state_given_bit_for_bit_and_a_copy(optimizer):
+    """A saved count is on the CPU; `load_state_dict` of its optimizer puts it where the next step wants it."""
+    settings = replace(SETTINGS, optimizer=optimizer)
+    models = student(), student()
+    giver, taker = (Optimizers(model, settings) for model in models)
+    for step in range(3):
+        gradients(models[0], step)
+        giver.step(0.5)
+    given_, rates = {name: value.clone() for name, value in giver.state_tensors().items()}, taker.learning_rate
+    taker.load_state_tensors(giver.state_tensors())
+    models[1].load_state_dict(models[0].state_dict())
+    taken = taker.state_tensors()
+    assert taken.keys() == given_.keys() and len(taken) >= len(list(models[0].parameters()))
+    assert all(torch.equal(taken[name], value) and taken[name].dtype == value.dtype for name, value in given_.items())
+    assert taker.learning_rate == rates  # of the settings, not of the giver's last step
+    for model, optimizers in zip(models, (giver, taker)):
+        gradients(model, 3)
+        optimizers.step(0.25)
+    assert same_bits(*models) and taker.learning_rate == giver.learning_rate
+    gradients(models[0], 4)
+    giver.step(1.0)
+    assert any(not torch.equal(value, giver.state_tensors()[name]) for name, value in taker.state_tensors().items())
+
+
+def gradients(model: StudentLM, step: int) -> None:
+    drawn = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=drawn)
+
+
+def test_a_state_of_another_model_is_refused():
+    with pytest.raises(KeyError, match=r"model\.layers\.9"):
+        Optimizers(student(), SETTINGS).load_state_tensors({"model.layers.9.x/momentum_buffer": torch.zeros(1)})
+
+
 @given(
     st.integers(1, 400),
     st.floats(0, 0.5),

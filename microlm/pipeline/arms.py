@@ -46,7 +46,7 @@ from microlm.teacher import cache as cache_module
 from microlm.teacher import capture, live, projected, projection, records
 from microlm.teacher.cache import TeacherCache, cache_identity
 from microlm.teacher.live import LiveTeacher
-from microlm.training import feed, loop, optimizer, replica
+from microlm.training import feed, loop, muon, optimizer, replica
 from microlm.training.loop import Loss, Plan, train
 from microlm.training.optimizer import Optimizers
 
@@ -55,7 +55,7 @@ PLOTS, METRICS = Path("plots"), Path("metrics")
 CROSS_ENTROPY = "cross-entropy"
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round shapes
 CODE = (
-    *(model_module, batches_module, cache_module, feed, loop, optimizer, replica, losses),
+    *(model_module, batches_module, cache_module, feed, loop, muon, optimizer, replica, losses),
     *(capped_tail, definition, dense_tail, divergences, fused_head, on_policy, sampling, schedule),
     *(table_tail, tails, vocabulary_blocks, records, capture, live, projected, projection),
 )

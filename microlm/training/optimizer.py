@@ -8,6 +8,9 @@ became of them. AdamW, whose steps cost nothing, is done by all alike.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,9 +18,11 @@ from torch import Tensor, nn
 
 from microlm import distributed
 from microlm.scale import OptimizationConfig
+from microlm.training.muon import STATE, BatchedMuon
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
-MUON_MOMENTUM, MUON_STATE = 0.95, "momentum_buffer"
+MUON_MOMENTUM = 0.95
+MOMENTS = {torch.optim.Muon: 1, BatchedMuon: 1, torch.optim.AdamW: 2}  # tensors of a parameter's shape in the state
 
 
 def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -41,7 +46,8 @@ class Optimizers:
         named = dict(model.named_parameters())
         matrices = {n: p for n, p in named.items() if is_block_matrix(n, p)}
         others = {n: p for n, p in named.items() if n not in matrices}
-        fused = True if next(iter(named.values())).device.type in ("cpu", "cuda") else None
+        device = next(iter(named.values())).device.type
+        fused = True if device in ("cpu", "cuda") else None
         adamw_groups = [{"params": list(others.values()), "weight_decay": 0.0}]
         self._all: list[torch.optim.Optimizer] = []
         self._dealt: dict[str, tuple[nn.Parameter, int]] = {}  # matrices and their processes, where there are several
@@ -51,20 +57,24 @@ class Optimizers:
                 self._dealt = {name: (matrix, owners[name]) for name, matrix in matrices.items()}
             mine = [matrix for name, matrix in matrices.items() if owners[name] == distributed.rank()]
             if mine:
+                muon = BatchedMuon if device == "cuda" else torch.optim.Muon  # a CPU has no launches to save
                 rate, decay = config.muon_learning_rate, config.weight_decay
-                self._all.append(torch.optim.Muon(mine, lr=rate, momentum=MUON_MOMENTUM, weight_decay=decay))
+                self._all.append(muon(mine, lr=rate, momentum=MUON_MOMENTUM, weight_decay=decay))
         else:
             adamw_groups.append({"params": list(matrices.values()), "weight_decay": config.weight_decay})
         self._all.append(
             torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS, fused=fused)
         )
-        self._groups = [group for optimizer in self._all for group in optimizer.param_groups]
         self._peaks = [group["lr"] for group in self._groups]
         self._names = {id(p): n for n, p in named.items()}
         self._parameters = list(named.values())
         held = [id(p) for group in self._groups for p in group["params"]]
         held += [id(p) for p, owner in self._dealt.values() if owner != distributed.rank()]
         assert sorted(held) == sorted(self._names), "every parameter is optimized exactly once"
+
+    @property
+    def _groups(self) -> list[dict]:
+        return [group for optimizer in self._all for group in optimizer.param_groups]
 
     @property
     def learning_rate(self) -> float:
@@ -79,9 +89,38 @@ class Optimizers:
             optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
-        sent = [dist.broadcast(p.detach(), owner, async_op=True) for p, owner in self._dealt.values()]
-        for work in sent:
+        self._exchange()
+
+    def _exchange(self) -> None:
+        """Send the others this process's matrices, and take theirs: one message an owner."""
+        by_owner: dict[int, list[Tensor]] = defaultdict(list)
+        for matrix, owner in self._dealt.values():
+            by_owner[owner].append(matrix.detach())
+        sent = []
+        for owner, matrices in by_owner.items():
+            count = sum(matrix.numel() for matrix in matrices)
+            mine = owner == distributed.rank()
+            flat = torch.cat([m.flatten() for m in matrices]) if mine else matrices[0].new_empty(count)
+            sent.append((dist.broadcast(flat, owner, async_op=True), flat, [] if mine else matrices))
+        for work, flat, matrices in sent:
             work.wait()
+            if matrices:
+                parts = flat.split([matrix.numel() for matrix in matrices])
+                torch._foreach_copy_(matrices, [part.view_as(m) for part, m in zip(parts, matrices)])
+
+    @contextmanager
+    def room_for_state(self) -> Iterator[None]:
+        """Hold as much memory as the state that the next step would add to what is there."""
+        held = [
+            torch.empty_like(parameter)
+            for optimizer in self._all
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if not optimizer.state.get(parameter)
+            for _ in range(MOMENTS[type(optimizer)])
+        ]
+        yield
+        held.clear()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and counts by `<parameter>/<name>`; learning rates follow from the step and are not state.
@@ -101,10 +140,10 @@ class Optimizers:
         held = {parameter: state for optimizer in self._all for parameter, state in optimizer.state.items()}
         found = {}
         for name, (matrix, owner) in self._dealt.items():
-            momentum = held[matrix][MUON_STATE] if owner == distributed.rank() else torch.empty_like(matrix)
+            momentum = held[matrix][STATE] if owner == distributed.rank() else torch.empty_like(matrix)
             dist.broadcast(momentum, owner)
             if distributed.is_first():
-                found[f"{name}/{MUON_STATE}"] = momentum.detach()
+                found[f"{name}/{STATE}"] = momentum.detach()
         return found
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -112,15 +151,26 @@ class Optimizers:
 
         KeyError where a parameter is not of this model.
         """
-        by_name = {name: identity for identity, name in self._names.items()}
-        owners = {id(p): (o, p) for o in self._all for group in o.param_groups for p in group["params"]}
+        by_name: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in tensors.items():
             name, _, state = key.rpartition("/")
-            if name in self._dealt and self._dealt[name][1] != distributed.rank():
-                continue
-            optimizer, parameter = owners[by_name[name]]
-            moved = value.clone() if state == "step" else value.to(parameter.device).clone()
-            optimizer.state[parameter][state] = moved
+            by_name[name][state] = value
+        if foreign := by_name.keys() - set(self._names.values()):
+            raise KeyError(min(foreign))
+        for optimizer in self._all:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            states = {
+                index: {state: _copied(state, value, parameter) for state, value in by_name[name].items()}
+                for index, parameter in enumerate(parameters)
+                if (name := self._names[id(parameter)]) in by_name
+            }
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _copied(state: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A count goes where its optimizer wants it, which `load_state_dict` knows: to the device for a fused kernel."""
+    return value.clone() if state == "step" else value.to(parameter.device, copy=True)
 
 
 def learning_rate_multiplier(config: OptimizationConfig, step: int, steps: int) -> float:
