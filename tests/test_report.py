@@ -57,6 +57,7 @@ def _write_scores(top: Path) -> None:
         _write_json(
             top / f"metrics/{name}.json",
             {
+                "source": "cache",
                 "tokens": 307_200 if name == "teacher" else 1_998_848,
                 "tokens_before": 0 if name == "control" else 1_998_848,
             },

@@ -24,7 +24,7 @@ ASSUMED = Rate(989.0, 0.4, "assumed, not measured")
 
 
 def measured_rates(folder: Path = MEASURED) -> dict[str, Rate]:
-    """By card, what `folder` holds; a card whose steps were not timed is left out. UserError where a file is damaged."""
+    """By card, of those whose steps were timed. UserError where a file is damaged."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:

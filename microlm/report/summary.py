@@ -107,7 +107,7 @@ def summarize(
         summary[name] = _model_row(score.metrics)
     for arm in ARMS:
         summary[arm] |= {key: training[arm][key] for key in ("tokens_before", "tokens")}
-    summary["teacher"] |= _teacher_cost(summary, training["teacher"]["tokens"])
+    summary["teacher"] |= _teacher_cost(summary, training["teacher"])
     for a, b in COMPARISONS:
         summary[f"{a}_minus_{b}"] = _difference(scores[a], scores[b], draws, seed)
     summary["verdict"] = _verdict(summary["student_minus_continued"])
@@ -121,11 +121,19 @@ def _model_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"parameters": metrics["parameters"], "val_bpb": round(metrics["validation"]["bpb"], 6), **scored}
 
 
-def _teacher_cost(summary: Mapping[str, Any], labelled: int) -> dict[str, Any]:
-    """Labelling against distilling, at 2 FLOPs a parameter and token forward, 4 more backward (Kaplan et al. 2020)."""
+def _teacher_cost(summary: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Labelling against distilling, at 2 FLOPs a parameter and token forward, 4 more backward (Kaplan et al. 2020).
+
+    A live teacher labels every token of the student's steps, one with a cache each window once.
+    """
     student = summary["student"]
+    labelled = student["tokens"] if teacher["source"] == "live" else teacher["tokens"]
     cost = 2 * summary["teacher"]["parameters"] * labelled / (6 * student["parameters"] * student["tokens"])
-    return {"tokens_labelled": labelled, "labelling_to_distilling_flops": round(cost, 6)}
+    return {
+        "source": teacher["source"],
+        "tokens_labelled": labelled,
+        "labelling_to_distilling_flops": round(cost, 6),
+    }
 
 
 def _difference(a: Scores, b: Scores, draws: int, seed: int) -> dict[str, float]:

@@ -115,8 +115,9 @@ def _teacher_cost(summary: Summary) -> str:
     labelled, tokens = summary["teacher"]["tokens_labelled"], summary["student"]["tokens"]
     ratio = summary["teacher"]["labelling_to_distilling_flops"]
     matched = amount(tokens * (1 + ratio))
+    who = "The teacher, live in every step," if summary["teacher"]["source"] == "live" else "The teacher"
     return (
-        f"The teacher labelled {amount(labelled)} tokens, about {ratio:.2g} times the arithmetic of the distillation "
+        f"{who} labelled {amount(labelled)} tokens, about {ratio:.2g} times the arithmetic of the distillation "
         f"itself. The arms are matched by tokens. Matched by arithmetic, continued would see {matched} "
         f"tokens in place of {amount(tokens)}; no such run is here."
     )

@@ -88,7 +88,8 @@ class RecordLayout:
         found, at = {}, 0
         for name, (dtype, count) in self.columns.items():
             size = dtype.itemsize * count
-            found[name] = rows[:, at : at + size].contiguous().view(dtype)
+            # a copy always: of a single row `contiguous` gives the row itself, at whatever byte it starts
+            found[name] = rows[:, at : at + size].clone(memory_format=torch.contiguous_format).view(dtype)
             at += size
         head = (len(rows), self.temperatures, self.top_k) if self.projected else (len(rows), self.top_k)
         ids = (found["ids"].long() & (2 ** (8 * found["ids"].itemsize) - 1)).view(head)
