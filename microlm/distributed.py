@@ -47,7 +47,9 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        # nccl's own 10 minutes would end a training in which one process compiles or reads a cache as much longer; one
+        # that is gone is no reason either, torchrun ends the others
+        dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
         _control = dist.new_group(backend="gloo", timeout=PATIENCE)
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)

@@ -132,12 +132,18 @@ def _run_reporting(main: Callable[[], None], reports: Path) -> None:
 
 
 def _stop_with_the_launcher() -> None:
-    """Ask this process to stop when the launcher dies without asking: a killed one can forward nothing."""
+    """Ask this process to stop when the launcher dies without asking: a killed one can forward nothing.
+
+    A launcher that is told to stop a second time ends at once, and this asks a second time for it. Whom it has not
+    asked before has as long as under a launcher.
+    """
     launcher = os.getppid()
 
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(SHUTDOWN_S)
 
     threading.Thread(target=watch, daemon=True).start()

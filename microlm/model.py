@@ -191,6 +191,10 @@ class StudentLM(nn.Module):
         """Compile the block's training pass; all layers share one graph. Evaluation, whose shapes vary, stays eager."""
         self._training_block = torch.compile(Block.__call__, dynamic=False)
 
+    @property
+    def compiled(self) -> bool:
+        return self._training_block is not Block.__call__
+
     def hidden(
         self,
         tokens: Tensor,

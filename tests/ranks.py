@@ -1,8 +1,9 @@
-"""What tests run in several processes, through the launcher: python -m tests.ranks pipeline | toy | refuse."""
+"""What tests run in several processes, through the launcher: python -m tests.ranks pipeline | toy | refuse | stuck."""
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +29,10 @@ from microlm.runtime import set_up
 from microlm.scale import BatchConfig, PretrainConfig
 from microlm.teacher import cache as cache_module
 from microlm.training.feed import Feed
-from microlm.training.loop import Loss, Plan, accumulate_gradients, train
+from microlm.training.loop import Loss, Plan, accumulate_gradients, per_token, train
 from microlm.training.optimizer import Optimizers
 from microlm.training.replica import Replica
+from microlm.training.stopping import stop_requests
 from microlm.training.telemetry import Evaluation
 from stages import evaluate
 
@@ -123,7 +125,7 @@ def toy() -> None:
     feed = Feed(toy_batches(UNEVEN), torch.device("cpu"))
     for step in range(2):  # the second pass is that of the buckets as the first one has ordered them
         replica.model.zero_grad(set_to_none=True)
-        mean = accumulate_gradients(replica, feed, LOSS, step, 0.0)
+        mean = per_token(accumulate_gradients(replica, feed, LOSS, step, 0.0).item(), feed)
     gradients = {name: p.grad.flatten()[:50].tolist() for name, p in replica.model.named_parameters()}
     runs = {
         "muon": toy_training("muon", LOSS),
@@ -143,5 +145,15 @@ def refuse() -> None:
     distributed.wait_for_all()
 
 
+def stuck() -> None:
+    """The first process waits for the last one in C, where no handler of Python's runs; the last one never comes."""
+    with stop_requests():
+        Path(f"waiting-{distributed.rank()}").touch()
+        if distributed.is_first():
+            distributed.wait_for_all()
+        while True:
+            time.sleep(1)
+
+
 if __name__ == "__main__":
-    run_shared_stage({"pipeline": pipeline, "toy": toy, "refuse": refuse}[sys.argv[1]])
+    run_shared_stage({"pipeline": pipeline, "toy": toy, "refuse": refuse, "stuck": stuck}[sys.argv[1]])

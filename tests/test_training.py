@@ -19,6 +19,7 @@ from microlm.model import ModelShape, StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.objective.schedule import AlphaSchedule, ObjectiveSchedule
 from microlm.pipeline.losses import Distillation, cross_entropy
+from microlm.plan.memory import Precision, training_memory
 from microlm.scale import BatchConfig, PretrainConfig
 from microlm.scratch import scratch
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
@@ -61,10 +62,14 @@ def look(model: StudentLM, train_windows: np.ndarray | None) -> Evaluation:
 
 
 def run(
-    shards, directory: Path, loss: Loss = CROSS_ENTROPY, settings: PretrainConfig = SETTINGS
+    shards,
+    directory: Path,
+    loss: Loss = CROSS_ENTROPY,
+    settings: PretrainConfig = SETTINGS,
+    batch: BatchConfig = BATCH,
 ) -> tuple[StudentLM, History]:
     model = student()
-    batches = Batches(shards, BATCH, seed=1, windows=evenly_spaced(50, 30))
+    batches = Batches(shards, batch, seed=1, windows=evenly_spaced(50, 30))
     history = train(
         model, batches, loss, Plan("toy", STEPS, 100, settings), Optimizers(model, settings), look, directory
     )
@@ -127,6 +132,44 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_checkpo
     resumed, _ = run(shards, tmp_path / "run")  # from the checkpoint of step 4
     whole, _ = run(shards, tmp_path / "whole")
     assert same_bits(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("rows", "mend"),
+    [(2, r"lower batch.micro_batch_rows=2 in params.yaml, e.g. to 1: a step stays 64 tokens"),
+     (4, r"lower batch.micro_batch_rows=4 in params.yaml, e.g. to 2"),
+     (1, r"batch.micro_batch_rows is 1 already: lower batch.seq_len")],
+)  # fmt: skip
+@pytest.mark.parametrize("call", [1, 100])
+def test_too_little_memory_is_told_with_the_plans_figure_and_the_key_to_lower(shards, tmp_path, call, rows, mend):
+    """In the rehearsal, before the first step, or when a later step has less room."""
+    calls, batch = [], replace(BATCH, micro_batch_rows=rows)
+
+    def hungry(*arguments) -> HeadLoss:
+        calls.append(1)
+        if len(calls) == min(call, 3 * batch.rows // rows):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...\nmore")
+        return CROSS_ENTROPY(*arguments)
+
+    planned = training_memory(batch, Precision(4, False), student().shape, "muon", 1, device="cpu")["total"] / 1e9
+    with pytest.raises(UserError, match=mend) as error:
+        run(shards, tmp_path, hungry, batch=batch)
+    told = str(error.value)
+    assert told.startswith("toy: the memory of cpu is too small (CUDA out of memory. Tried to allocate 2.00 GiB);")
+    assert f"the plan has {planned:.3g} GB" in told and "\n" not in told
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_rehearsal_holds_the_room_that_the_first_step_takes_and_no_more_later(optimizer):
+    model = student()
+    optimizers = Optimizers(model, replace(SETTINGS, optimizer=optimizer))
+    with optimizers.room_for_state() as missing:
+        pass
+    gradients(model, 0)
+    optimizers.step(1.0)
+    assert missing == sum(t.nbytes for name, t in optimizers.state_tensors().items() if not name.endswith("/step"))
+    with optimizers.room_for_state() as missing:
+        assert missing == 0
 
 
 def test_training_learns(shards, tmp_path):

@@ -1,10 +1,8 @@
 """The training loop of every arm. What is minimized is handed in."""
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,8 @@ from microlm.training.checkpoint import restore_checkpoint, save_checkpoint
 from microlm.training.feed import Feed
 from microlm.training.optimizer import Optimizers, learning_rate_multiplier
 from microlm.training.replica import Replica
+from microlm.training.room import memory_explained
+from microlm.training.stopping import stop_requests
 from microlm.training.telemetry import Evaluation, History
 
 Loss = Callable[[Tensor, Tensor, Batch, int, float], HeadLoss]
@@ -30,7 +30,7 @@ Loss = Callable[[Tensor, Tensor, Batch, int, float], HeadLoss]
 part of the step."""
 
 Evaluator = Callable[[StudentLM, np.ndarray | None], Evaluation]
-"""(model, training windows whose loss is wanted too) -> what is measured."""
+"""(model, training windows whose loss is wanted too) -> what is measured. Every process calls it, and gets the same."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,6 @@ class Interrupted(UserError):
     """Asked to stop; the state is saved."""
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag, so that a step is finished and saved before the process ends."""
-    asked: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def train(
     model: StudentLM,
     batches: Batches,
@@ -70,29 +58,38 @@ def train(
 ) -> History:
     """Train to the end, from the checkpoint in `directory` where there is one.
 
-    Several processes share each step's micro-batches, stop at the same step and refuse the same update; the first one
-    evaluates, saves and keeps the history.
+    Several processes share each step's micro-batches and each evaluation, stop at the same step and refuse the same
+    update; the first one saves.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; run the same command again to go on.
-        UserError: a loss or gradient is not finite; the last checkpoint stands.
+        UserError: a loss or gradient is not finite, and the last checkpoint stands; or memory is too small.
     """
+    with memory_explained(model, batches.config, plan.arm, plan.optimization.optimizer, cached_ids(loss)):
+        return _train(model, batches, loss, plan, optimizers, evaluator, directory)
+
+
+def _train(
+    model: StudentLM,
+    batches: Batches,
+    loss: Loss,
+    plan: Plan,
+    optimizers: Optimizers,
+    evaluator: Evaluator,
+    directory: Path,
+) -> History:
     start, history = restore_checkpoint(directory, model, optimizers)
     step_tokens = batches.config.batch_tokens
     replica, feed = Replica(model), feed_for(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
-    announce_expected_time(replica, feed, loss, plan, start)
+    announce_expected_time(replica, feed, loss, plan, optimizers, start)
     bar = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.arm)
     with stop_requests() as stopping, bar:
         for step in range(start, plan.steps + 1):
             if step % plan.optimization.evaluate_every == 0 or step == plan.steps:
-                if step > start:
-                    refuse_weights_not_finite(model, plan, batches, step)
-                    # before evaluating: an evaluation that dies must not cost the steps before it
-                    save_checkpoint(directory, model, optimizers, step, history)
-                if distributed.is_first():
-                    unseen = None if history.pending else batches.of_step(step)  # no step yet tells the training loss
-                    history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
-                distributed.wait_for_all()
+                if step > start:  # before evaluating: an evaluation that dies must not cost the steps before it
+                    save(directory, model, optimizers, plan, batches, step, history)
+                unseen = None if history.pending else batches.of_step(step)  # no step yet tells the training loss
+                history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
             if step == plan.steps:
                 break
             began = time.perf_counter()
@@ -103,8 +100,7 @@ def train(
             bar.set_postfix_str(f"loss {cross_entropy:.3f}, lr {optimizers.learning_rate:.1e}", refresh=False)
             bar.update(step_tokens)
             if distributed.any_rank(stopping()):
-                refuse_weights_not_finite(model, plan, batches, step + 1)
-                save_checkpoint(directory, model, optimizers, step + 1, history)
+                save(directory, model, optimizers, plan, batches, step + 1, history)
                 raise Interrupted(
                     f"{plan.arm}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
                     "run the same command again to go on"
@@ -118,10 +114,22 @@ def feed_for(batches: Batches, loss: Loss, progress: Callable[[int], float], dev
     return Feed(batches, device, read and (lambda windows, step: read(windows, progress(step))))
 
 
+def cached_ids(loss: Loss) -> int:
+    """Ids of a token that the loss compares with its teacher's; 0 of a loss without a teacher."""
+    teacher = getattr(loss, "teacher", None)
+    return teacher.identity.top_k if teacher is not None else 0
+
+
 def take_step(replica: Replica, feed: Feed, loss: Loss, plan: Plan, optimizers: Optimizers, step: int) -> float:
-    """One update. Returns the cross-entropy before it, nats per token, of all micro-batches."""
-    cross_entropy = accumulate_gradients(replica, feed, loss, step, step / plan.steps)
-    norm = float(torch.nn.utils.clip_grad_norm_(replica.model.parameters(), plan.optimization.clip_norm))
+    """One update. Returns the cross-entropy before it, nats per token, of all micro-batches.
+
+    On CUDA the host waits for the device once: for the sum of the losses and the gradient's norm, in one copy, without
+    which nothing may be updated. What a loss waits for comes on top. Several processes agree over gloo, on the host.
+    """
+    nats = accumulate_gradients(replica, feed, loss, step, step / plan.steps)
+    norm = torch.nn.utils.clip_grad_norm_(replica.model.parameters(), plan.optimization.clip_norm)
+    nats, norm = torch.stack((nats, norm.double())).tolist()
+    cross_entropy = per_token(nats, feed)
     if distributed.any_rank(not (math.isfinite(cross_entropy) and math.isfinite(norm))):
         raise UserError(
             f"{plan.arm}: step {step + 1} is not finite (cross-entropy {cross_entropy}, gradient norm {norm}; windows "
@@ -131,38 +139,57 @@ def take_step(replica: Replica, feed: Feed, loss: Loss, plan: Plan, optimizers: 
     return cross_entropy
 
 
-def refuse_weights_not_finite(model: StudentLM, plan: Plan, batches: Batches, step: int) -> None:
-    """An update can leave what no loss has shown yet: such weights never replace the last good checkpoint."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(
-            f"{plan.arm}: the update of step {step} left weights that are not finite (windows "
-            f"{batches.of_step(step - 1)[:8].tolist()} ...); nothing was saved. Lower the learning rates in params.yaml"
-        )
-
-
-def accumulate_gradients(replica: Replica, feed: Feed, loss: Loss, step: int, progress: float) -> float:
-    """Sum the gradients of the step's micro-batches; returns its cross-entropy, nats per token."""
+def accumulate_gradients(replica: Replica, feed: Feed, loss: Loss, step: int, progress: float) -> Tensor:
+    """Sum the gradients of the step's micro-batches, and their nats: those of this process, a float64 on the device."""
     model = replica.model.train()
-    total = torch.zeros((), dtype=torch.float64, device=model.head_weight.device)
+    nats = torch.zeros((), dtype=torch.float64, device=model.head_weight.device)
     parts = feed.micro_batches(step)
     for index, batch in enumerate(parts):
         with replica.part(last=index == len(parts) - 1):
             hidden = replica.hidden(batch.tokens).flatten(0, 1)
             part = loss(hidden, model.head_weight, batch, feed.config.batch_tokens, progress)
             part.loss.backward()
-        total += part.cross_entropy.double()
-    return distributed.sum_over_ranks(total.cpu()).item() / feed.config.batch_tokens
+        nats += part.cross_entropy.double()
+    return nats
 
 
-def announce_expected_time(replica: Replica, feed: Feed, loss: Loss, plan: Plan, start: int) -> None:
-    """Rehearse a step twice without an update: what does not fit in memory fails now, and the second pass is timed."""
+def per_token(nats: float, feed: Feed) -> float:
+    """The cross-entropy of a step whose nats in this process are `nats`."""
+    return distributed.sum_over_ranks(torch.tensor(nats, dtype=torch.float64)).item() / feed.config.batch_tokens
+
+
+def save(
+    directory: Path,
+    model: StudentLM,
+    optimizers: Optimizers,
+    plan: Plan,
+    batches: Batches,
+    step: int,
+    history: History,
+) -> None:
+    """A checkpoint of `step` steps. An update can leave what no loss has shown yet: that never replaces a good one."""
+    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+        raise UserError(
+            f"{plan.arm}: the update of step {step} left weights that are not finite (windows "
+            f"{batches.of_step(step - 1)[:8].tolist()} ...); nothing was saved. Lower the learning rates in params.yaml"
+        )
+    save_checkpoint(directory, model, optimizers, step, history)
+
+
+def announce_expected_time(
+    replica: Replica, feed: Feed, loss: Loss, plan: Plan, optimizers: Optimizers, start: int
+) -> None:
+    """Rehearse a step twice without an update, beside as much memory as its state will take: what does not fit fails
+    now, and the second pass is timed.
+    """
     if start >= plan.steps:
         return
-    for _ in range(2):
-        began = time.perf_counter()
-        accumulate_gradients(replica, feed, loss, start, start / plan.steps)
-        step_s = time.perf_counter() - began
-        replica.model.zero_grad(set_to_none=True)
+    with optimizers.room_for_state():
+        for _ in range(2):
+            began = time.perf_counter()
+            accumulate_gradients(replica, feed, loss, start, start / plan.steps).item()
+            step_s = time.perf_counter() - began
+            replica.model.zero_grad(set_to_none=True)
     rest = plan.steps - start
     resumed = f", resumed after step {start}" if start else ""
     banner(

@@ -109,8 +109,8 @@ class Optimizers:
                 torch._foreach_copy_(matrices, [part.view_as(m) for part, m in zip(parts, matrices)])
 
     @contextmanager
-    def room_for_state(self) -> Iterator[None]:
-        """Hold as much memory as the state that the next step would add to what is there."""
+    def room_for_state(self) -> Iterator[int]:
+        """Hold as much memory as the moments that the next step would add to what is there; yields its bytes."""
         held = [
             torch.empty_like(parameter)
             for optimizer in self._all
@@ -119,7 +119,7 @@ class Optimizers:
             if not optimizer.state.get(parameter)
             for _ in range(MOMENTS[type(optimizer)])
         ]
-        yield
+        yield sum(tensor.nbytes for tensor in held)
         held.clear()
 
     def state_tensors(self) -> dict[str, Tensor]:
