@@ -10,7 +10,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro measure study verify test soak lint smoke plots-page
+.PHONY: help setup repro measure study verify test soak lint smoke plots-page gpu gpu-bundle
 
 help:
 	@echo "make repro       set up, run the pipeline (dvc repro), print the comparison table"
@@ -23,6 +23,8 @@ help:
 	@echo "make setup       set up .venv only; then: . .venv/bin/activate"
 	@echo "make lint        ruff over the code"
 	@echo "make smoke       the whole pipeline at scale smoke, in a temporary clone"
+	@echo "make gpu         on a machine with a CUDA device: every figure of it, in at most 8 minutes (bench/README.md)"
+	@echo "make gpu-bundle  what has to travel to such a machine, in two halves"
 	@echo "make plots-page  make the offline page for dvc plots again"
 
 setup: $(STAMP)
@@ -69,3 +71,11 @@ smoke: $(STAMP)
 plots-page: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --only-binary=:all: -c constraints.txt vl-convert-python
 	python -m microlm.report.offline_page
+
+# No environment is set up on such a machine: it has its own PyTorch, and often no network.
+gpu:
+	$(or $(shell command -v python),$(PYTHON)) -m bench.gpu
+
+gpu-bundle: $(STAMP)
+	python -m dvc repro tokenize
+	python -m bench.gpu.bundle

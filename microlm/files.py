@@ -12,10 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from microlm.errors import UserError
 
 SUMS = "SHA256SUMS"
@@ -39,9 +35,15 @@ def _leftovers(path: Path, kind: str) -> list[Path]:
     before, found = f".{path.name}.", []
     for name in os.listdir(path.parent):
         process, _, suffix = name.removeprefix(before).partition(".")
-        if name.startswith(before) and suffix == kind and process.isdigit() and not psutil.pid_exists(int(process)):
+        if name.startswith(before) and suffix == kind and process.isdigit() and not _is_alive(int(process)):
             found.append(path.with_name(name))
     return found
+
+
+def _is_alive(process: int) -> bool:
+    import psutil  # a machine that only computes may lack it
+
+    return psutil.pid_exists(process)
 
 
 def _sweep(path: Path, kind: str) -> None:
@@ -201,6 +203,9 @@ def read_yaml(path: Path, absent: str, example: str) -> dict[str, Any]:
     Raises:
         UserError: it is not there, not YAML or not keys and values; one line.
     """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

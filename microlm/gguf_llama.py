@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
 from torch import Tensor
 
 from microlm.errors import UserError
@@ -36,6 +35,8 @@ def read_gguf_llama(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         UserError: the file is not GGUF, is truncated, or holds another architecture.
     """
+    from gguf import GGUFReader, dequantize
+
     try:
         reader = GGUFReader(path)
         metadata = {

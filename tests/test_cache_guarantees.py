@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from microlm.corpus.batches import cached_windows, evenly_spaced
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
+from microlm.files import sha256_file
 from microlm.model import StudentLM
 from microlm.pipeline.labels import CACHE
 from microlm.teacher import cache as cache_module
@@ -120,6 +121,40 @@ def test_an_absent_file_is_refused(toy):
     for path in sorted(toy.whole.iterdir()):
         with damaged(path, None):
             assert "is not there" in refused(toy, path.name)
+
+
+def test_a_large_cache_is_hashed_once_and_again_where_a_file_is_another(tmp_path, monkeypatch):
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_file(path)
+
+    toy = ToyCache.make(tmp_path)
+    monkeypatch.setattr(cache_module, "sha256_file", counted)
+    monkeypatch.setattr(cache_module, "TRUSTED_BYTES", 1)
+    monkeypatch.chdir(tmp_path)
+    files = {path.name for path in toy.whole.iterdir()} - {MANIFEST}
+
+    def newly_hashed() -> set[str]:
+        hashed.clear()
+        toy.read()
+        return set(hashed)
+
+    assert newly_hashed() == files and newly_hashed() == set()
+    block = toy.whole / "block-00001.bin"
+    whole = block.read_bytes()
+    block.unlink()
+    block.write_bytes(whole)  # the same bytes, another file
+    assert newly_hashed() == {block.name} and newly_hashed() == set()
+    block.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"{block}: its sha256 is not the manifest's" in refused(toy, block.name)
+    block.write_bytes(whole)
+    (memo,) = tmp_path.glob(".resume/verified-*.json")
+    memo.write_text("{")
+    assert newly_hashed() == files
+    monkeypatch.setattr(cache_module, "TRUSTED_BYTES", 2**32)
+    assert newly_hashed() == files == newly_hashed()  # a small one is hashed at every start
 
 
 def test_blocks_in_each_others_place_are_refused(toy):

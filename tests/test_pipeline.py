@@ -123,6 +123,15 @@ def test_new_alpha_runs_four_stages_and_the_old_one_comes_from_the_run_cache(clo
     assert fingerprint(clone, "models", "data/evaluation") == before
 
 
+def test_live_teacher_leaves_no_cache_and_one_graph(clone: Clone) -> None:
+    printed = clone.dvc("exp", "run", "-S", "scales.smoke.teacher.source=live")
+    assert {"teacher", "distill", "compare"} <= set(ran(printed))
+    assert not {"tokenize", "pretrain", "continue", "evaluate@control", "evaluate@continued"} & set(ran(printed))
+    assert {path.name for path in (clone.directory / "data/teacher").iterdir()} == {"manifest.json", "table.bin"}
+    assert read(clone, "metrics/summary.json")["teacher"]["source"] == "live"
+    assert ran(clone.dvc("repro")) == []
+
+
 def test_plots_diff_draws_without_a_network(clone: Clone) -> None:
     clone.dvc("exp", "run", "-S", "alpha=0.2")
     printed = clone.dvc("plots", "diff")

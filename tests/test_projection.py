@@ -22,7 +22,7 @@ from microlm.scale import TeacherConfig
 from microlm.teacher.cache import CacheIdentity, sparse_teacher
 from microlm.teacher.capture import Recorder, labels_of
 from microlm.teacher.projected import ProjectedRecorder, native_loss, projected_loss
-from microlm.teacher.projection import Projection, spell
+from microlm.teacher.projection import Projection, spell, sum_sorted
 from tests.other_tokenizers import random_network, toy_tokenizer, write_teacher
 from tests.toy_records import records_of
 from tests.toy_shards import write_shards
@@ -90,6 +90,16 @@ def test_first_tokens_are_those_of_the_spelled_bytes(teacher, student):
         if spelled.isascii():
             assert first[token] == student.encode(spelled.decode())[0]
     assert teacher is not student or first.tolist() == list(range(teacher.n_vocab))
+
+
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 60), wanted=st.integers(1, 40), rows=st.integers(1, 4))
+def test_sums_in_a_fixed_order_are_the_sums(seed, tokens, wanted, rows):
+    # what a card does in place of index_add_, whose order there is chance
+    generator = torch.Generator().manual_seed(seed)
+    first, p = torch.randint(wanted, (tokens,), generator=generator), torch.rand(rows, tokens, generator=generator)
+    order, counts = first.argsort(stable=True), first.bincount(minlength=wanted)
+    expected = p.new_zeros(rows, wanted).index_add_(1, first, p)
+    torch.testing.assert_close(sum_sorted(p, order, counts), expected, rtol=1e-6, atol=1e-7)
 
 
 @given(st.data())

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from microlm.corpus.sources import matching_files
 from microlm.corpus.tokenizer import json_tokenizer
 from microlm.errors import UserError
 from microlm.model import ModelShape
@@ -70,6 +69,8 @@ def corpus_size(corpus: CorpusConfig) -> CorpusSize:
     else:
         size = PACKAGED_TEXT_BYTES
         if corpus.source == "files":
+            from microlm.corpus.sources import matching_files  # which needs `datasets`
+
             size = sum(path.stat().st_size for path in matching_files(corpus.paths))
         train = int(size / BYTES_PER_TOKEN * (1 - share))
         train = train if corpus.train_tokens is None else min(train, corpus.train_tokens)

@@ -1,0 +1,1 @@
+"""What one GPU does with this project, by one command: python -m bench.gpu (see bench/README.md)."""

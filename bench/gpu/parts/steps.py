@@ -1,0 +1,137 @@
+"""Whole training steps of the project's own loop: tokens/s, peak memory, share of the card's matrix rate."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.gpu import materials
+from bench.gpu.device import compilations, forget_peak, peak_bytes, synchronize
+from bench.gpu.setting import Figures, Setting
+from microlm.config import Config
+from microlm.corpus.batches import Batches
+from microlm.language_model import LanguageModel
+from microlm.model import StudentLM
+from microlm.objective.schedule import objective_schedule
+from microlm.pipeline import losses
+from microlm.plan.sizes import parameter_count
+from microlm.plan.work import forward_flops
+from microlm.teacher.live import LiveTeacher
+from microlm.training.loop import Loss, Plan, feed_for, take_step
+from microlm.training.optimizer import Optimizers
+from microlm.training.replica import Replica
+
+WARM_UP = 2
+CROSS_ENTROPY, CACHED = "cross-entropy", "cached rkl, lumped"
+LIVE = {"live SmolLM2-135M": materials.smollm2, "live OLMo-1B shape": materials.olmo_1b}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of step, at all micro-batch sizes or at the first alone."""
+
+    name: str
+    objective: str = "rkl"
+    tail: str = "lumped"
+    everywhere: bool = True
+
+
+CASES = (
+    Case(CROSS_ENTROPY),
+    Case(CACHED),
+    Case("cached rkl, capped", tail="capped"),
+    *(Case(name) for name in LIVE),
+    Case("cached fkl, lumped", objective="fkl", everywhere=False),
+)
+
+
+def key_of(case: str, rows: int) -> str:
+    return f"{case}, {rows} rows"
+
+
+def run(setting: Setting) -> Figures:
+    for case in CASES:
+        teacher = LIVE[case.name](setting) if case.name in LIVE else None
+        n_vocab = teacher.n_vocab if teacher else setting.sizes.n_vocab
+        bench = StepBench(setting, n_vocab)
+        for rows in setting.sizes.micro_batch_rows[: None if case.everywhere else 1]:
+            figures = bench.measure(case, rows, teacher)
+            if case.name == CROSS_ENTROPY and rows == setting.sizes.micro_batch_rows[0]:
+                setting.book.about({"utilisation": figures["utilisation"]})
+            yield key_of(case.name, rows), figures
+
+
+class StepBench:
+    """A student and its optimizers, for steps of any loss and micro-batch size."""
+
+    def __init__(self, setting: Setting, n_vocab: int) -> None:
+        self.setting, self.n_vocab = setting, n_vocab
+        self.directory = Path("steps")
+        self.model = StudentLM(setting.shape(n_vocab)).set_activation_dtype(setting.runtime.dtype)
+        self.model.to(setting.device)
+        if setting.runtime.compiled:
+            self.model.compile_blocks()
+        self.optimizers = Optimizers(self.model, setting.config.at.pretrain)
+
+    def measure(self, case: Case, rows: int, teacher: LanguageModel | None = None) -> dict[str, float]:
+        setting, device = self.setting, self.setting.device
+        batches = materials.batches_of(setting, self.directory, self.n_vocab, rows)
+        loss = self._loss(case, batches, teacher)
+        forget_peak(device)
+        steps = self._steps(batches, loss)
+        for _ in range(WARM_UP):
+            next(steps)
+        compiled = compilations()
+        seconds = [next(steps) for _ in range(setting.sizes.steps)]
+        rate = batches.config.batch_tokens / statistics.median(seconds)
+        flops = self.flops_per_token(teacher)
+        found = {
+            "tokens_per_s": rate,
+            "step_ms": statistics.median(seconds) * 1e3,
+            "peak_bytes": peak_bytes(),
+            "utilisation": rate * flops / 1e12 / setting.peak_tflops,
+            "flops_per_token": flops,
+            "recompilations": compilations() - compiled,
+        }
+        base = setting.book.figures("steps").get(key_of(CROSS_ENTROPY, rows))
+        return found | ({"over_cross_entropy": base["tokens_per_s"] / rate} if base else {})
+
+    def flops_per_token(self, teacher: LanguageModel | None = None) -> float:
+        """As `microlm plan` counts them; a live teacher's parameters all multiply (its embedding is its head)."""
+        seq_len, shape = self.setting.config.at.batch.seq_len, self.model.shape
+        width = shape.heads * shape.head_dim
+        found = 3 * forward_flops(parameter_count(shape), shape.layers, width, seq_len)
+        if teacher is None:
+            return found
+        config = teacher.network.config
+        own = sum(parameter.numel() for parameter in teacher.parameters())
+        return found + forward_flops(own, config.num_hidden_layers, config.hidden_size, seq_len)
+
+    def _loss(self, case: Case, batches: Batches, teacher: LanguageModel | None) -> Loss:
+        config, n_vocab = self.setting.config, self.n_vocab
+        if case.name == CROSS_ENTROPY:
+            return losses.cross_entropy(n_vocab, config.at.pretrain.z_loss)
+        schedule = objective_schedule(_asked(config, case))
+        identity = materials.identity_of(self.setting, batches, n_vocab)
+        if teacher is None:
+            return losses.Distillation(n_vocab, schedule, materials.random_cache(self.directory / "cache", identity))
+        tables, compiled = materials.flat_tables(identity), self.setting.runtime.compiled
+        return losses.Distillation(n_vocab, schedule, LiveTeacher(teacher, identity, tables, compiled))
+
+    def _steps(self, batches: Batches, loss: Loss) -> Iterator[float]:
+        """Seconds of one step after another."""
+        setting, device = self.setting, self.setting.device
+        plan = Plan("bench", WARM_UP + setting.sizes.steps, 0, setting.config.at.pretrain)
+        replica = Replica(self.model)
+        feed = feed_for(batches, loss, lambda step: step / plan.steps, device)
+        for step in range(plan.steps):
+            synchronize(device)
+            began = time.perf_counter()
+            take_step(replica, feed, loss, plan, self.optimizers, step)
+            synchronize(device)
+            yield time.perf_counter() - began
+
+
+def _asked(config: Config, case: Case) -> Config:
+    return replace(config, objective=case.objective, tail=case.tail, alpha=0.5, alpha_schedule="constant")
