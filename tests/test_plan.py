@@ -1,6 +1,7 @@
 """The plan before the run against what runs have measured, and against the code that it speaks of."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from microlm.objective.vocabulary_blocks import COLUMNS, SIZES, SPARE, layout_of
 from microlm.plan.estimate import Machine, config_of_scale, make_plan
 from microlm.plan.measured import ASSUMED, Rate, rate_of
 from microlm.plan.memory import FLOAT32, Precision, activation_bytes, optimizer_bytes, training_memory
-from microlm.plan.page import page
+from microlm.plan.page import page, size
 from microlm.plan.sizes import KNOWN_TEACHERS, VOCABULARIES, parameter_count, teacher_shape
 from microlm.plan.work import forward_flops
 from microlm.scale import BatchConfig
@@ -363,3 +364,20 @@ def test_docs_show_the_page() -> None:
     text = (ROOT / "docs" / "scale.md").read_text()
     shown = text.split("<!-- plan:begin -->\n```\n")[1].split("```\n<!-- plan:end -->")[0]
     assert shown == page(make_plan(config_of_scale("gpt2-124m"), Machine(8, rate_of(None))))
+
+
+def test_docs_show_the_hours_and_memory_of_one_gpu() -> None:
+    text = (ROOT / "docs" / "scale.md").read_text()
+    config = config_of_scale("one-gpu")
+    plans = [make_plan(config, Machine(1, Rate(peak, 0.4, ""))) for peak in (989.0, 312.0, 165.0)]
+    hours = [sum(one["hours"] for one in plan["stages"].values()) for plan in plans]
+    assert f"| all | | {' | '.join(f'**{one:.1f} h**' for one in hours)} | not run |" in text
+    for rows in (8, 16, 32, 64):
+        at = replace(config.at, batch=replace(config.at.batch, micro_batch_rows=rows))
+        live, cached = (
+            make_plan(replace(config, at=replace(at, teacher=replace(at.teacher, source=source))), Machine())["memory"]
+            for source in ("live", "cache")
+        )
+        totals = (live["pretrain"], live["distill"], cached["distill"])
+        told = " | ".join(size(one["total"]) for one in totals)
+        assert re.search(rf"\| {rows}(, as committed)? \| {re.escape(told)} \|", text)
