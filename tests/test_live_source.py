@@ -71,6 +71,16 @@ def test_live_student_is_the_cached_one_bit_for_bit(record: str, foreign: bool, 
     assert metrics["val"] == read_json(tmp_path / "cached/metrics/teacher.json", "teacher")["val"]
 
 
+def test_compact_records_train_the_full_ones_student_within_a_thousandth_of_a_bit(whole: Path, tmp_path: Path) -> None:
+    found = {}
+    for record in ("full", "compact"):
+        directory = changed(whole, tmp_path / record, teacher__record=record)
+        student_of(directory)
+        found[record] = read_json(directory / "metrics/student.json", "distill")["val_bpb"]
+    assert found["compact"] != found["full"]
+    assert found["compact"] == pytest.approx(found["full"], abs=1e-3)
+
+
 def test_report_of_a_live_run_says_so(whole: Path, tmp_path: Path) -> None:
     directory = changed(whole, tmp_path / "live", teacher__source="live")
     for stage in (LABEL, SELECT, DISTILL, *EVALUATIONS, COMPARE):
