@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-# the first process may evaluate, hash or publish for hours while the others wait; a lost one is noticed at once all
+# the first process may hash or publish for hours while the others wait; a lost one is noticed at once all
 # the same, its connections close
 PATIENCE = timedelta(days=2)
 
@@ -69,7 +69,7 @@ def size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that evaluates, writes and speaks."""
+    """Whether this process is the one that writes and speaks."""
     return rank() == 0
 
 
@@ -86,11 +86,16 @@ def wait_for_all() -> None:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true in any process; all get the same answer at the same point."""
+    return bool(largest(int(flag)))
+
+
+def largest(value: int) -> int:
+    """The largest that any process says; all get the same answer at the same point."""
     if size() == 1:
-        return flag
-    asked = torch.tensor([int(flag)])
-    dist.all_reduce(asked, dist.ReduceOp.MAX, _control)
-    return bool(asked.item())
+        return value
+    said = torch.tensor([value])
+    dist.all_reduce(said, dist.ReduceOp.MAX, _control)
+    return int(said.item())
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.evaluation.models import Candidate, load_pipeline_model
 from microlm.evaluation.results import model_slug
 from microlm.evaluation.run import evaluate, gather, refuse_overlong_shots
-from microlm.evaluation.validation import ValidationLoss, validation_loss_together
+from microlm.evaluation.validation import ValidationLoss, validation_loss
 from microlm.files import atomic_directory, write_json, write_sums
 from microlm.launcher import run_shared_stage
 from microlm.runtime import set_up
@@ -77,7 +77,7 @@ def _validation(candidate: Candidate, config: Config) -> ValidationLoss:
     with progress_bar(windows, 0, "window", f"{candidate.name}: validation") as bar:
         if candidate.vocabulary == tokenizer.fingerprint:
             lengths = tokenizer.byte_lengths
-            return validation_loss_together(candidate.model, shards, lengths, seq_len, rows, bar.update)
+            return validation_loss(candidate.model, shards, lengths, seq_len, None, rows, bar.update, together=True)
         projection = Projection(candidate.tokenizer, tokenizer, candidate.model.context)
         return native_loss(candidate.model, projection, shards, seq_len, np.arange(windows), rows, bar.update)
 

@@ -17,11 +17,15 @@ from microlm.config import load_config
 from microlm.corpus.batches import Batches, evenly_spaced
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
+from microlm.evaluation.encoding import Encoded
+from microlm.evaluation.engine import score
+from microlm.evaluation.prompts import Question
 from microlm.files import write_json
 from microlm.launcher import run_shared_stage
 from microlm.model import ModelShape, StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.pipeline import arms
+from microlm.pipeline.evaluator import Evaluator
 from microlm.pipeline.labels import label
 from microlm.pipeline.losses import cross_entropy
 from microlm.pipeline.selection import select_windows
@@ -29,6 +33,7 @@ from microlm.runtime import set_up
 from microlm.scale import BatchConfig, PretrainConfig
 from microlm.teacher import cache as cache_module
 from microlm.training.feed import Feed
+from microlm.training.loop import Evaluator as TrainingEvaluator
 from microlm.training.loop import Loss, Plan, accumulate_gradients, per_token, train
 from microlm.training.optimizer import Optimizers
 from microlm.training.replica import Replica
@@ -83,18 +88,35 @@ def look(model: StudentLM, _: np.ndarray | None) -> Evaluation:
     return Evaluation(seen, seen, seen, {"acc_norm": 0.25, "acc": 0.25, "gold_bpb": seen})
 
 
-def toy_training(name: str, loss: Loss, optimizer: str = "muon") -> SimpleNamespace:
+def toy_evaluator() -> Evaluator:
+    """The real one, of several batches of windows and of questions: what is dealt is uneven."""
+    drawn, shards = np.random.default_rng(4), TokenShards(Path("shards"), "train")
+
+    def ids(longest: int) -> np.ndarray:
+        return drawn.integers(0, N_VOCAB, drawn.integers(1, longest + 1))
+
+    questions = []
+    for number in range(250):
+        asked = Question("hellaswag", str(number), "", number % 4, "", ("a",) * 4, (1,) * 4, "", ())
+        questions.append(Encoded(asked, ids(10), tuple(ids(6) for _ in range(4))))
+    return Evaluator(shards, shards, np.ones(N_VOCAB, np.int64), questions, EVEN, validation_windows=7)
+
+
+def toy_training(
+    name: str, loss: Loss, optimizer: str = "muon", evaluator: TrainingEvaluator = look
+) -> SimpleNamespace:
     """A short training in folder `name`; what became of it."""
     settings, model = replace(SETTINGS, optimizer=optimizer), toy_student()
     plan = Plan("toy", STEPS, 0, settings)
-    optimizers, ended, log = Optimizers(model, settings), "", []
+    optimizers, ended, log, curves = Optimizers(model, settings), "", [], []
     try:
-        log = train(model, toy_batches(EVEN), loss, plan, optimizers, look, Path(name)).log
+        history = train(model, toy_batches(EVEN), loss, plan, optimizers, evaluator, Path(name))
+        log, curves = history.log, [history.loss, history.hellaswag]
     except UserError as error:
         ended = str(error)
     sums = [float(p.detach().double().square().sum()) for p in model.parameters()]
     state = sorted(optimizers.state_tensors()) if not ended else []
-    return SimpleNamespace(ended=ended, log=log, weights=sums, state=state)
+    return SimpleNamespace(ended=ended, log=log, curves=curves, weights=sums, state=state)
 
 
 def at_call(number: int, act: Callable[[HeadLoss], HeadLoss], who: int) -> Loss:
@@ -128,13 +150,15 @@ def toy() -> None:
         mean = per_token(accumulate_gradients(replica, feed, LOSS, step, 0.0).item(), feed)
     gradients = {name: p.grad.flatten()[:50].tolist() for name, p in replica.model.named_parameters()}
     runs = {
-        "muon": toy_training("muon", LOSS),
+        "muon": toy_training("muon", LOSS, evaluator=toy_evaluator()),
         "adamw": toy_training("adamw", LOSS, "adamw"),
     }
     if last:  # the last process has one part of each step: its fifth call is in the third step after two rehearsals
         runs["stopped"] = toy_training("stopped", at_call(5, stopped, last))
         runs["broken"] = toy_training("broken", at_call(5, broken, last))
-    told = {"loss": mean, "gradients": gradients, **{name: vars(run) for name, run in runs.items()}}
+    counts: list[int] = []
+    score(toy_student(), toy_evaluator().encoded, 1024, progress=counts.append, backend="tree", together=True)
+    told = {"counts": counts, "loss": mean, "gradients": gradients, **{name: vars(run) for name, run in runs.items()}}
     write_json(f"toy-{distributed.rank()}.json", told)
 
 

@@ -2,6 +2,9 @@
 
 Each is a generator of (indices of some questions, nats of the endings of each of these), and reads `prefix`, int64 [P],
 before every question (P may be 0). It is called in inference mode, the model in evaluation mode.
+
+All batches are planned, then `deal` says which of them are scored here: what a batch holds, and with it the last digit
+of every score, does not depend on how many processes share the batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +22,20 @@ HEAD_ROWS = 4096  # positions in one pass of the head
 HEAD_LOGITS = 2**25  # logits in one pass where they are made whole: 128 MiB in float32
 
 Nats = Iterator[tuple[np.ndarray, list[np.ndarray]]]
+Deal = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
+"""Batches (indices of their questions) -> those that this process scores."""
 
 
-def tree(model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, prefix: np.ndarray) -> Nats:
+def every(batches: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    return batches
+
+
+def tree(
+    model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, prefix: np.ndarray, deal: Deal = every
+) -> Nats:
     """One row a question, all endings behind one context (see layout.py): the model takes positions and a mask."""
     shared = _read(model, prefix)
-    for indices in plan([row_length(question) for question in questions], batch_tokens):
+    for indices in deal(plan([row_length(question) for question in questions], batch_tokens)):
         chosen = [questions[i] for i in indices]
         batch = collate([lay_out(question, len(prefix)) for question in chosen], model.head_weight.device)
         hidden = model.hidden(batch.tokens, batch.positions, block_mask(batch.segments, len(prefix)), shared)
@@ -32,13 +43,15 @@ def tree(model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, 
         yield indices, _by_question(nats, batch.slot, chosen)
 
 
-def cached(model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, prefix: np.ndarray) -> Nats:
+def cached(
+    model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, prefix: np.ndarray, deal: Deal = every
+) -> Nats:
     """Keys and values of a context are kept, and its endings go on from them: the model need be causal and no more.
 
     Contexts of one length are read together, unpadded; endings are padded on the right, where nothing looks.
     """
     shared = _read(model, prefix)
-    for indices in plan_alike(questions, batch_tokens):
+    for indices in deal(list(plan_alike(questions, batch_tokens))):
         chosen = [questions[i] for i in indices]
         batch = collate_endings(chosen, model.head_weight.device)
         past = model.read_prefix(batch.contexts, shared)
@@ -48,9 +61,12 @@ def cached(model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int
         yield indices, _by_question(scored_nats(model, hidden, batch.source, batch.target), batch.slot, chosen)
 
 
-def plain(model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, prefix: np.ndarray) -> Nats:
+def plain(
+    model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, prefix: np.ndarray, deal: Deal = every
+) -> Nats:
     """The reference: one ending at a time after all that stands before it, no batch, no padding, no mask."""
-    for index, question in enumerate(questions):
+    for indices in deal(np.arange(len(questions))[:, None]):
+        question = questions[indices[0]]
         before = np.concatenate([prefix, question.context])
         nats = np.zeros(len(question.endings))
         for k, ending in enumerate(question.endings):
@@ -59,10 +75,10 @@ def plain(model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int,
             log_p = model.logits(hidden).float().log_softmax(-1)
             targets = torch.from_numpy(ending).to(log_p.device)[:, None]
             nats[k] = -log_p.gather(1, targets).double().sum().item()
-        yield np.array([index]), [nats]
+        yield indices, [nats]
 
 
-BACKENDS: dict[str, Callable[[LanguageModel, Sequence[Encoded], int, np.ndarray], Nats]] = {
+BACKENDS: dict[str, Callable[..., Nats]] = {
     "tree": tree,
     "cached": cached,
     "plain": plain,

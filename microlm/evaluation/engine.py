@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from microlm import distributed
 from microlm.errors import UserError
-from microlm.evaluation.backends import BACKENDS
+from microlm.evaluation.backends import BACKENDS, every
 from microlm.evaluation.encoding import Encoded
 from microlm.evaluation.prompts import Question
 from microlm.language_model import LanguageModel
@@ -19,6 +20,7 @@ from microlm.language_model import LanguageModel
 CLOSE = {torch.float64: 1e-4, torch.float32: 1e-4}
 CLOSE_IN_HALF = 1e-2
 TRIAL_PREFIX, TRIAL_CONTEXT, TRIAL_ENDINGS = 6, 9, (7, 5, 1)  # tokens
+PREFERENCE = ("tree", "cached", "plain")  # the fastest first; the last one takes every model
 NO_PREFIX = np.array([], dtype=np.int64)
 
 
@@ -30,6 +32,7 @@ def score(
     progress: Callable[[int], object] | None = None,
     name: str = "the model",
     backend: str = "auto",
+    together: bool = False,
 ) -> list[np.ndarray]:
     """Summed nats of each question's endings, float64, in order. No gradient, no random number, the model's mode kept.
 
@@ -39,21 +42,29 @@ def score(
         progress: called after each batch with the number of questions it held, e.g. `tqdm.update`.
         name: of the model, for the error message.
         backend: `tree`, `cached`, `plain` (see backends.py) or `auto`, which is `choose_backend`'s.
+        together: whole batches are dealt to the processes, which all call this, and each gets all: the bits of one.
 
     Raises:
         UserError: a score is not a finite number; names the model, the task and the question.
     """
     before = NO_PREFIX if prefix is None else prefix
-    nats = [NO_PREFIX] * len(encoded)
+    nats = [np.zeros(len(item.endings)) for item in encoded]
+    deal, waiting = (distributed.dealt if together else every), len(encoded)
     with _scoring(model):
-        for part in _parts(model, encoded, before, backend):
+        for part in _parts(model, encoded, before, backend, together):
             questions = [encoded[i] for i in part.members]
-            for indices, values in BACKENDS[part.backend](model, questions, batch_tokens, part.prefix):
+            for indices, values in BACKENDS[part.backend](model, questions, batch_tokens, part.prefix, deal):
                 for index, value in zip(indices, values):
                     nats[part.members[index]] = _finite(value, questions[index], name)
+                waiting -= len(indices)
                 if progress is not None:
                     progress(len(indices))
-    return nats
+    if not together or distributed.size() == 1:
+        return nats
+    if progress is not None:
+        progress(waiting)  # those of the others
+    whole = distributed.sum_over_ranks(torch.from_numpy(np.concatenate(nats)))  # each is of one process, so exact
+    return np.split(whole.numpy(), np.cumsum([len(values) for values in nats])[:-1])
 
 
 def score_plain(
@@ -113,7 +124,9 @@ class _Part(NamedTuple):
     members: list[int]
 
 
-def _parts(model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray, backend: str) -> list[_Part]:
+def _parts(
+    model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray, backend: str, together: bool = False
+) -> list[_Part]:
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}, auto")
     limit = _uniform_context(model)
@@ -125,6 +138,8 @@ def _parts(model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray,
     made = []
     for (shares, beyond), members in sorted(parts.items(), reverse=True):
         chosen = "plain" if beyond else choose_backend(model, shares) if backend == "auto" else backend
+        if together:  # batches of one kind, else some would be scored by none
+            chosen = PREFERENCE[distributed.largest(PREFERENCE.index(chosen))]
         made.append(_Part(chosen, prefix if shares else NO_PREFIX, members))
     return made
 

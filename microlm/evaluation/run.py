@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from microlm import distributed
 from microlm.console import progress_bar
 from microlm.errors import UserError
 from microlm.evaluation.answers import answers
 from microlm.evaluation.benchmarks import Benchmark
-from microlm.evaluation.encoding import Encoded, Encoding, encode
+from microlm.evaluation.encoding import Encoding, encode
 from microlm.evaluation.engine import backends_used, score
 from microlm.evaluation.few_shot import few_shot
 from microlm.evaluation.metrics import task_metrics
@@ -155,7 +154,7 @@ def score_benchmark(
     """Score, answer, measure. UserError as `engine.score` and `encode`."""
     benchmark, model = material.benchmark, candidate.model
     encoding = _encode(candidate, material)
-    nats = score_together(candidate, encoding.questions, batch_tokens, encoding.prefix, progress)
+    nats = _score(candidate, encoding, batch_tokens, progress)
     fixed_endings = len({question.endings for question in material.questions}) == 1
     bare = _without_question(candidate, material, batch_tokens) if pmi or fixed_endings else None
     lengths = [np.array([len(ending) for ending in item.endings]) for item in encoding.questions]
@@ -169,25 +168,15 @@ def score_benchmark(
     return Result(identity(candidate, material), metrics, table, data=material.data)
 
 
-def score_together(
+def _score(
     candidate: Candidate,
-    encoded: Sequence[Encoded],
+    encoding: Encoding,
     batch_tokens: int,
-    prefix: np.ndarray | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[np.ndarray]:
-    """`engine.score` of questions dealt to the processes; every process gets the nats of all."""
-    mine = distributed.dealt(range(len(encoded)))
-    found = score(candidate.model, [encoded[i] for i in mine], batch_tokens, prefix, progress, candidate.name)
-    if distributed.size() == 1:
-        return found
-    nats = [np.zeros(len(question.endings)) for question in encoded]
-    for index, values in zip(mine, found, strict=True):
-        nats[index] = values
-    if progress is not None:
-        progress(len(encoded) - len(mine))  # those of the others
-    whole = distributed.sum_over_ranks(torch.from_numpy(np.concatenate(nats)))
-    return np.split(whole.numpy(), np.cumsum([len(values) for values in nats])[:-1])
+    """`engine.score` of batches dealt to the processes; every process gets the nats of all."""
+    model, name = candidate.model, candidate.name
+    return score(model, encoding.questions, batch_tokens, encoding.prefix, progress, name, together=True)
 
 
 def _encode(candidate: Candidate, material: Material) -> Encoding:
@@ -214,7 +203,7 @@ def _without_question(candidate: Candidate, material: Material, batch_tokens: in
     distinct = {place: question for question, place in zip(material.questions, places)}
     bare = [replace(distinct[place], context=distinct[place].unconditional) for place in range(len(first))]
     encoding = _encode(candidate, replace(material, questions=tuple(bare), prefix=""))
-    nats = score_together(candidate, encoding.questions, batch_tokens)
+    nats = _score(candidate, encoding, batch_tokens)
     return [nats[place] for place in places]
 
 

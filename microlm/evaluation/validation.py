@@ -43,33 +43,12 @@ def validation_loss(
     windows: int | None,
     batch_rows: int,
     progress: Callable[[int], object] = int,
+    together: bool = False,
 ) -> ValidationLoss:
     """Score `windows` evenly spaced windows of the split (None: all of them); see `loss_on`."""
     available = window_count(shards, seq_len)
-    return loss_on(
-        model, shards, byte_lengths, seq_len, evenly_spaced(available, windows or available), batch_rows, progress
-    )
-
-
-def validation_loss_together(
-    model: LanguageModel,
-    shards: TokenShards,
-    byte_lengths: np.ndarray,
-    seq_len: int,
-    batch_rows: int,
-    progress: Callable[[int], object] = int,
-) -> ValidationLoss:
-    """All windows of the split, whole batches of them dealt to the processes; every process gets all. As `loss_on`."""
-    windows = np.arange(window_count(shards, seq_len))
-    dealt = distributed.dealt(np.array_split(windows, range(batch_rows, len(windows), batch_rows)))
-    mine = np.concatenate([windows[:0], *dealt])
-    sums = torch.zeros(2, len(windows), dtype=torch.float64)
-    if len(mine):
-        found = loss_on(model, shards, byte_lengths, seq_len, mine, batch_rows, progress)
-        sums[:, mine] = torch.from_numpy(np.stack((found.window_nats, found.window_bytes)))
-    progress(len(windows) - len(mine))  # those of the others
-    nats, lengths = distributed.sum_over_ranks(sums).numpy()
-    return ValidationLoss(windows, nats, lengths.astype(np.int64), len(windows) * seq_len)
+    chosen = evenly_spaced(available, windows or available)
+    return loss_on(model, shards, byte_lengths, seq_len, chosen, batch_rows, progress, together)
 
 
 def loss_on(
@@ -80,33 +59,38 @@ def loss_on(
     chosen: np.ndarray,
     batch_rows: int,
     progress: Callable[[int], object] = int,
+    together: bool = False,
 ) -> ValidationLoss:
     """Score the windows `chosen`, int64 [W].
 
     Args:
         byte_lengths: int [V], bytes of text behind each token.
         progress: told the windows done.
+        together: whole batches are dealt to the processes, which all call this, and each gets all: the bits of one.
 
     Raises:
         UserError: a loss is not finite.
     """
     device = next(model.parameters()).device
-    sums, lengths = [], []
-    was_training = model.training
+    sums = np.zeros((2, len(chosen)))  # nats, bytes
+    was_training, starts = model.training, range(0, len(chosen), batch_rows)
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(chosen), batch_rows):
+        for start in distributed.dealt(starts) if together else starts:
             batch = read_batch(shards, chosen[start : start + batch_rows], seq_len)
             hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
             targets = batch.targets.to(device).flatten()
             nats = token_nats(hidden, model.head_weight, targets, model.n_vocab).view(batch.targets.shape)
-            sums.append(nats.double().sum(-1).cpu().numpy())
-            lengths.append(byte_lengths[batch.targets.numpy()].sum(-1))
+            here = slice(start, start + batch_rows)
+            sums[0, here] = nats.double().sum(-1).cpu().numpy()
+            sums[1, here] = byte_lengths[batch.targets.numpy()].sum(-1)
             progress(len(batch.tokens))
     model.train(was_training)
-    result = ValidationLoss(
-        chosen, np.concatenate(sums), np.concatenate(lengths).astype(np.int64), len(chosen) * seq_len
-    )
+    if together:
+        done = sum(len(chosen[start : start + batch_rows]) for start in distributed.dealt(starts))
+        progress(len(chosen) - done)  # those of the others
+        sums = distributed.sum_over_ranks(torch.from_numpy(sums)).numpy()  # each window is of one process, so exact
+    result = ValidationLoss(chosen, sums[0], sums[1].astype(np.int64), len(chosen) * seq_len)
     if not np.isfinite(result.window_nats).all():
         raise UserError(
             f"the loss is not finite in {shards.split} window {chosen[~np.isfinite(result.window_nats)][0]}; "

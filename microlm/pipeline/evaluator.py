@@ -1,4 +1,8 @@
-"""What is measured during training: the same validation windows and HellaSwag questions at every point of every arm."""
+"""What is measured during training: the same validation windows and HellaSwag questions at every point of every arm.
+
+Several processes deal the batches among them, and every one gets the figures of one process, bit for bit. Blocks stay
+eager on CUDA too: compiled ones round at other places, and a curve's last point is to be what stage `evaluate` finds.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +63,17 @@ class Evaluator:
 
     def __call__(self, model: StudentLM, train_windows: np.ndarray | None) -> Evaluation:
         seq_len, rows = self.batch.seq_len, self.batch.micro_batch_rows
-        seen = validation_loss(model, self.validation, self.byte_lengths, seq_len, self.validation_windows, rows)
+        seen = validation_loss(
+            model, self.validation, self.byte_lengths, seq_len, self.validation_windows, rows, together=True
+        )
         train_nats = None
         if train_windows is not None:
-            train_nats = loss_on(model, self.training, self.byte_lengths, seq_len, train_windows, rows).nats
+            train_nats = loss_on(
+                model, self.training, self.byte_lengths, seq_len, train_windows, rows, together=True
+            ).nats
         return Evaluation(train_nats, seen.nats, seen.bpb, self._hellaswag(model, max(rows * seq_len, 2048)))
 
     def _hellaswag(self, model: StudentLM, batch_tokens: int) -> dict[str, float]:
-        nats = score(model, self.encoded, batch_tokens, backend="tree")
+        nats = score(model, self.encoded, batch_tokens, backend="tree", together=True)
         lengths = [np.array([len(ending) for ending in item.endings]) for item in self.encoded]
         return curve_figures(answers([item.question for item in self.encoded], nats, lengths, None, PROTOCOL), PROTOCOL)
