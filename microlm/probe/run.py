@@ -18,7 +18,8 @@ from microlm.files import atomic_file, write_json
 from microlm.language_model import LanguageModel
 from microlm.pipeline.teachers import load_fitting_teacher
 from microlm.probe.figure import draw
-from microlm.probe.measure import CHUNK, DIRECTIONS, STEP_POSITIONS, Probe
+from microlm.probe.measure import CHUNK, DIRECTIONS, KS, STEP_POSITIONS, Probe
+from microlm.probe.methods import METHODS, Method
 from microlm.probe.tails import TailModel
 from microlm.runtime import Runtime
 from microlm.teacher.cache import cache_identity
@@ -36,31 +37,40 @@ def probe(config: Config, runtime: Runtime) -> None:
     Raises:
         UserError: the shards, models/control or the teacher are absent or do not go together.
     """
-    train, val = TokenShards(SHARDS_DIRECTORY, "train"), TokenShards(SHARDS_DIRECTORY, "val")
-    student = hub.load_student(CONTROL, runtime.dtype).to(runtime.device).eval()
-    identity = cache_identity(config, train)
-    teacher = load_fitting_teacher(config, identity, runtime)
-    windows = _spread(val, identity.seq_len, config.at.probe.windows)
-    positions = len(windows) * identity.seq_len
-    banner(
-        f"probe: {config.at.teacher.model} against {CONTROL}",
-        [*runtime.lines(), f"text     {positions:,} validation positions, full logits of both"],
-    )
-    rows = config.at.teacher.batch_rows
-    with torch.inference_mode():
-        tails = _learn(teacher, train, identity.seq_len, rows)
-        measured = Probe(identity.n_vocab, student.head_weight.shape[1], config.seed, tails, runtime.device)
-        heads = [model.head_weight[: identity.n_vocab].float() for model in (teacher, student)]
-        with progress_bar(positions, 0, "tok", "probe") as bar:
-            for hidden in _hidden_states((teacher, student), val, windows, identity.seq_len, rows):
-                for of_both in zip(*(states.split(CHUNK) for states in hidden)):
-                    measured.add(*(h @ weight.T for h, weight in zip(of_both, heads)), *of_both)
-                    bar.update(len(of_both[0]))
+    *_, measured = positions_added(config, runtime, config.at.probe.windows)
     table = measured.table()
     with atomic_file(TABLE, "w") as file:
         table.to_csv(file, index=False, float_format="%.6g")
     draw(table, FIGURE)
     write_json(METRICS, summary(table, config, measured.positions))
+
+
+@torch.inference_mode()
+def positions_added(
+    config: Config, runtime: Runtime, windows: int, methods: tuple[Method, ...] = METHODS, ks: tuple[int, ...] = KS
+) -> Iterator[Probe]:
+    """The same probe after every batch of at most `windows` validation windows. UserError as `probe`."""
+    train, val = TokenShards(SHARDS_DIRECTORY, "train"), TokenShards(SHARDS_DIRECTORY, "val")
+    student = hub.load_student(CONTROL, runtime.dtype).to(runtime.device).eval()
+    identity = cache_identity(config, train)
+    teacher = load_fitting_teacher(config, identity, runtime)
+    chosen = _spread(val, identity.seq_len, windows)
+    positions = len(chosen) * identity.seq_len
+    banner(
+        f"probe: {config.at.teacher.model} against {CONTROL}",
+        [*runtime.lines(), f"text     {positions:,} validation positions, full logits of both"],
+    )
+    rows = config.at.teacher.batch_rows
+    with progress_bar(positions, 0, "tok", "probe") as bar:
+        tails = _learn(teacher, train, identity.seq_len, rows)
+        size = student.head_weight.shape[1]
+        measured = Probe(identity.n_vocab, size, config.seed, tails, runtime.device, ks, methods)
+        heads = [model.head_weight[: identity.n_vocab].float() for model in (teacher, student)]
+        for hidden in _hidden_states((teacher, student), val, chosen, identity.seq_len, rows):
+            for of_both in zip(*(states.split(CHUNK) for states in hidden)):
+                measured.add(*(h @ weight.T for h, weight in zip(of_both, heads)), *of_both)
+                bar.update(len(of_both[0]))
+            yield measured
 
 
 def _spread(shards: TokenShards, seq_len: int, wanted: int) -> np.ndarray:
