@@ -1,4 +1,4 @@
-"""How far a summed forward-KL gradient is from the exact one as more positions are summed, at about 128 bytes each: what
+"""How far a summed forward-KL gradient is from the exact one as more positions are summed, at some 128 bytes each: what
 a cap leaves is a bias and stays, what samples of the tail leave is noise and falls. Against full logits.
 
     python -m bench.tail_samples [--windows 254]     # validation windows; run it after `make repro`
