@@ -188,14 +188,17 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
 
 
 def test_a_failing_part_says_why_and_the_others_go_on(tmp_path):
-    """Shares of a rate that was not measured cannot be given."""
+    """Shares of a rate that was not measured cannot be given; each figure says so, and later parts run all the same."""
     file = tmp_path / "figures.json"
-    ended = bench("--rehearse", "--parts", "steps", "--file", str(file))
+    ended = bench("--rehearse", "--parts", "steps,muon", "--file", str(file))
     assert ended.returncode == 1
-    part = Book(file).content["parts"]["steps"]
-    assert part["status"] == FAILED
-    assert "run --parts matrix first" in part["error"]
-    assert "\n" not in part["error"]
+    book = Book(file)
+    assert (book.status("steps"), book.status("muon")) == (FAILED, MEASURED)
+    assert len(book.figures("steps")) > 1
+    for figures in book.figures("steps").values():
+        assert "run --parts matrix first" in figures["error"]
+        assert "\n" not in figures["error"]
+    assert str(len(book.figures("steps"))) in book.content["parts"]["steps"]["error"]
 
 
 def test_no_card_and_an_old_card_are_told_in_one_line():

@@ -7,7 +7,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench.gpu import table, tiny, unpack
 from bench.gpu.book import CUT, FAILED, MEASURED, NOT_RUN, Book
@@ -96,19 +98,33 @@ def run_part(name: str, setting: Setting) -> None:
         os.chdir(setting.root)
         _ = setting.config, setting.runtime
         os.chdir(setting.workspace)
-        for key, figures in part.run(setting):
-            book.note(name, key, figures)
-            print(f"  {key}: {table.figures_line(figures)}", flush=True)
-        book.finish(name, time.perf_counter() - began)
+        failed = [key for key, measure in part.run(setting) if not _measured(name, key, measure, book)]
+        if failed:
+            book.fail(name, f"{len(failed)} without figures, the first is: {failed[0]}")
+        else:
+            book.finish(name, time.perf_counter() - began)
     except Exception as error:
-        known = explained(error)
-        if known is None:
-            traceback.print_exc()
-        book.fail(name, known[0].removeprefix("error: ") if known else _one_line(error))
+        book.fail(name, _one_line(error))
+
+
+def _measured(name: str, key: str, measure: Callable[[], dict[str, Any]], book: Book) -> bool:
+    """Note the figures, or why there are none."""
+    try:
+        figures = measure()
+        book.note(name, key, figures)
+    except Exception as error:
+        figures = {"error": _one_line(error)}
+        book.note(name, key, figures)
+    print(f"  {key}: {table.figures_line(figures)}", flush=True)
+    return "error" not in figures
 
 
 def _one_line(error: Exception) -> str:
-    """What and where, of a defect."""
+    """What is wrong; of a defect also where, with the rest on stderr."""
+    known = explained(error)
+    if known is not None:
+        return known[0].splitlines()[0].removeprefix("error: ")
+    traceback.print_exc()
     at = traceback.extract_tb(error.__traceback__)[-1]
     said = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
     return f"{type(error).__name__}: {said} ({Path(at.filename).name}:{at.lineno})"

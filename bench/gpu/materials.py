@@ -9,6 +9,7 @@ import torch
 from bench.gpu.setting import Setting
 from bench.gpu.tiny import write_shards
 from microlm import hub
+from microlm.config import Config
 from microlm.corpus.batches import Batches, window_count
 from microlm.corpus.shards import TokenShards
 from microlm.files import write_json
@@ -31,18 +32,18 @@ def random_shards(directory: Path, n_vocab: int, tokens: int) -> TokenShards:
     return TokenShards(directory, "train")
 
 
-def batches_of(setting: Setting, directory: Path, n_vocab: int, rows: int) -> Batches:
+def batches_of(config: Config, directory: Path, n_vocab: int, rows: int) -> Batches:
     """Steps of the configured length in micro-batches of `rows`; the windows of one step make the epoch."""
-    batch = replace(setting.config.at.batch, micro_batch_rows=rows)
+    batch = replace(config.at.batch, micro_batch_rows=rows)
     name = directory / f"shards-{n_vocab}"
     there = (name / "manifest.json").is_file()
     shards = TokenShards(name, "train") if there else random_shards(name, n_vocab, batch.batch_tokens + 1)
     return Batches(shards, batch, seed=0)
 
 
-def identity_of(setting: Setting, batches: Batches, n_vocab: int) -> CacheIdentity:
+def identity_of(config: Config, batches: Batches, n_vocab: int) -> CacheIdentity:
     """Of the cache, or of what a live teacher says, in the records that params.yaml chooses."""
-    teacher, seq_len = setting.config.at.teacher, batches.config.seq_len
+    teacher, seq_len = config.at.teacher, batches.config.seq_len
     return CacheIdentity(
         "random", None, "random", n_vocab, batches.shards.digest, seq_len, window_count(batches.shards, seq_len),
         teacher.top_k, tuple(teacher.temperatures), teacher.record,
@@ -91,6 +92,6 @@ def olmo_1b(setting: Setting) -> LanguageModel:
     vocab, context = setting.sizes.n_vocab, setting.config.at.batch.seq_len
     with torch.device(setting.device):
         config = OlmoConfig(vocab_size=vocab, max_position_embeddings=max(2048, context), **shape, use_cache=False,
-                            tie_word_embeddings=True, attn_implementation="sdpa")  # fmt: skip
+                            tie_word_embeddings=True, eos_token_id=None, attn_implementation="sdpa")  # fmt: skip
         network = OlmoForCausalLM(config).to(setting.runtime.dtype)
     return HubLanguageModel(network.requires_grad_(False), vocab).eval()

@@ -16,7 +16,7 @@ from microlm.files import sealed, sha256_file, sha256_json, write_json, write_su
 
 DOCUMENTS = Path("tests/fixtures/documents.jsonl")  # of scale `smoke`
 TEACHER = Path("data/tiny-teacher")
-QUESTIONS, CONTEXT = 24, 256
+QUESTIONS, CONTEXT = 48, 256
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -82,9 +82,14 @@ def _write_questions(parts: Path, texts: list[str]) -> None:
     for number in range(QUESTIONS):
         endings = [texts[(number + k) % len(texts)].split(". ")[-1][:40] or "so it ends" for k in range(4)]
         label = int(hashlib.sha256(str(number).encode()).digest()[0]) % 4
-        context = texts[number % len(texts)][:50]
-        rows.append({"ind": number, "activity_label": "", "ctx": context, "endings": endings, "label": str(label),
-                     "source_id": f"made~{number}", "split": "val", "split_type": "indomain"})  # fmt: skip
+        context = texts[number % len(texts)][:50].strip()
+        rows.append(
+            {
+                **{"ind": number, "activity_label": "", "ctx_a": context, "ctx_b": "", "ctx": context},
+                **{"endings": endings, "label": str(label), "source_id": f"made~{number}"},
+                **{"split": "val", "split_type": "indomain"},
+            }
+        )
     member = validation_arrow("hellaswag/none")
     path = parts / EVALUATION / member
     path.parent.mkdir(parents=True)
