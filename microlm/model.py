@@ -92,10 +92,12 @@ class Attention(nn.Module):
         q, k, v = self._project(x_BTD, cos, sin)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        if mask is None:
+        # a mask keeps a GPU from its flash kernel: without a past `is_causal` says the same; one query sees all keys
+        causal = mask is None and past is None
+        if mask is None and not causal and q.shape[2] > 1:
             before = k.shape[2] - q.shape[2]
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
     def _project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

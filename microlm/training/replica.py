@@ -1,5 +1,6 @@
 """The model as one of several equal copies, whose gradients are summed over the processes once a step."""
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,6 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from microlm import distributed
 from microlm.model import StudentLM
+
+# the rotary tables are equal everywhere and never change; before PyTorch 2.13 the argument had another name
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+WITHOUT_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False}
 
 
 class _Trunk(nn.Module):
@@ -35,9 +40,7 @@ class Replica:
         if distributed.size() > 1:
             # blocks are compiled one by one, so that gradients leave between them: none has to be split for that
             torch._dynamo.config.optimize_ddp = False
-            self._shared = DistributedDataParallel(
-                _Trunk(model), forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            self._shared = DistributedDataParallel(_Trunk(model), gradient_as_bucket_view=True, **WITHOUT_BUFFERS)
             self._shared.register_comm_hook(None, _sum_gradients)
 
     def hidden(self, tokens: Tensor) -> Tensor:
