@@ -1,6 +1,6 @@
 """The bundle on the machine that runs: its halves checked, its wheels importable, its data laid out.
 
-It is read before anything else of the project: only what needs no other package may be imported here.
+It is read before anything else of the project: what is imported here needs no package but tqdm.
 
     gpu-bundle/a/manifest.json      files of this half with their sha256, what each makes, and a digest of both halves
     gpu-bundle/a/...                the files, gzip-compressed but for wheels; a large one is in pieces
@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from microlm.corpus.parts import extract
 from microlm.errors import UserError, run_stage
 from microlm.files import read_json, refuse_unsealed, sha256_file
 
@@ -55,6 +56,8 @@ def read_bundle(root: Path = ROOT) -> dict[str, dict[str, Any]]:
             path = folder / name
             if not path.is_file() or sha256_file(path) != entry["sha256"]:
                 raise UserError(f"{BUNDLE / half / name}: absent or damaged, its sha256 is not the manifest's; {MEND}")
+            if ".." in Path(entry["makes"]).parts or Path(entry["makes"]).is_absolute():
+                raise UserError(f"{BUNDLE / half / MANIFEST}: refused, {entry['makes']!r} leaves the workspace; {MEND}")
             found[str(BUNDLE / half / name)] = entry
     if len(builds) > 1:
         raise UserError(f"{BUNDLE}: its halves are of two different builds; copy both again")
@@ -72,7 +75,8 @@ def put_wheels_on_path(root: Path = ROOT) -> None:
     for path, entry in entries.items():
         if entry["makes"].startswith(WHEELS) and importlib.util.find_spec(entry["imports"]) is None:
             with zipfile.ZipFile(root / path) as wheel:
-                wheel.extractall(folder)
+                members = [name for name in wheel.namelist() if not name.endswith("/")]
+            extract(root / path, members, folder)
     sys.path.append(str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(folder))))
 
