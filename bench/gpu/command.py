@@ -1,13 +1,16 @@
 """The command: parts in order of worth, each in a process of its own, until they or the minutes end."""
 
 import argparse
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +78,13 @@ def _run_apart(name: str, setting: Setting, book: Book) -> None:
     """A part in a process of its own: what it breaks, the device's state among it, is gone with it."""
     process = _processes.Process(target=run_part, args=(name, setting))
     process.start()
-    process.join(max(0.0, setting.left_s))
-    cut = process.is_alive()
-    if cut:
-        process.terminate()
-        process.join(GRACE_S)
-        process.kill()
-        process.join()
+    cut = True
+    try:
+        process.join(max(0.0, setting.left_s))
+        cut = process.is_alive()
+    finally:
+        if cut:
+            _end(process)
     book.reload()
     if cut:
         book.fail(name, "the minutes ended before it did; give it more with --minutes, or run it alone", CUT)
@@ -89,8 +92,17 @@ def _run_apart(name: str, setting: Setting, book: Book) -> None:
         book.fail(name, f"its process ended with status {process.exitcode}, without a word")
 
 
+def _end(process: ForkServerProcess) -> None:
+    """The part, and what it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        process.join(GRACE_S)
+
+
 def run_part(name: str, setting: Setting) -> None:
-    """In the part's own process. Its working directory is the workspace, once params.yaml has been read."""
+    """In the part's own process, which leads a group and works in the workspace once params.yaml has been read."""
+    os.setsid()
     part, book = next(part for part in PARTS if part.name == name), setting.book
     began = time.perf_counter()
     book.start(name)

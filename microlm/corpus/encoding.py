@@ -10,13 +10,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from microlm.corpus.shards import split_of, token_dtype
-from microlm.corpus.sources import Documents, Position
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import UserError
+
+if TYPE_CHECKING:  # which needs `datasets`
+    from microlm.corpus.sources import Documents, Position
 
 FEW = 16  # batches: encoded here sooner than other processes would have started
 AHEAD = 2  # batches that wait for each process, so that none waits for the reader
@@ -48,8 +51,8 @@ def encode(texts: list[str], tokenizer: Tokenizer, validation_fraction: float) -
 
 
 def encoded(
-    batches: Iterable[Documents], tokenizer: Tokenizer, validation_fraction: float, workers: int
-) -> Iterator[tuple[Encoded, Position]]:
+    batches: "Iterable[Documents]", tokenizer: Tokenizer, validation_fraction: float, workers: int
+) -> "Iterator[tuple[Encoded, Position]]":
     """Each batch, encoded, with the position behind it; the same whatever the number of `workers`, at least 1.
 
     Raises:
@@ -81,7 +84,7 @@ def encoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _next_of(waiting: deque[tuple[Future[Encoded], Position]]) -> tuple[Encoded, Position]:
+def _next_of(waiting: "deque[tuple[Future[Encoded], Position]]") -> "tuple[Encoded, Position]":
     future, after = waiting.popleft()
     return future.result(), after
 

@@ -8,18 +8,20 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from microlm.corpus.encoding import Encoded
 from microlm.corpus.shards import FORMAT, HEADER, MAGIC, VERSION, Split, token_dtype
-from microlm.corpus.sources import Position
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import UserError
 from microlm.files import atomic_directory, read_json, sealed, sha256_file, sha256_json, write_json, write_sums
+
+if TYPE_CHECKING:
+    from microlm.corpus.sources import Position
 
 PROGRESS = "progress.json"
 COUNTS = ("documents", "tokens", "text_bytes")
@@ -134,6 +136,8 @@ class ShardWriter:
         Raises:
             UserError: a file of `directory` is damaged.
         """
+        from microlm.corpus.sources import Position  # which needs `datasets`: splits alone are written without
+
         self.position = Position()
         self._directory, self._tokenizer = directory, tokenizer
         self._shards = directory / "shards"
@@ -148,7 +152,7 @@ class ShardWriter:
         return tuple(getattr(self._train, key) + getattr(self._val, key) for key in COUNTS)
 
     def write(
-        self, batches: Iterable[tuple[Encoded, Position]], progress: Callable[[int, int, int], None] | None = None
+        self, batches: "Iterable[tuple[Encoded, Position]]", progress: Callable[[int, int, int], None] | None = None
     ) -> None:
         """Append `batches`, which follow `position`, until they end or the training split is full.
 
@@ -209,7 +213,7 @@ class ShardWriter:
         try:
             self._train.restore(state["train"])
             self._val.restore(state["val"])
-            self.position = Position(**state["position"])
+            self.position = replace(self.position, **state["position"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self._directory}: an interrupted tokenization is damaged ({error}); remove that folder to start over"

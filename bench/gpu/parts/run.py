@@ -21,7 +21,7 @@ from microlm.corpus.tokenizer import load_tokenizer
 from microlm.evaluation.benchmarks import benchmarks
 from microlm.evaluation.models import load_pipeline_model
 from microlm.evaluation.run import evaluate, gather
-from microlm.evaluation.validation import validation_loss_together
+from microlm.evaluation.validation import validation_loss
 from microlm.files import read_json
 from microlm.pipeline import arms
 from microlm.pipeline.labels import METRICS as TEACHER_METRICS
@@ -94,10 +94,8 @@ class Experiment:
         ((result, _),) = evaluate(candidate, asked, out, batch_tokens)
         hellaswag_s = time.perf_counter() - began
         seq_len, lengths = config.at.batch.seq_len, load_tokenizer(SHARDS_DIRECTORY / "tokenizer").byte_lengths
-        rows = max(1, batch_tokens // seq_len)
-        seen = validation_loss_together(
-            candidate.model, TokenShards(SHARDS_DIRECTORY, "val"), lengths, seq_len, rows
-        )  # fmt: skip
+        val = TokenShards(SHARDS_DIRECTORY, "val")
+        seen = validation_loss(candidate.model, val, lengths, seq_len, None, max(1, batch_tokens // seq_len))
         figures = {key: result.metrics[key] for key in ("acc_norm", "acc_norm_se", "gold_bpb", "items")}
         return {"val_bpb": seen.bpb, **figures, "hellaswag_s": hellaswag_s}
 
