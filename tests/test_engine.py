@@ -1,5 +1,6 @@
 """Scores of tree attention and of kept keys and values against plain scoring, that against transformers' own logits."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -225,6 +226,58 @@ def test_rows_beyond_a_sliding_window_are_scored_one_by_one_and_counted() -> Non
     assert 0 < beyond < len(questions)
     assert backends_used(model, questions) == {"tree": len(questions) - beyond, "plain": beyond}
     assert_same(score(model, questions, 256), by_transformers(model, questions))
+
+
+class Mended(StudentLM):
+    """The student with what a GPU's kernel, or a mistake of ours, could do to the rows of a batch."""
+
+    fault = ""
+
+    def hidden(self, tokens, positions=None, mask=None, prefix=None):
+        if self.fault == "mask" and mask is not None:
+            mask = torch.ones_like(mask).tril(mask.shape[-1] - mask.shape[-2])
+        if self.fault == "positions":
+            positions = None
+        found = super().hidden(tokens, positions, mask, prefix)
+        if self.fault == "rows" and mask is not None:
+            found = found.flip(0)
+        if self.fault == "rounding" and mask is not None:
+            noise = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).to(found.dtype)
+            found = found + 2 * torch.finfo(found.dtype).eps * found.abs() * noise
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("after_prefix", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "way"),
+    [("", "tree"), ("rounding", "tree"), ("mask", "cached"), ("positions", "cached"), ("rows", "cached")],
+)
+def test_the_trial_tells_a_fault_from_rounding_in_either_precision(
+    fault: str, way: str, after_prefix: bool, dtype: torch.dtype
+) -> None:
+    model = student(Mended).set_activation_dtype(dtype)
+    for parameter in model.parameters():
+        parameter.data.mul_(2)  # a context that matters, as to a trained model
+    model.fault = fault
+    assert choose_backend(model, after_prefix) == way
+
+
+def test_a_slower_way_is_told_once_with_what_differs_and_by_how_much(capfd: pytest.CaptureFixture[str]) -> None:
+    model, questions = student(Mended), drawn(3)
+    score(model, questions, 512, name="a good one")
+    assert capfd.readouterr().err == ""
+    model.fault = "mask"
+    for _ in range(2):
+        score(model, questions, 512, name="models/x")
+        backends_used(model, questions)
+    (line,) = capfd.readouterr().err.splitlines()
+    told = r"warning: models/x is scored by `cached`: `tree` is off by [\d.]+ nats on an ending, rounding explains 0.0"
+    assert re.match(told, line)
+    score(built("mamba"), questions, 512, name="some/mamba")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: some/mamba is scored by `plain`, one ending at a time: `tree` ends in ")
+    assert re.search(r"; `cached` is off by [\d.]+ nats on an ending, rounding explains 0.0", line)
 
 
 def test_a_head_of_an_unknown_kind_is_refused_by_the_models_name() -> None:
