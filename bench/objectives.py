@@ -60,7 +60,7 @@ def step_of(model: StudentLM, batches: Batches, loss: Loss, optimizers: Optimize
     replica, feed = Replica(model), Feed(batches, model.head_weight.device)
 
     def step(index: int) -> None:
-        accumulate_gradients(replica, feed, loss, index, 0.5)
+        accumulate_gradients(replica, feed, loss, index, 0.5).item()  # as a step waits for its loss
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(0.0)  # the arithmetic of an update that leaves the weights as they are
 
