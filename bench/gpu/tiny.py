@@ -57,7 +57,9 @@ def write_shards(directory: Path, tokenizer: dict[str, object], splits: dict[str
 
 def _write_teacher(directory: Path, tokenizer: Tokenizer) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320,

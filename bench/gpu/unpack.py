@@ -10,6 +10,7 @@ It is read before anything else of the project: what is imported here needs no p
 import atexit
 import gzip
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 from microlm.corpus.parts import extract
 from microlm.errors import UserError, run_stage
-from microlm.files import read_json, refuse_unsealed, sha256_file
+from microlm.files import refuse_unsealed, sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = Path("gpu-bundle")  # in the repository's top folder, ignored by Git
@@ -47,10 +48,7 @@ def read_bundle(root: Path = ROOT) -> dict[str, dict[str, Any]]:
         folder = root / BUNDLE / half
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{BUNDLE / half}: this half of the bundle is not there, or lacks its {MANIFEST}; {MEND}")
-        manifest = read_json(folder / MANIFEST, "the bundle")
-        if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION) or "sha256" not in manifest:
-            raise UserError(f"{BUNDLE / half / MANIFEST}: not {FORMAT} version {VERSION}; {MEND}")
-        refuse_unsealed(manifest, BUNDLE / half / MANIFEST, MEND)
+        manifest = _manifest(folder / MANIFEST, BUNDLE / half / MANIFEST)
         builds.add(manifest["build"])
         for name, entry in manifest["files"].items():
             path = folder / name
@@ -62,6 +60,19 @@ def read_bundle(root: Path = ROOT) -> dict[str, dict[str, Any]]:
     if len(builds) > 1:
         raise UserError(f"{BUNDLE}: its halves are of two different builds; copy both again")
     return found
+
+
+def _manifest(path: Path, said: Path) -> dict[str, Any]:
+    """Whole and of this format, or a UserError that calls it `said`."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{said}: damaged ({error}); {MEND}") from None
+    known = isinstance(manifest, dict) and (manifest.get("format"), manifest.get("version")) == (FORMAT, VERSION)
+    if not known or "sha256" not in manifest:
+        raise UserError(f"{said}: not {FORMAT} version {VERSION}; {MEND}")
+    refuse_unsealed(manifest, said, MEND)
+    return manifest
 
 
 def put_wheels_on_path(root: Path = ROOT) -> None:
