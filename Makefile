@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 VENV := .venv
-SOAK := $(addprefix tests/test_,kills.py damage.py disks.py dvc_survival.py distributed.py headline_shape.py study.py)
+SOAK := $(addprefix tests/test_,kills.py damage.py disks.py dvc_survival.py distributed.py headline_shape.py study.py \
+	cuda_head.py cuda_training.py)
 STAMP := $(VENV)/installed
 # DVC runs each stage through a shell: with .venv first on PATH, `python` there is this one's
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)

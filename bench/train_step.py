@@ -1,8 +1,10 @@
-"""A training step at the laptop's shape: ours, ours with distillation from a cache, and plain transformers.
+"""A training step at the laptop's shape: ours, ours with distillation from a cache, and two opponents.
 
-The peer is the same shape as `Qwen3ForCausalLM` in bf16 autocast (float32 where this machine has no bf16), with
-`F.cross_entropy` on full float32 logits, and the same tokens. Each variant runs in a process of its own, so that
-compilation, memory and its peak are its own; rounds alternate, and the ratio is of medians.
+`transformers` is the same shape as `Qwen3ForCausalLM` in bf16 autocast (float32 where this machine has no bf16), with
+`F.cross_entropy` on full float32 logits, and the same tokens. `linear-ce` and `chunked-ce` are our step with PyTorch's
+own head and loss in place of ours: `F.linear_cross_entropy` (PyTorch 2.13) as it is called, and in chunks. Each variant
+runs in a process of its own, so that compilation, memory and its peak are its own; rounds alternate, and the ratio is
+of medians.
 
     python -m bench.train_step [--rounds 3] [--steps 6]
 """
@@ -19,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import linear_cross_entropy
 
 from microlm.config import Config, load_config
 from microlm.files import write_json
@@ -29,7 +33,10 @@ from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, TeacherCache, 
 from microlm.training.optimizer import Optimizers
 
 VOCABULARY, TOP_K = 49152, 64
-VARIANTS = ("ours", "distill", "transformers")
+VARIANTS = ("ours", "distill", "linear-ce", "chunked-ce", "transformers")
+CHUNK_ROWS = 256  # what `auto` chooses takes five times as long on the CPU
+Head = Callable[[Tensor, Tensor, Tensor, np.ndarray], Tensor]
+"""(hidden, weight, targets, windows of these tokens) -> loss of a part, divided by the tokens of the step."""
 
 
 def shape_of(config: Config) -> ModelShape:
@@ -54,8 +61,30 @@ def random_cache(directory: Path, config: Config) -> TeacherCache:
     return TeacherCache(directory, identity, np.arange(batch.rows))
 
 
-def our_step(config: Config, runtime: Runtime, cache: TeacherCache | None) -> Callable[[], None]:
-    batch, objective = config.at.batch, Objective(0.5, 0.5) if cache else Objective()
+def our_head(config: Config, cache: TeacherCache | None) -> Head:
+    objective, count = Objective(0.5, 0.5) if cache else Objective(), config.at.batch.batch_tokens
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, windows: np.ndarray) -> Tensor:
+        teacher = cache.teacher(windows, 1.0) if cache else None
+        return fused_head_loss(hidden, weight, targets, VOCABULARY, objective, teacher, count).loss
+
+    return loss
+
+
+def torchs_head(config: Config, chunked: bool) -> Head:
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_ROWS) if chunked else None
+    count = config.at.batch.batch_tokens
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, _: np.ndarray) -> Tensor:
+        narrow = weight.to(hidden.dtype)
+        return linear_cross_entropy(hidden, narrow, targets, options=options, reduction="sum") / count
+
+    return loss
+
+
+def step_under(config: Config, runtime: Runtime, head: Head) -> Callable[[], None]:
+    """Our model and optimizers."""
+    batch = config.at.batch
     model = StudentLM(shape_of(config)).set_activation_dtype(runtime.dtype).train()
     if runtime.compiled:
         model.compile_blocks()
@@ -67,13 +96,8 @@ def our_step(config: Config, runtime: Runtime, cache: TeacherCache | None) -> Ca
     def step() -> None:
         for start in range(0, batch.rows, batch.micro_batch_rows):
             windows = np.arange(start, start + batch.micro_batch_rows)
-            teacher = cache.teacher(windows, 1.0) if cache else None
             hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
-            targets = tokens[:, 1:].flatten()
-            loss = fused_head_loss(
-                hidden, model.head_weight, targets, VOCABULARY, objective, teacher, batch.batch_tokens
-            )
-            loss.loss.backward()
+            head(hidden, model.head_weight, tokens[:, 1:].flatten(), windows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(1.0)
 
@@ -120,7 +144,12 @@ def measure(variant: str, steps: int, directory: Path) -> dict[str, float]:
     config = load_config()
     runtime = set_up(config.at.runtime)
     cache = random_cache(directory, config) if variant == "distill" else None
-    step = transformers_step(config, runtime) if variant == "transformers" else our_step(config, runtime, cache)
+    if variant == "transformers":
+        step = transformers_step(config, runtime)
+    else:
+        theirs = variant in ("linear-ce", "chunked-ce")
+        head = torchs_head(config, variant == "chunked-ce") if theirs else our_head(config, cache)
+        step = step_under(config, runtime, head)
     for _ in range(2):  # compilation and first touches of memory
         step()
     measured = {"step_s": statistics.median(_timed(step) for _ in range(steps)), "peak_bytes": peak_memory_bytes()}
@@ -174,12 +203,21 @@ def main() -> None:
         6 * matrices * tokens + 12 * shape.layers * shape.heads * shape.head_dim * config.at.batch.seq_len * tokens // 2
     )
     runtime = set_up(config.at.runtime)
-    print(f"speed, ours / transformers          {step_s['transformers'] / step_s['ours']:.2f}")
-    print(f"memory, ours / transformers         {peak['ours'] / peak['transformers']:.2f}")
-    print(f"step time, distill / cross-entropy  {step_s['distill'] / step_s['ours']:.3f}")
+    ratios = {
+        "speed, ours / transformers": step_s["transformers"] / step_s["ours"],
+        "memory, ours / transformers": peak["ours"] / peak["transformers"],
+        "speed, ours / F.linear_cross_entropy": step_s["linear-ce"] / step_s["ours"],
+        "memory, ours / F.linear_cross_entropy": peak["ours"] / peak["linear-ce"],
+        "speed, ours / F.linear_cross_entropy in chunks": step_s["chunked-ce"] / step_s["ours"],
+        "memory, ours / F.linear_cross_entropy in chunks": peak["ours"] / peak["chunked-ce"],
+        "step time, distill / cross-entropy": step_s["distill"] / step_s["ours"],
+        "step time, distill / F.linear_cross_entropy": step_s["distill"] / step_s["linear-ce"],
+    }
+    for said, ratio in ratios.items():
+        print(f"{said:<48} {ratio:.3f}")
     read = statistics.median(row["read_s"] for row in runs["distill"])
-    print(f"reading the cache / distill step    {read / step_s['distill']:.3f}")
-    print(f"share of the matrix peak            {flops / step_s['ours'] / matrix_peak(runtime):.2f}")
+    print(f"reading the cache / distill step                 {read / step_s['distill']:.3f}")
+    print(f"share of the matrix peak                         {flops / step_s['ours'] / matrix_peak(runtime):.2f}")
 
 
 if __name__ == "__main__":
