@@ -59,7 +59,7 @@ test: $(STAMP)
 	OMP_WAIT_POLICY=passive python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 soak: $(STAMP)
-	MICROLM_SOAK=1 python -m pytest -q $(SOAK)
+	MICROLM_SOAK=1 MICROLM_CUDA_TESTS_ON=$${MICROLM_CUDA_TESTS_ON:-cpu} python -m pytest -q $(SOAK)
 
 lint: $(STAMP)
 	python -m ruff check .

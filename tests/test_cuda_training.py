@@ -132,7 +132,7 @@ def one_rank(path: Path) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def test_one_rank_sums_gradients_and_sends_matrices_unchanged(device, tmp_path):  # noqa: F811
+def test_one_rank_sums_gradients_and_sends_matrices_unchanged(device, deterministic, tmp_path):  # noqa: F811
     """Over nccl on the card: what DistributedDataParallel and Muon's exchange do, of one process."""
     tokens = torch.randint(0, N_VOCAB, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
 

@@ -221,6 +221,17 @@ def test_unknown_parts_are_told_in_one_line():
     )
 
 
+def test_what_parts_are_forked_from_has_not_touched_the_driver():
+    """A process that has cannot give its children a device."""
+    program = (
+        "import torch; asked = []; torch.cuda._lazy_init = lambda: asked.append(1); "
+        "import bench.gpu.parts, transformers.models.llama.modeling_llama; assert not asked, asked"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_what_a_gpu_runs_imports_without_what_a_bare_machine_lacks(tmp_path):
     modules = (
         "bench.gpu.command",

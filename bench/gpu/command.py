@@ -34,17 +34,15 @@ def main() -> None:
     if asked.list:
         print("\n".join(f"{part.name:<10} {part.does}" for part in PARTS))
         return
-    root = unpack.ROOT
+    root, named = unpack.ROOT, None if asked.file is None else Path(asked.file).resolve()
     os.chdir(root)
     if asked.markdown:
-        print(table.markdown(Book(_named(asked.file) or _only_file(root / FOLDER))))
+        print(table.markdown(Book(named or _only_file(root / FOLDER))))
         return
     chosen = _chosen(asked.parts)
     card = cpu() if asked.rehearse else refuse_unfit(card_here())
     with tempfile.TemporaryDirectory(prefix="microlm-gpu-") as folder:
-        file = _named(asked.file) or (
-            Path(folder) / "rehearsal.json" if asked.rehearse else root / FOLDER / card.file_name
-        )
+        file = named or (Path(folder) / "rehearsal.json" if asked.rehearse else root / FOLDER / card.file_name)
         if asked.rehearse and file.resolve().parent == (root / FOLDER).resolve():
             raise UserError(f"--file: {file} is where a card's figures are; name another place for a rehearsal's")
         workspace = Path(folder) / "workspace"
@@ -61,6 +59,8 @@ def run_parts(chosen: list[Part], setting: Setting, card: Card) -> bool:
     """Run them in order; returns whether every one was measured."""
     book = Book(setting.file)
     book.about({**card.as_json(), "rehearsal": setting.rehearsal})
+    # the process that parts are forked from must not touch the driver: by NVML it can look for devices without that
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     _processes.set_forkserver_preload(["bench.gpu.parts", "transformers.models.llama.modeling_llama"])
     for part in chosen:
         estimate_s = 0.0 if setting.rehearsal else part.estimate_s
@@ -169,10 +169,6 @@ def _chosen(names: str | None) -> list[Part]:
         if name not in known:
             raise UserError(f"--parts: {name!r} is no part; choose from {', '.join(known)}")
     return [part for part in PARTS if part.name in wanted]
-
-
-def _named(file: str | None) -> Path | None:
-    return None if file is None else Path(file).resolve()
 
 
 def _only_file(folder: Path) -> Path:

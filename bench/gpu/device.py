@@ -1,5 +1,6 @@
 """The card: what it is, how long something takes on it, how much memory it held."""
 
+import gc
 import re
 import statistics
 import time
@@ -86,6 +87,7 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int, wa
 
 def forget_peak(device: torch.device) -> int:
     """Begin to watch the memory anew; returns the bytes that are held now."""
+    gc.collect()
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()

@@ -51,7 +51,12 @@ def identity_of(config: Config, batches: Batches, n_vocab: int) -> CacheIdentity
 
 
 def random_cache(directory: Path, identity: CacheIdentity) -> TeacherCache:
-    """On disk, of distinct ids as skewed to the frequent tokens as a teacher's are."""
+    """On disk, of distinct ids as skewed to the frequent tokens as a teacher's are; the one there, if there is one.
+
+    A step's records are read ahead in a thread, beyond the last step too: what it maps must not be written anew.
+    """
+    if (directory / MANIFEST).is_file():
+        return TeacherCache(directory, identity, np.arange(identity.windows))
     directory.mkdir(parents=True, exist_ok=True)
     generator, k = np.random.default_rng(1), identity.top_k
     drawn = min(DRAWN_WINDOWS, identity.windows)

@@ -1,5 +1,7 @@
 """What a part is given: the device, the shapes, the data's folder, the file and the time that is left."""
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -76,7 +78,12 @@ class Setting:
 
     @cached_property
     def runtime(self) -> Runtime:
-        return set_up(self.config.at.runtime)
+        """As params.yaml says; not compiled where Triton finds no C compiler, which it needs."""
+        config = self.config.at.runtime
+        compiler = any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))))
+        config = config if compiler else replace(config, compile="off")
+        # a rehearsal is for a busy machine too, where threads that wait for each other cost minutes
+        return set_up(replace(config, threads=1) if self.rehearsal else config)
 
     @property
     def device(self) -> torch.device:

@@ -12,5 +12,5 @@ PARTS = (
     Part("capture", "the teachers' pass, records and files included", 30, True, capture.run),
     Part("hellaswag", "all of HellaSwag at the student's shape", 40, True, hellaswag.run),
     Part("plan", "what microlm plan foretells, beside what was measured", 3, False, plan.run),
-    Part("run", "control, continued and two students, with the stages' own code", 170, True, run.run),
+    Part("run", "control, continued and two students, with the stages' own code", 110, True, run.run),
 )

@@ -83,6 +83,7 @@ class StepBench:
             "peak_bytes": peak_bytes(),
             "utilisation": rate * flops / 1e12 / setting.peak_tflops,
             "flops_per_token": flops,
+            "compiled": setting.runtime.compiled,
             "recompilations": recompilations,
         }
         if case.name == CROSS_ENTROPY and rows == setting.sizes.micro_batch_rows[0]:
