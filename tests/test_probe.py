@@ -22,6 +22,7 @@ from microlm.model import ModelShape, StudentLM
 from microlm.objective.capped_tail import cap_tail
 from microlm.objective.divergences import lump
 from microlm.objective.table_tail import table_tail
+from microlm.probe import measure as measure_module
 from microlm.probe import methods as m
 from microlm.probe import treatments
 from microlm.probe.measure import Probe
@@ -150,6 +151,18 @@ def test_a_cache_of_the_whole_vocabulary_loses_nothing():
     assert len(table) == 7 and (table["relative_error"] < 1e-7).all()
     assert (table["step_error"] < 1e-6).all()
     assert table["value"].to_numpy() == pytest.approx(table["exact_value"].to_numpy(), rel=1e-9)
+
+
+def test_positions_that_fill_no_step_count_in_the_whole(monkeypatch):
+    monkeypatch.setattr(measure_module, "STEP_POSITIONS", N)
+    now, hidden = scene(2), torch.randn(N, D, generator=draws())
+    measured = Probe(V, D, 0, now.tails, ks=(4,), methods=(BY_NAME["capped"],))
+    with torch.inference_mode():  # as the probe adds them
+        for rows in (slice(None), slice(2)):
+            measured.add(*(values[rows] for values in (now.teacher_logits, now.logits, now.teacher_hidden, hidden)))
+    row = measured.table().iloc[0]
+    assert measured.positions == N + 2
+    assert row["step_error"] != row["whole_error"]
 
 
 def exact_methods() -> tuple[m.Method, ...]:

@@ -154,6 +154,7 @@ class Probe:
     def _count(self, key: tuple, numbers: Tensor) -> None:
         self._sums[key] = self._sums.get(key, 0) + numbers.sum(0)
 
+    @torch.inference_mode()  # what is left of a step is added to sums that were made in it
     def table(self) -> pd.DataFrame:
         """One row a method, k and direction; see `COLUMNS`."""
         full_steps = max(1, self._full_steps)  # what is left over is no whole step, unless it is all there is
