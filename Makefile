@@ -75,7 +75,7 @@ plots-page: $(STAMP)
 
 # No environment is set up on such a machine: it has its own PyTorch, and often no network.
 gpu:
-	$(or $(shell command -v python),$(PYTHON)) -m bench.gpu
+	@$$(command -v python || echo $(PYTHON)) -m bench.gpu
 
 gpu-bundle: $(STAMP)
 	python -m dvc repro tokenize

@@ -221,6 +221,14 @@ def test_unknown_parts_are_told_in_one_line():
     )
 
 
+@pytest.mark.parametrize("absent", ["tqdm", "torch", "transformers"])
+def test_a_package_that_is_absent_is_told_in_one_line(absent, tmp_path):
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--parts", "matrix"]
+    ended = subprocess.run(command, cwd=ROOT, env=bare(tmp_path / "bare", absent), capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: {absent} is not installed") and len(ended.stderr.splitlines()) == 1
+
+
 def test_what_parts_are_forked_from_has_not_touched_the_driver():
     """A process that has cannot give its children a device."""
     program = (
