@@ -47,8 +47,3 @@ def compiled_kernels() -> Iterator[None]:
     ):
         vocabulary_blocks.compile_kernels()
         yield
-
-
-def compilations() -> int:
-    """Graphs that torch.compile has made in this process so far."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

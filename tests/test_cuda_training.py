@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.gpu.device import compilations
 from microlm.corpus.batches import Batches, evenly_spaced
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
@@ -31,7 +32,7 @@ from microlm.training.loop import Interrupted, Loss, Plan, feed_for, take_step, 
 from microlm.training.optimizer import Optimizers
 from microlm.training.replica import Replica
 from tests import test_training as on_cpu
-from tests.on_cuda import COMPILES, DEVICE, NEEDS_CUDA, compilations, compiled_kernels, device  # noqa: F401
+from tests.on_cuda import COMPILES, DEVICE, NEEDS_CUDA, compiled_kernels, device  # noqa: F401
 from tests.test_cuda_models import asked, llama
 from tests.test_training import BATCH, CROSS_ENTROPY, N_VOCAB, SETTINGS, STEPS, look, reverse_kl, same_bits
 from tests.toy import toy_shards

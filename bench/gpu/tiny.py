@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from microlm.corpus.definition import ALPHABET, BYTE_LEVEL, END_OF_TEXT, byte_level_definition
 from microlm.corpus.parts import EVALUATION, PARTS_DIRECTORY, validation_arrow
@@ -16,7 +15,7 @@ from microlm.files import sealed, sha256_file, sha256_json, write_json, write_su
 
 DOCUMENTS = Path("tests/fixtures/documents.jsonl")  # of scale `smoke`
 TEACHER = Path("data/tiny-teacher")
-QUESTIONS, CONTEXT = 48, 256
+QUESTIONS = 48
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -56,25 +55,9 @@ def write_shards(directory: Path, tokenizer: dict[str, object], splits: dict[str
 
 
 def _write_teacher(directory: Path, tokenizer: Tokenizer) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from tests.tiny_teacher import CONTEXT, tiny_llama  # with it transformers, which only a rehearsal needs here
 
-    disable_progress_bar()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.7,
-        bos_token_id=tokenizer.eot_id,
-        eos_token_id=tokenizer.eot_id,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory, safe_serialization=True)
+    tiny_llama(tokenizer, padded=320).save_pretrained(directory, safe_serialization=True)
     tokenizer.save(directory, model_max_length=CONTEXT)
 
 

@@ -49,6 +49,6 @@ def rate_of(card: str | None, folder: Path = MEASURED) -> Rate:
     known = measured_rates(folder)
     if card is not None and card not in known:
         raise UserError(f"--card: {card!r} was not measured; known: {', '.join(known) or 'none yet (make gpu)'}")
-    if card is None and len(known) != 1:
-        return ASSUMED
-    return known[card] if card is not None else next(iter(known.values()))
+    if card is not None:
+        return known[card]
+    return next(iter(known.values())) if len(known) == 1 else ASSUMED
