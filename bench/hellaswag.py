@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from microlm.architecture import ModelShape
 from microlm.corpus.parts import PARTS_DIRECTORY
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.evaluation.encoding import Encoding, encode
@@ -23,7 +24,7 @@ from microlm.evaluation.layout import padded, plan, row_length
 from microlm.evaluation.prompts import questions
 from microlm.evaluation.sources import read_rows
 from microlm.evaluation.tasks import stratified_subset, task_named
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.plan.estimate import config_of_scale
 
 BATCH_TOKENS = 8192

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear_cross_entropy
 
+from microlm.architecture import ModelShape
 from microlm.config import Config, load_config
 from microlm.files import write_json
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective.fused_head import Objective, fused_head_loss
 from microlm.runtime import Runtime, peak_memory_bytes, set_up
 from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, TeacherCache, manifest_of

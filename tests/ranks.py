@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from microlm import distributed
+from microlm.architecture import ModelShape
 from microlm.config import load_config
 from microlm.corpus.batches import Batches, evenly_spaced
 from microlm.corpus.shards import TokenShards
@@ -22,7 +23,7 @@ from microlm.evaluation.engine import score
 from microlm.evaluation.prompts import Question
 from microlm.files import write_json
 from microlm.launcher import run_shared_stage
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.pipeline import arms
 from microlm.pipeline.evaluator import Evaluator

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from microlm.model import Attention, ModelShape
+from microlm.architecture import ModelShape
+from microlm.model import Attention
 
 SHAPE = ModelShape(70, 128, 1, 32, 2, 16, 64, context=96, rope_theta=1e4)
 

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from microlm.model import ModelShape, StudentLM
+from microlm.architecture import ModelShape
+from microlm.model import StudentLM
 from microlm.objective import vocabulary_blocks
 from microlm.objective.divergences import Divergence, lump
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from microlm.architecture import ModelShape
 from microlm.corpus.batches import read_batch
 from microlm.evaluation.engine import score
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective.fused_head import Objective, fused_head_loss
 from microlm.teacher.capture import Recorder, labels_of
 from tests.on_cuda import DEVICE, device  # noqa: F401

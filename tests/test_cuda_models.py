@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
+from microlm.architecture import ModelShape
 from microlm.corpus.batches import read_batch, window_count
 from microlm.corpus.shards import TokenShards
 from microlm.evaluation.encoding import Encoded
@@ -17,7 +18,7 @@ from microlm.evaluation.validation import validation_loss
 from microlm.files import write_json
 from microlm.hub_model import HubLanguageModel
 from microlm.language_model import LanguageModel
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
 from microlm.teacher.capture import Recorder, capture, labels_of
 from microlm.teacher.live import LiveTeacher

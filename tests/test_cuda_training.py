@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.gpu.device import compilations
+from microlm.architecture import ModelShape
 from microlm.corpus.batches import Batches, evenly_spaced
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.evaluation.engine import score
 from microlm.evaluation.validation import validation_loss
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.pipeline.losses import Distillation
 from microlm.scale import PretrainConfig

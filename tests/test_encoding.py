@@ -6,12 +6,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from microlm.architecture import ModelShape
 from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
 from microlm.errors import UserError
 from microlm.evaluation.encoding import BatchEncoder, Encoding, encode
 from microlm.evaluation.engine import score
 from microlm.evaluation.prompts import Question
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 
 START, CONTEXT = 0, 300
 SHOTS = "What is wet?\nAnswer: water\n\nWhat is hot?\nAnswer: fire\n\n"

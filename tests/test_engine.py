@@ -30,6 +30,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from microlm.architecture import ModelShape
 from microlm.errors import UserError
 from microlm.evaluation.encoding import Encoded
 from microlm.evaluation.engine import backends_used, choose_backend, score, score_plain
@@ -37,7 +38,7 @@ from microlm.evaluation.layout import block_mask, collate, lay_out, plan, row_le
 from microlm.evaluation.prompts import Question
 from microlm.hub_model import HubLanguageModel
 from microlm.language_model import LanguageModel
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 
 VOCAB, PADDED, CONTEXT, WINDOW = 97, 128, 96, 24
 TWO_LAYERS = {"vocab_size": PADDED, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -67,6 +67,7 @@ MATTERS_TO = {
     "microlm/objective/tails.py": {"distill", "ledger"},
     "microlm/language_model.py": {"evaluate"},  # a prefix's keys and values; the rest is types
     "microlm/pipeline/selection.py": {"select"},  # the others read the list that it wrote
+    "microlm/architecture.py": {*TRAININGS, "select", "evaluate", "probe", "ledger"},
     "microlm/model.py": {*TRAININGS, "select", "evaluate", "probe", "ledger"},
     # `teacher` reports the teacher's own loss through these; what it caches does not pass through them
     "microlm/objective/fused_head.py": {*TRAININGS, "select", "evaluate", "ledger"},

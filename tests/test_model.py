@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from microlm.architecture import ModelShape
 from microlm.errors import UserError
 from microlm.hub import WEIGHTS, load_language_model, load_student, save_student
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 
 
 @pytest.fixture(scope="module")

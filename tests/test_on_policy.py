@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from microlm.architecture import ModelShape
 from microlm.corpus.batches import Batch
 from microlm.errors import UserError
 from microlm.hub import HubLanguageModel
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective.on_policy import MiniLLM, ScoredResponses, minillm_surrogate, score, unbiased_surrogate
 from microlm.objective.sampling import Reader, draw, generator_of, sample_responses
 from microlm.scale import OnPolicyConfig

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microlm.architecture import ModelShape
 from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
 from microlm.files import read_json, read_yaml
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective.definition import Objective
 from microlm.objective.fused_head import fused_head_loss
 from microlm.objective.vocabulary_blocks import COLUMNS, SIZES, SPARE, layout_of

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from microlm import hub
+from microlm.architecture import ModelShape
 from microlm.config import load_config
 from microlm.errors import UserError
 from microlm.files import write_json
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective.capped_tail import cap_tail
 from microlm.objective.divergences import lump
 from microlm.objective.table_tail import table_tail

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microlm.architecture import ModelShape
 from microlm.corpus.batches import evenly_spaced, read_batch
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import write_json
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective.divergences import lump
 from microlm.teacher import capture as capture_module
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from microlm.architecture import ModelShape
 from microlm.corpus.batches import Batches, evenly_spaced
 from microlm.errors import UserError
 from microlm.files import write_json
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.objective.schedule import AlphaSchedule, ObjectiveSchedule
 from microlm.pipeline.losses import Distillation, cross_entropy

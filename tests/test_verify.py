@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microlm.architecture import ModelShape
 from microlm.corpus.batches import evenly_spaced, read_batch
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError, run_stage
 from microlm.files import sha256_file, write_json
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.pipeline.labels import CACHE
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of, sealed
 from microlm.teacher.capture import Recorder, capture, tail_table

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from microlm import cli
+from microlm.architecture import ModelShape
 from microlm.files import SUMS
 from microlm.hub import save_student
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from tests.conftest import ROOT
 from tests.tiny_teacher import CONTEXT, PADDED_VOCABULARY, gpt2, tiny_llama
 from tests.workspace import WHEELS, inside

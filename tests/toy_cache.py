@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from microlm.architecture import ModelShape
 from microlm.corpus.batches import evenly_spaced
 from microlm.corpus.shards import TokenShards
 from microlm.files import sha256_file, write_json
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
 from microlm.teacher.capture import capture

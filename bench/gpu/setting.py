@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from bench.gpu.book import Book
+from microlm.architecture import ModelShape
 from microlm.config import Config
 from microlm.errors import UserError
-from microlm.model import ModelShape
 from microlm.plan.estimate import config_of_scale
 from microlm.runtime import Runtime, set_up
 

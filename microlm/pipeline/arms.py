@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from microlm import distributed
 from microlm import model as model_module
+from microlm.architecture import ModelShape
 from microlm.config import Config, load_config
 from microlm.console import banner
 from microlm.corpus import batches as batches_module
@@ -19,7 +20,7 @@ from microlm.errors import UserError
 from microlm.files import sha256_file, write_json
 from microlm.hub import OPTIMIZER, WEIGHTS, load_student, save_student, teacher_fingerprint
 from microlm.launcher import PROCESSES
-from microlm.model import ModelShape, StudentLM
+from microlm.model import StudentLM
 from microlm.objective import (
     capped_tail,
     definition,

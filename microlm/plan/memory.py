@@ -5,9 +5,9 @@ Shapes: N tokens of a micro-batch, V padded vocabulary, D hidden size, W attenti
 
 from dataclasses import dataclass
 
+from microlm.architecture import ModelShape
 from microlm.config import Config
 from microlm.corpus.parts import PARTS, SMOLLM2
-from microlm.model import ModelShape
 from microlm.objective.vocabulary_blocks import layout_of
 from microlm.plan.sizes import TeacherShape, block_matrix_count, parameter_count
 from microlm.scale import BatchConfig, RuntimeConfig

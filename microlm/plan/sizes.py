@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from microlm.architecture import ModelShape
 from microlm.corpus.tokenizer import json_tokenizer
 from microlm.errors import UserError
-from microlm.model import ModelShape
 from microlm.pipeline.arms import VOCABULARY_MULTIPLE
 from microlm.scale import CorpusConfig, ScaleConfig
 

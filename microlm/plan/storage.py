@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from microlm.architecture import ModelShape
 from microlm.config import Config
 from microlm.corpus.parts import PARTS, needed_parts
 from microlm.corpus.shards import HEADER, token_dtype
-from microlm.model import ModelShape
 from microlm.plan.memory import FLOAT32, optimizer_bytes
 from microlm.plan.sizes import CorpusSize, TeacherShape, Vocabulary, parameter_count
 from microlm.teacher.cache import CacheIdentity
