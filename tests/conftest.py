@@ -13,6 +13,7 @@ from microlm.corpus.parts import PARTS, fetch_parts
 from microlm.errors import UserError
 from microlm.files import read_json
 from microlm.objective import vocabulary_blocks
+from tests import shared  # noqa: F401
 from tests.soak import SOAKING, SURVIVED
 
 # a busy machine is no failure: no test asserts a time

@@ -40,7 +40,6 @@ from microlm.training.optimizer import Optimizers
 from microlm.training.replica import Replica
 from microlm.training.stopping import stop_requests
 from microlm.training.telemetry import Evaluation
-from stages import evaluate
 
 N_VOCAB, STEPS, BLOCK_BYTES = 70, 6, 2**16
 EVEN = BatchConfig(seq_len=16, batch_tokens=64, micro_batch_rows=2)  # two parts: their sum has one order
@@ -54,6 +53,8 @@ LOSS = cross_entropy(N_VOCAB, SETTINGS.z_loss)
 
 def pipeline() -> None:
     """Every stage that several processes share, one after the other; `select`, which they do not, in the first."""
+    from stages import evaluate  # which reads more modules than all the rest
+
     cache_module.SMALLEST_BLOCK = BLOCK_BYTES  # so that there are several blocks to deal
     config = load_config()
     runtime = set_up(config.at.runtime)

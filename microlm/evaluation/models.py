@@ -5,10 +5,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from microlm import hub
 from microlm.config import Config
@@ -20,6 +20,9 @@ from microlm.evaluation.encoding import BatchEncoder
 from microlm.files import sha256_bytes, sha256_file
 from microlm.language_model import LanguageModel
 from microlm.scale import TeacherConfig
+
+if TYPE_CHECKING:  # a second that a model of ours does not need
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGED = "packaged"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -36,7 +39,7 @@ class HubTokenizer:
     fingerprint with it; of others it is empty.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         rules = getattr(tokenizer, "backend_tokenizer", None)
         said = rules.to_str() if rules is not None else repr(sorted(tokenizer.get_vocab().items()))

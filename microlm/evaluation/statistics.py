@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from microlm.evaluation.resampling import Sums, cluster_sums, combined, mean, ratio, replicates
 
@@ -70,11 +69,15 @@ def paired_ratio_bootstrap(
 
 def smallest_detectable(standard_error: float) -> float:
     """The true difference that a two-sided 5 % test of this standard error finds in 80 % of samples: 2.80 of it."""
+    from scipy import stats  # half a second, and scoring needs none of it
+
     return float((stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)) * standard_error)
 
 
 def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     """Two-sided p of "both are right equally often" from the questions [n] that one alone gets right (McNemar 1947)."""
+    from scipy import stats
+
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     only_a, discordant = int((a & ~b).sum()), int((a != b).sum())
     return float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0
@@ -100,6 +103,8 @@ def welch_p(a: ArrayLike, b: ArrayLike) -> float:
 
     Where neither arm varies it is 1 if they are equal, else 0.
     """
+    from scipy import stats
+
     x, y = _vector(a), _vector(b)
     if np.ptp(x) == np.ptp(y) == 0:
         return float(x[0] == y[0])
