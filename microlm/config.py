@@ -15,6 +15,9 @@ from microlm.schema import parse, positive, shown, within
 
 PARAMS = Path("params.yaml")
 NOTEBOOK_TEMPERATURE = 2.5
+OVERRIDES = "fresh"  # the block of `start` that holds what a start in the student's own shape changes
+OVERRIDDEN = ("batch", "pretrain", "continuation")
+FIXED = {"batch": ("seq_len",)} | dict.fromkeys(("pretrain", "continuation"), ("validation_windows", "hellaswag_items"))
 
 
 class ConfigError(UserError, ValueError):
@@ -27,6 +30,7 @@ class Config:
 
     scale: str
     seed: int = within(0, 2**63 - 1)
+    start: Literal["auto", "fresh", "embedding", "pruned"] = field()
     init: Literal["control", "scratch"] = field()
     objective: Literal["rkl", "fkl", "jsd", "skew_rkl", "skew_fkl", "tvd", "notebook", "minillm"] = field()
     alpha: float = within(0, 1)
@@ -38,6 +42,11 @@ class Config:
     tail: Literal["lumped", "capped", "table"] = field()
     references: list[ReferenceConfig] = field()
     at: ScaleConfig = field()
+
+    @property
+    def start_kind(self) -> str:
+        """`start`, or where it is auto the scale's own."""
+        return self.at.start.default if self.start == "auto" else self.start
 
     @property
     def continuation_runtime(self) -> RuntimeConfig:
@@ -93,17 +102,45 @@ def load_config(path: str | Path = PARAMS) -> Config:
     odd = [shown(name) for name in scales if not isinstance(name, str)]
     if odd:
         raise ConfigError(f"{path}: scales: {odd[0]} is not a name of a scale; write a text, e.g. laptop")
-    blocks = {name: parse(ScaleConfig, block, f"scales.{name}.", found) for name, block in scales.items()}
+    blocks = {name: _parse_scale(name, block, found) for name, block in scales.items()}
     name = raw.get("scale")
     if not isinstance(name, str) or name not in blocks:
         found.append(f"scale: {shown(name)} is not a scale; choose one of {', '.join(map(str, blocks))}")
         raw["at"] = None
     else:
-        raw["at"] = blocks[name]
+        pruned, own = blocks[name]
+        kind = raw.get("start")
+        if kind == "auto" and pruned is not None:
+            kind = pruned.start.default
+        raw["at"] = pruned if kind == "pruned" else own
     config = parse(Config, raw, "", found)
     if config is None or found:
         raise ConfigError("\n".join(f"{path}: {line}" for line in found))
     return config
+
+
+def _parse_scale(name: str, block: Any, found: list[str]) -> tuple[ScaleConfig | None, ScaleConfig | None]:
+    """The scale as it stands, and as a start in the student's own shape (`start.fresh`) changes it."""
+    start = block.get("start") if isinstance(block, dict) else None
+    if not isinstance(start, dict):
+        return (parse(ScaleConfig, block, f"scales.{name}.", found),) * 2
+    where, changes = f"scales.{name}.start.{OVERRIDES}.", start.get(OVERRIDES)
+    block = {**block, "start": {key: value for key, value in start.items() if key != OVERRIDES}}
+    pruned = parse(ScaleConfig, block, f"scales.{name}.", found)
+    if not isinstance(changes, dict) or not all(isinstance(change, dict) for change in changes.values()):
+        found.append(f"{where.rstrip('.')}: must hold blocks of keys and values, or {{}}, not {shown(changes)}")
+        return pruned, None
+    for key in changes:
+        if key not in OVERRIDDEN:
+            found.append(f"{where}{shown(key)}: unknown block; known here: {', '.join(OVERRIDDEN)}")
+    for key, change in changes.items():
+        for fixed in FIXED.get(key, ()):  # one cache and one set of questions serve every start
+            if fixed in change:
+                found.append(f"{where}{key}.{fixed}: is the same for every start; remove it here")
+    if pruned is None or any(line.startswith(where) for line in found):
+        return pruned, None
+    changed = {key: {**block[key], **change} for key, change in changes.items()}
+    return pruned, parse(ScaleConfig, block | changed, where, found)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

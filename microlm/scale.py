@@ -1,6 +1,6 @@
 """The blocks of one scale in params.yaml as frozen dataclasses; config.py reads them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from microlm.schema import count, positive, within
@@ -54,6 +54,27 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         return [f"head_dim: rotary positions turn pairs, so {self.head_dim} must be even"] if self.head_dim % 2 else []
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """What the control starts from where the top-level `start` is auto, and how a pruned start is cut.
+
+    Of each width and of the layers null keeps all that the teacher has. `layers` is how many, chosen by `choose`, or
+    which. The block also holds `fresh`: what a start in the student's own shape, fresh or embedding, changes in
+    batch, pretrain and continuation (config.py).
+    """
+
+    default: Literal["fresh", "embedding", "pruned"]
+    layers: int | list[int] | None = within(0, 2**20)
+    choose: Literal["influence", "loss"] = field()
+    hidden_size: int | None = count()
+    heads: int | None = count()
+    intermediate_size: int | None = count()
+    calibration_windows: int = count()
+
+    def problems(self) -> list[str]:
+        return ["layers: 0 leaves no layer; keep at least 1"] if self.layers == 0 else []
 
 
 @dataclass(frozen=True)
@@ -113,6 +134,7 @@ class ContinuationConfig(OptimizationConfig):
 
     `windows` chooses what both train on, always for `epochs` times the tokens of the cached windows: all of these, the
     share `select_fraction` of them that difference sampling or chance picks, or any window of the training text.
+    `student_...` are the rates of `distill` where they are not null and there is a distillation term.
     """
 
     epochs: int = count()
@@ -120,6 +142,16 @@ class ContinuationConfig(OptimizationConfig):
     select_fraction: float = within(0, 1, low_open=True)
     dtype: Literal["auto", "bfloat16", "float32"] = field()
     optimizer_state: Literal["reset", "keep"] = field()
+    student_learning_rate: float | None = positive()
+    student_muon_learning_rate: float | None = positive()
+
+    def of_student(self) -> "ContinuationConfig":
+        """For a loss with a distillation term, whose best rates need not be those of cross-entropy."""
+        return replace(
+            self,
+            learning_rate=self.student_learning_rate or self.learning_rate,
+            muon_learning_rate=self.student_muon_learning_rate or self.muon_learning_rate,
+        )
 
 
 @dataclass(frozen=True)
@@ -196,6 +228,7 @@ class ScaleConfig:
 
     runtime: RuntimeConfig
     corpus: CorpusConfig
+    start: StartConfig
     model: ModelConfig
     batch: BatchConfig
     pretrain: PretrainConfig

@@ -136,7 +136,9 @@ def _describe(options: tuple[Any, ...]) -> str:
         if typing.get_origin(option) is Literal:
             names.append("one of " + ", ".join(typing.get_args(option)))
         elif typing.get_origin(option) is list:
-            names.append("a list of " + {float: "numbers", str: "texts"}[typing.get_args(option)[0]])
+            names.append(
+                "a list of " + {float: "numbers", int: "whole numbers", str: "texts"}[typing.get_args(option)[0]]
+            )
         else:
             names.append(
                 {float: "a number", int: "a whole number", str: "a text", type(None): "null", bool: "true or false"}[

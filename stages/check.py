@@ -8,10 +8,13 @@ from microlm.config import load_config
 from microlm.errors import run_stage
 from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.files import atomic_file
+from microlm.starts.request import check_start
 
 
 def main() -> None:
-    configured_benchmarks(load_config())
+    config = load_config()
+    configured_benchmarks(config)
+    check_start(config)
     with atomic_file("data/params.ok", "w") as file:
         file.write("params.yaml was accepted\n")
 

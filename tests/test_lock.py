@@ -48,8 +48,8 @@ HARMLESS = {
 TRAININGS = {"pretrain", "continue", "distill"}
 MATTERS_TO = {
     "microlm/distributed.py": {*TRAININGS, "teacher", "evaluate"},  # the others run in one process
-    "microlm/gguf_llama.py": {"teacher", "distill", "evaluate", "probe", "ledger"},
-    "microlm/hub_model.py": {"teacher", "distill", "evaluate", "probe", "ledger"},
+    "microlm/gguf_llama.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
+    "microlm/hub_model.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
     "microlm/teacher/cache.py": {"teacher", "select", "distill", "probe", "ledger"},
     "microlm/teacher/records.py": {"teacher", "select", "distill", "probe", "ledger"},
     "microlm/teacher/capture.py": {"teacher", "distill", "ledger"},
@@ -67,12 +67,12 @@ MATTERS_TO = {
     "microlm/objective/tails.py": {"distill", "ledger"},
     "microlm/language_model.py": {"evaluate"},  # a prefix's keys and values; the rest is types
     "microlm/pipeline/selection.py": {"select"},  # the others read the list that it wrote
-    "microlm/architecture.py": {*TRAININGS, "select", "evaluate", "probe", "ledger"},
-    "microlm/model.py": {*TRAININGS, "select", "evaluate", "probe", "ledger"},
+    "microlm/architecture.py": {"start", *TRAININGS, "select", "evaluate", "probe", "ledger"},
+    "microlm/model.py": {"start", *TRAININGS, "select", "evaluate", "probe", "ledger"},
     # `teacher` reports the teacher's own loss through these; what it caches does not pass through them
-    "microlm/objective/fused_head.py": {*TRAININGS, "select", "evaluate", "ledger"},
-    "microlm/objective/vocabulary_blocks.py": {*TRAININGS, "select", "evaluate", "ledger"},
-    "microlm/evaluation/validation.py": {*TRAININGS, "select", "evaluate"},
+    "microlm/objective/fused_head.py": {"start", *TRAININGS, "select", "evaluate", "ledger"},
+    "microlm/objective/vocabulary_blocks.py": {"start", *TRAININGS, "select", "evaluate", "ledger"},
+    "microlm/evaluation/validation.py": {"start", *TRAININGS, "select", "evaluate"},
 }
 
 

@@ -19,9 +19,9 @@ from microlm.files import read_json, sha256_file, write_json
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss
 from microlm.objective.schedule import objective_schedule
 from microlm.pipeline import losses
-from microlm.pipeline.arms import fresh_student
 from microlm.pipeline.labels import CACHE, label
 from microlm.pipeline.selection import select_windows
+from microlm.pipeline.start import fresh_student
 from microlm.pipeline.teachers import load_fitting_teacher
 from microlm.teacher.cache import MANIFEST, TeacherCache, cache_identity, sealed
 from stages.verify import main as verify

@@ -15,8 +15,8 @@ import torch
 
 from microlm.config import Config, load_config
 from microlm.hub import save_student
-from microlm.pipeline.arms import fresh_student
 from microlm.pipeline.labels import label
+from microlm.pipeline.start import fresh_student
 from microlm.runtime import Runtime
 from tests.clones import ROOT
 from tests.tiny_teacher import gpt2, write_tiny_teacher
@@ -47,7 +47,7 @@ def make_workspace(directory: Path) -> Path:
 
 @cache
 def _template() -> Path:
-    """params.yaml, tiny teacher, shards, a fresh control, and the teacher's cache with its metrics."""
+    """params.yaml, tiny teacher, shards, a fresh start and control, and the teacher's cache with its metrics."""
     directory = Path(tempfile.mkdtemp(prefix="microlm-workspace-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     params = re.sub(r"(?m)^scale: \S+", "scale: smoke", (ROOT / "params.yaml").read_text())
@@ -58,6 +58,7 @@ def _template() -> Path:
         lines = (ROOT / "tests" / "fixtures" / "documents.jsonl").read_text().splitlines()
         texts = [json.loads(line)["text"] for line in lines]
         write_shards(texts, tokenizer, Path("data/shards"), validation_fraction=0.1, shard_tokens=8192)
-        save_student(fresh_student(config, tokenizer), tokenizer, Path("models/control"))
+        for name in ("start", "control"):
+            save_student(fresh_student(config, tokenizer), tokenizer, Path("models") / name)
         label(config, RUNTIME)
     return directory

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from microlm import distributed
 from microlm import model as model_module
-from microlm.architecture import ModelShape
 from microlm.config import Config, load_config
 from microlm.console import banner
 from microlm.corpus import batches as batches_module
@@ -18,7 +17,7 @@ from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError
 from microlm.files import sha256_file, write_json
-from microlm.hub import OPTIMIZER, WEIGHTS, load_student, save_student, teacher_fingerprint
+from microlm.hub import MAKERS, OPTIMIZER, WEIGHTS, load_student, save_student, teacher_fingerprint
 from microlm.launcher import PROCESSES
 from microlm.model import StudentLM
 from microlm.objective import (
@@ -43,6 +42,7 @@ from microlm.pipeline.teachers import load_fitting_teacher, load_labelling_teach
 from microlm.runtime import Runtime, peak_memory_bytes
 from microlm.scale import BatchConfig, OptimizationConfig
 from microlm.scratch import code_digest, scratch
+from microlm.starts import START
 from microlm.teacher import cache as cache_module
 from microlm.teacher import capture, live, projected, projection, records
 from microlm.teacher.cache import TeacherCache, cache_identity
@@ -54,7 +54,6 @@ from microlm.training.optimizer import Optimizers
 SHARDS, CACHE, MODELS = Path("data/shards"), Path("data/teacher"), Path("models")
 PLOTS, METRICS = Path("plots"), Path("metrics")
 CROSS_ENTROPY = "cross-entropy"
-VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round shapes
 CODE = (
     *(model_module, batches_module, cache_module, feed, loop, muon, optimizer, replica, losses),
     *(capped_tail, definition, dense_tail, divergences, fused_head, on_policy, sampling, schedule),
@@ -66,14 +65,16 @@ def pretrain(config: Config, runtime: Runtime) -> None:
     """The control, from scratch: models/control, metrics and curves."""
     shards, tokenizer = TokenShards(SHARDS, "train"), load_tokenizer(SHARDS / "tokenizer")
     at = config.at
-    model = fresh_student(config, tokenizer)
+    model = load_student(START)
+    _refuse_other_vocabulary(model, tokenizer, START)
     windows = None
     if at.pretrain.windows == "uncached":
         windows = uncached_windows(shards, at.batch.seq_len, at.teacher.windows)
     batches = Batches(shards, at.batch, config.seed, windows)
     plan = Plan("control", at.pretrain.tokens // at.batch.batch_tokens, 0, at.pretrain)
     loss = losses.cross_entropy(model.n_vocab, at.pretrain.z_loss)
-    _run(model, batches, loss, plan, CROSS_ENTROPY, config, runtime, tokenizer, {})
+    inputs: dict[str, object] = {"start": sha256_file(START / WEIGHTS)}
+    _run(model, batches, loss, plan, CROSS_ENTROPY, config, runtime, tokenizer, inputs)
 
 
 def continue_control(config: Config, runtime: Runtime) -> None:
@@ -85,7 +86,7 @@ def continue_control(config: Config, runtime: Runtime) -> None:
 
 def distill(config: Config, runtime: Runtime) -> None:
     """The student: (1 - alpha) CE + alpha D, D from the teacher's cache or from the teacher itself."""
-    start, asked = _Start(config), objective_schedule(config)
+    start, asked = _Start(config, config.distills), objective_schedule(config)
     identity = cache_identity(config, start.shards)
     inputs: dict[str, object] = {"objective": asdict(asked)}
     if config.objective == "minillm":
@@ -110,32 +111,23 @@ def _live(stage: TeacherCache, config: Config, runtime: Runtime, tokenizer: Toke
     return LiveTeacher(model, stage.identity, stage.tables, runtime.compiled, pushed)
 
 
-def fresh_student(config: Config, tokenizer: Tokenizer) -> StudentLM:
-    """New weights in the shape that params.yaml asks for."""
-    padded = -(-tokenizer.n_vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    shape = ModelShape(n_vocab=tokenizer.n_vocab, padded_vocab=padded, **asdict(config.at.model))
-    return StudentLM(shape, seed=config.seed)
-
-
 class _Start:
     """Where `continue` and `distill` set out, the same for both: weights, windows, steps and rates."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, distilling: bool = False) -> None:
         at = config.at
         self.shards, self.tokenizer = TokenShards(SHARDS, "train"), load_tokenizer(SHARDS / "tokenizer")
         self.inputs: dict[str, object] = {"windows": sha256_file(WINDOWS) if WINDOWS.exists() else None}
         self.rates: OptimizationConfig = at.continuation
         self.first_step = at.pretrain.tokens // at.batch.batch_tokens
+        weights = MODELS / "control"
         if config.init == "scratch":
-            self.model, self.rates, self.first_step = fresh_student(config, self.tokenizer), at.pretrain, 0
-        else:
-            self.model = load_student(MODELS / "control")
-            self.inputs |= {"control": sha256_file(MODELS / "control" / WEIGHTS)}
-        if self.model.n_vocab != self.tokenizer.n_vocab:
-            raise UserError(
-                f"models/control has {self.model.n_vocab} tokens, data/shards {self.tokenizer.n_vocab}; "
-                "make it again with: dvc repro pretrain"
-            )
+            weights, self.rates, self.first_step = START, at.pretrain, 0
+        elif distilling:
+            self.rates = at.continuation.of_student()
+        self.model = load_student(weights)
+        self.inputs |= {weights.name: sha256_file(weights / WEIGHTS)}
+        _refuse_other_vocabulary(self.model, self.tokenizer, weights)
         self.batches = Batches(self.shards, at.batch, config.seed, chosen_windows(config, self.shards))
         labelled = len(cached_windows(self.shards, at.batch.seq_len, at.teacher.windows))
         self.steps = at.continuation.epochs * labelled // at.batch.rows
@@ -143,6 +135,14 @@ class _Start:
     def run(self, arm: str, loss: Loss, said: str, config: Config, runtime: Runtime, inputs: dict[str, object]) -> None:
         plan = Plan(arm, self.steps, self.first_step, self.rates)
         _run(self.model, self.batches, loss, plan, said, config, runtime, self.tokenizer, self.inputs | inputs)
+
+
+def _refuse_other_vocabulary(model: StudentLM, tokenizer: Tokenizer, directory: Path) -> None:
+    if model.n_vocab != tokenizer.n_vocab:
+        raise UserError(
+            f"{directory} has {model.n_vocab} tokens, data/shards {tokenizer.n_vocab}; make it again with: "
+            f"dvc repro {MAKERS.get(directory.name, directory.name)}"
+        )
 
 
 def _run(

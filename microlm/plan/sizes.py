@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from microlm.architecture import ModelShape
 from microlm.corpus.tokenizer import json_tokenizer
 from microlm.errors import UserError
-from microlm.pipeline.arms import VOCABULARY_MULTIPLE
+from microlm.pipeline.start import VOCABULARY_MULTIPLE
 from microlm.scale import CorpusConfig, ScaleConfig
 
 PACKAGED_TEXT_BYTES = 6_665_249  # both splits; metrics/tokenize.json

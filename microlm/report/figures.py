@@ -12,15 +12,12 @@ from matplotlib.lines import Line2D
 from microlm.errors import UserError
 from microlm.evaluation import ARMS, GPT2_124M_ACC_NORM
 from microlm.evaluation.tasks import CHANCE
-from microlm.files import atomic_file
+from microlm.report.axes import COLOURS, FAINT, INK, caption, page, save
 from microlm.report.summary import MADE_BY
 
 PLOTS = Path("plots")
-# slate, blue and vermilion, as in the templates of .dvc/plots: told apart in every common colour blindness
-COLOURS = {"control": "#4c566a", "continued": "#2f6db3", "student": "#d1571e"}
 MARKERS = {"control": "o", "continued": "s", "student": "^"}  # tell them apart in grey print
 FINE = {"linewidth": 1.1, "linestyle": (0, (2, 1.5))}
-INK, FAINT = "#22222a", "#8a8a92"
 HELLASWAG_COLUMNS = ["step", "acc_norm"]
 LOSS_COLUMNS = ["step", "log10_train", "log10_val"]
 
@@ -54,15 +51,13 @@ def draw_figures(items: Mapping[str, int], plots: Path = PLOTS) -> list[Path]:
         "loss": loss_figure(read_curves("loss", LOSS_COLUMNS, plots)),
     }
     for name, figure in figures.items():
-        with atomic_file(plots / f"{name}.png") as file:
-            # the library's version and the date would change the bytes, and DVC would see another output
-            figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+        save(figure, plots / f"{name}.png")
     return [plots / f"{name}.png" for name in figures]
 
 
 def hellaswag_figure(curves: Mapping[str, pd.DataFrame], items: Mapping[str, int]) -> Figure:
     """acc_norm against the step, a band of one standard error around each arm, published and chance lines."""
-    figure, axes = _page("HellaSwag accuracy while training", "accuracy (acc_norm, zero-shot)")
+    figure, axes = page("HellaSwag accuracy while training", "accuracy (acc_norm, zero-shot)")
     for arm, curve in curves.items():
         p = curve["acc_norm"]
         error = np.sqrt(p * (1 - p) / items[arm])
@@ -76,13 +71,13 @@ def hellaswag_figure(curves: Mapping[str, pd.DataFrame], items: Mapping[str, int
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, CHANCE - 0.02), max(high, GPT2_124M_ACC_NORM + 0.02))
     _legend(axes, [Line2D([], [], **_style(arm), label=arm) for arm in curves])
-    _caption(figure, f"bands: one standard error, {_counts(items)} questions a point")
+    caption(figure, f"bands: one standard error, {_counts(items)} questions a point")
     return figure
 
 
 def loss_figure(curves: Mapping[str, pd.DataFrame]) -> Figure:
     """log10 of training and validation loss against the step; nats a token on the right."""
-    figure, axes = _page("Training and validation loss", r"$\log_{10}$ loss (nats per token)")
+    figure, axes = page("Training and validation loss", r"$\log_{10}$ loss (nats per token)")
     for arm, curve in curves.items():
         axes.plot(curve["step"], curve["log10_train"], color=COLOURS[arm], alpha=0.75, **FINE)
         _line(axes, arm, curve["step"], curve["log10_val"], label=arm)
@@ -96,7 +91,7 @@ def loss_figure(curves: Mapping[str, pd.DataFrame]) -> Figure:
     handles.append(Line2D([], [], color=FAINT, label="training", **FINE))
     _legend(axes, handles)
     axes.set_ylim(top=_highest_after_start(curves))
-    _caption(
+    caption(
         figure,
         "cross-entropy in every arm, the student's too; training: mean of the steps since the point before; "
         "the untrained start is above the frame",
@@ -111,21 +106,6 @@ def _highest_after_start(curves: Mapping[str, pd.DataFrame]) -> float | None:
     return None if trained.empty else float(highest + 0.04 * (highest - lowest))
 
 
-def _page(title: str, ylabel: str) -> tuple[Figure, Axes]:
-    # a Figure without pyplot: no window system, no global state
-    figure = Figure(figsize=(8, 4.6), layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=10)
-    axes.set_xlabel("optimizer step", color=INK)
-    axes.set_ylabel(ylabel, color=INK)
-    axes.grid(axis="y", color="#e4e4e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, length=3)
-    return figure, axes
-
-
 def _style(arm: str) -> dict[str, object]:
     marker = {"marker": MARKERS[arm], "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.6}
     return {"color": COLOURS[arm], "linewidth": 1.8, **marker}
@@ -138,10 +118,6 @@ def _line(axes: Axes, arm: str, steps: pd.Series, values: pd.Series, label: str)
 
 def _legend(axes: Axes, handles: list[Line2D]) -> None:
     axes.legend(handles=handles, loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9, labelcolor=INK)
-
-
-def _caption(figure: Figure, text: str) -> None:
-    figure.supxlabel(text, x=0.99, ha="right", fontsize=8, color=FAINT)
 
 
 def _counts(items: Mapping[str, int]) -> str:

@@ -1,0 +1,165 @@
+"""The control's first weights -> models/start, and what they were chosen by.
+
+Whoever starts `fresh` or from the `embedding` has the shape of params.yaml; a `pruned` student has what is left of its
+teacher's.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from microlm import hub
+from microlm.architecture import ModelShape
+from microlm.config import Config
+from microlm.console import banner, progress_bar
+from microlm.corpus.batches import cached_windows, evenly_spaced, read_batch
+from microlm.corpus.shards import SHARDS_DIRECTORY, TokenShards
+from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
+from microlm.errors import UserError
+from microlm.evaluation.validation import validation_loss
+from microlm.files import atomic_file, write_json
+from microlm.model import StudentLM
+from microlm.report.layers import draw_layers
+from microlm.runtime import Runtime
+from microlm.starts import START
+from microlm.starts.cut import Kept, cut
+from microlm.starts.embedding import principal_embedding
+from microlm.starts.importance import Importance, by_influence, by_loss, importance, most_important, tries
+from microlm.starts.request import embedding_problems, pruned_problems
+
+METRICS, LAYERS = Path("metrics/start.json"), Path("plots/start.csv")
+VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round shapes
+
+Made = tuple[StudentLM, dict[str, Any], pd.DataFrame]
+"""The student, what is told of it, and its teacher's layers (its own, where it has no teacher's)."""
+
+
+def make_start(config: Config, runtime: Runtime) -> None:
+    """Write models/start, metrics/start.json, plots/start.csv and plots/start.png."""
+    began, tokenizer = time.perf_counter(), load_tokenizer(SHARDS_DIRECTORY / "tokenizer")
+    makers: dict[str, Callable[[Config, Runtime, Tokenizer], Made]] = {
+        "fresh": _fresh,
+        "embedding": _embedded,
+        "pruned": _pruned,
+    }
+    model, told, layers = makers[config.start_kind](config, runtime, tokenizer)
+    model.set_activation_dtype(runtime.dtype).to(runtime.device)
+    batch, at = config.at.batch, config.at.pretrain
+    seen = validation_loss(
+        *(model, TokenShards(SHARDS_DIRECTORY, "val"), tokenizer.byte_lengths),
+        *(batch.seq_len, at.validation_windows, batch.micro_batch_rows),
+    )
+    told = {"start": config.start_kind, "parameters": model.parameter_count(), **told}
+    told |= {"shape": asdict(model.shape), "val_loss": seen.nats, "val_bpb": seen.bpb}
+    banner(
+        f"start: {config.start_kind}, {model.parameter_count():,} parameters",
+        [
+            f"shape    {model.shape.layers} layers, {model.shape.hidden_size} wide",
+            f"untrained {seen.bpb:.3f} bits/byte",
+        ],
+    )
+    hub.save_student(model, tokenizer, START)
+    with atomic_file(LAYERS, "w") as file:
+        layers.to_csv(file, index=False, float_format="%.6f", lineterminator="\n")
+    draw_layers(layers, LAYERS.with_suffix(".png"))
+    write_json(METRICS, told | {"elapsed_s": round(time.perf_counter() - began, 1)})
+
+
+def fresh_student(config: Config, tokenizer: Tokenizer) -> StudentLM:
+    """New weights in the shape that params.yaml asks for."""
+    padded = -(-tokenizer.n_vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    shape = ModelShape(n_vocab=tokenizer.n_vocab, padded_vocab=padded, **asdict(config.at.model))
+    return StudentLM(shape, seed=config.seed)
+
+
+def _fresh(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
+    model = fresh_student(config, tokenizer)
+    return model, {}, _table(torch.zeros(model.shape.layers), range(model.shape.layers))
+
+
+def _embedded(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
+    """A fresh student whose embedding holds the principal directions of the teacher's, at a fresh one's length."""
+    teacher, where = _teacher(config, tokenizer), f"params.yaml: scales.{config.scale}"
+    theirs = teacher.network.get_input_embeddings().weight[: tokenizer.n_vocab].float()
+    model, size = fresh_student(config, tokenizer), config.at.model.hidden_size
+    if found := embedding_problems(size, theirs.shape[1]):
+        raise UserError(f"{where}.{found[0]}")
+    rows, share = principal_embedding(theirs, size)
+    own = model.model.embed_tokens.weight.data
+    own[: len(rows)] = rows * (own.square().mean() / rows.square().mean()).sqrt()
+    told = {"teacher_parameters": _count(teacher), "embedding_share": share}
+    return model, told, _table(torch.zeros(model.shape.layers), range(model.shape.layers))
+
+
+def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
+    """A sub-network of the teacher, chosen on evenly spaced windows of those that the teacher labels."""
+    loaded, wanted = _teacher(config, tokenizer), config.at.start
+    theirs, name = loaded.network.config.to_dict(), config.at.teacher.model
+    if found := pruned_problems(wanted, theirs, name):
+        raise UserError("\n".join(f"params.yaml: scales.{config.scale}.{line}" for line in found))
+    teacher = hub.as_student(loaded, name).set_activation_dtype(runtime.dtype).to(runtime.device)
+    shards, seq_len = TokenShards(SHARDS_DIRECTORY, "train"), config.at.batch.seq_len
+    labelled = cached_windows(shards, seq_len, config.at.teacher.windows)
+    chosen = labelled[evenly_spaced(len(labelled), wanted.calibration_windows)]
+    batch = read_batch(shards, chosen, seq_len)
+    scores, shape, losses = importance(teacher, batch), teacher.shape, None
+    layers = tuple(range(shape.layers))
+    if isinstance(wanted.layers, list):
+        layers = tuple(wanted.layers)
+    elif wanted.layers is not None and wanted.choose == "influence":
+        layers = by_influence(scores.layers, wanted.layers)
+    elif wanted.layers is not None:
+        with progress_bar(tries(shape.layers, wanted.layers), 0, "try", "start: layers") as bar:
+            layers, losses = by_loss(teacher, batch, wanted.layers, bar.update)
+    student = cut(teacher.cpu(), _kept(scores, layers, config, shape))
+    told = {"teacher_parameters": teacher.parameter_count(), "kept": student.parameter_count()}
+    told["kept"] /= told["teacher_parameters"]
+    return student, told | {"layers": list(layers)}, _table(scores.layers, layers, losses)
+
+
+def _kept(scores: Importance, layers: tuple[int, ...], config: Config, shape: ModelShape) -> Kept:
+    wanted, group = config.at.start, shape.heads // shape.kv_heads
+    groups = (wanted.heads or shape.heads) // group
+    return Kept(
+        layers,
+        most_important(scores.hidden, wanted.hidden_size or shape.hidden_size),
+        tuple(most_important(scores.groups[layer], groups) for layer in layers),
+        tuple(
+            most_important(scores.neurons[layer], wanted.intermediate_size or shape.intermediate_size)
+            for layer in layers
+        ),
+    )
+
+
+def _teacher(config: Config, tokenizer: Tokenizer) -> Any:
+    """The teacher of params.yaml, float32, on the CPU. UserError where it reads other tokens than the corpus has."""
+    at = config.at.teacher
+    if hub.teacher_tokenizer(at).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"params.yaml: scales.{config.scale}.teacher.model: {at.model} has another tokenizer than data/shards "
+            f"(corpus.tokenizer: {config.at.corpus.tokenizer}), and start: {config.start_kind} needs the same; choose "
+            "a teacher and a corpus.tokenizer that go together, or start: fresh"
+        )
+    return hub.load_teacher(at, torch.float32)
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _table(
+    influence: torch.Tensor, kept: range | tuple[int, ...], losses: list[tuple[int, float]] | None = None
+) -> pd.DataFrame:
+    """A row for each layer: its influence, whether it stays, and where losses were asked for, the loss without it."""
+    layers = range(len(influence))
+    table = pd.DataFrame({"layer": layers, "influence": influence.tolist(), "kept": [int(i in kept) for i in layers]})
+    if losses is not None:
+        order = {layer: (turn, loss) for turn, (layer, loss) in enumerate(losses, start=1)}
+        table["removed"] = [order.get(layer, (None, None))[0] for layer in layers]
+        table["loss"] = [order.get(layer, (None, None))[1] for layer in layers]
+    return table

@@ -1,0 +1,37 @@
+"""What every figure of the report shares: one page, its colours, and the same bytes for the same numbers."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from microlm.files import atomic_file
+
+# slate, blue and vermilion, as in the templates of .dvc/plots: told apart in every common colour blindness
+COLOURS = {"control": "#4c566a", "continued": "#2f6db3", "student": "#d1571e"}
+INK, FAINT = "#22222a", "#8a8a92"
+
+
+def page(title: str, ylabel: str, xlabel: str = "optimizer step") -> tuple[Figure, Axes]:
+    # a Figure without pyplot: no window system, no global state
+    figure = Figure(figsize=(8, 4.6), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=10)
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.grid(axis="y", color="#e4e4e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, length=3)
+    return figure, axes
+
+
+def caption(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, x=0.99, ha="right", fontsize=8, color=FAINT)
+
+
+def save(figure: Figure, path: Path) -> None:
+    with atomic_file(path) as file:
+        # the library's version and the date would change the bytes, and DVC would see another output
+        figure.savefig(file, format="png", dpi=160, metadata={"Software": None})

@@ -1,0 +1,101 @@
+"""Whether a start can be had from a teacher: refused from shapes alone, before weights are read."""
+
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from microlm.architecture import FAMILIES
+from microlm.config import Config
+from microlm.errors import UserError
+from microlm.scale import StartConfig
+
+# of the packaged SmolLM2-135M, whose GGUF file says the same
+PACKAGED = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+}
+PACKAGED_TOKENIZER = "smollm2"
+COUNTS = {"layers": "num_hidden_layers", "hidden_size": "hidden_size", "heads": "num_attention_heads"}
+COUNTS |= {"intermediate_size": "intermediate_size"}
+
+
+def check_start(config: Config) -> None:
+    """UserError, a line for each thing, where the start that params.yaml names cannot be had from its teacher.
+
+    Of a teacher on the hub nothing is known here; stage `start` says it then.
+    """
+    kind, teacher = config.start_kind, config.at.teacher.model
+    if kind == "fresh":
+        return
+    where = f"params.yaml: scales.{config.scale}"
+    if teacher == "packaged" and config.at.corpus.tokenizer != PACKAGED_TOKENIZER:
+        raise UserError(
+            f"{where}.corpus.tokenizer: {config.at.corpus.tokenizer} is not the teacher's, and a student that starts "
+            f"from its teacher ({kind}) needs the same; set it to {PACKAGED_TOKENIZER}, or start to fresh"
+        )
+    known = _known(teacher)
+    if known is None:
+        return
+    found = pruned_problems(config.at.start, known, teacher) if kind == "pruned" else []
+    if kind == "embedding":
+        found = embedding_problems(config.at.model.hidden_size, known["hidden_size"])
+    if found:
+        raise UserError("\n".join(f"{where}.{line}" for line in found))
+
+
+def pruned_problems(start: StartConfig, teacher: Mapping[str, Any], name: str) -> list[str]:
+    """What of `start` a teacher with this config.json cannot give, a line each, from the key on."""
+    if teacher.get("model_type") not in FAMILIES:
+        return [
+            f"teacher.model: {name} is of architecture {teacher.get('model_type')!r}, and only {', '.join(FAMILIES)} "
+            "can be cut; choose such a teacher, or start: fresh"
+        ]
+    found, has = [], {key: teacher[entry] for key, entry in COUNTS.items()}
+    for key, most in has.items():
+        wanted = getattr(start, key)
+        if isinstance(wanted, int) and wanted > most:
+            found.append(f"start.{key}: {wanted} is more than the teacher's {most}; lower it")
+    if isinstance(start.layers, list):
+        found += _layer_problems(start.layers, has["layers"])
+    group = has["heads"] // teacher["num_key_value_heads"]
+    if start.heads is not None and start.heads % group:
+        found.append(
+            f"start.heads: {start.heads} is not a multiple of {group}, the queries that share a head of keys and values"
+        )
+    hidden, heads = start.hidden_size or has["hidden_size"], start.heads or has["heads"]
+    if not found and teacher["model_type"] == "llama" and hidden % heads:
+        found.append(
+            f"start.hidden_size: {hidden} is not a multiple of the {heads} heads, which transformers asks of a llama"
+        )
+    return found
+
+
+def embedding_problems(wanted: int, has: int) -> list[str]:
+    if wanted <= has:
+        return []
+    return [f"model.hidden_size: {wanted} is more than the teacher's {has}, whose embedding has no more; lower it"]
+
+
+def _layer_problems(layers: list[int], has: int) -> list[str]:
+    outside = [layer for layer in layers if not 0 <= layer < has]
+    if outside:
+        return [f"start.layers: {outside[0]} is none of the teacher's 0 to {has - 1}"]
+    if any(after <= before for before, after in pairwise(layers)):
+        return [f"start.layers: {layers} must ascend, each layer once: they stay in the teacher's order"]
+    return []
+
+
+def _known(teacher: str) -> Mapping[str, Any] | None:
+    if teacher == "packaged":
+        return PACKAGED
+    path = Path(teacher) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None  # on the hub, or not there: who loads it says which
