@@ -88,14 +88,16 @@ class Config:
         return found
 
 
-def load_config(path: str | Path = PARAMS) -> Config:
-    """Read and check the whole file: every scale, not just the chosen one.
+def load_config(path: str | Path = PARAMS, scale: str | None = None) -> Config:
+    """Read and check the whole file: every scale, not just the chosen one. `scale`: another than the file chooses.
 
     Raises:
         ConfigError: one line for each thing that is wrong, naming file, key and mend.
     """
     raw = _read_yaml(Path(path))
     found: list[str] = []
+    if scale is not None:
+        raw["scale"] = scale
     scales = raw.pop("scales", None)
     if not isinstance(scales, dict) or not scales:
         raise ConfigError(f"{path}: scales: must hold one block for each scale, e.g. laptop")

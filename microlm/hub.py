@@ -74,7 +74,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
     try:
         context = config["max_position_embeddings"]
         shape = shape_of(config, config["microlm_n_vocab"], context, str(directory))
-        model = StudentLM(shape)
+        model = StudentLM(shape, seed=None)
         model.load_state_dict(load_file(directory / WEIGHTS))
     except (SafetensorError, RuntimeError, KeyError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -105,7 +105,7 @@ def as_student(model: LanguageModel, name: str) -> StudentLM:
     state = {key: tensor.float() for key, tensor in model.network.state_dict().items()}
     if shape.tied:
         state.pop("lm_head.weight", None)
-    student = StudentLM(shape)
+    student = StudentLM(shape, seed=None)
     student.load_state_dict(state)
     return student
 

@@ -162,7 +162,8 @@ class StudentLM(nn.Module):
 
     plain_head = True
 
-    def __init__(self, shape: ModelShape, seed: int = 0) -> None:
+    def __init__(self, shape: ModelShape, seed: int | None = 0) -> None:
+        """`seed` of the first weights; None leaves them to whoever loads others."""
         super().__init__()
         self.shape = shape
         self.activation_dtype = torch.float32
@@ -174,7 +175,8 @@ class StudentLM(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # [context, E]
         self.register_buffer("sin", angles.sin().float(), persistent=False)
-        self._initialize(seed)
+        if seed is not None:
+            self._initialize(seed)
 
     @property
     def n_vocab(self) -> int:

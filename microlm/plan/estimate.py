@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from microlm.config import PARAMS, Config, ConfigError, load_config
+from microlm.config import PARAMS, Config, load_config
 from microlm.errors import UserError
 from microlm.files import read_yaml
 from microlm.pipeline.ledger import break_even
@@ -14,8 +14,6 @@ from microlm.plan.measured import ASSUMED, Rate
 from microlm.plan.memory import Precision
 from microlm.plan.sizes import corpus_size, parameter_count, student_shape, teacher_shape, vocabulary_of
 from microlm.plan.storage import cache_bytes, cache_plan, storage
-from microlm.scale import ScaleConfig
-from microlm.schema import parse
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,10 @@ class Machine:
 
 def config_of_scale(scale: str | None) -> Config:
     """params.yaml with another scale chosen than it says. UserError where that one is unknown or does not fit."""
-    config = load_config(PARAMS)
-    if scale is None or scale == config.scale:
-        return config
-    blocks = read_yaml(PARAMS, "run from the top folder of the repository", "scale: laptop")["scales"]
-    if scale not in blocks:
-        raise UserError(f"--scale: {scale!r} is not a scale of {PARAMS}; choose one of {', '.join(blocks)}")
-    found: list[str] = []
-    config = replace(config, scale=scale, at=parse(ScaleConfig, blocks[scale], f"scales.{scale}.", found))
-    if found := found + config.problems():
-        raise ConfigError("\n".join(f"{PARAMS}: {line}" for line in found))
-    return config
+    scales = read_yaml(PARAMS, "run from the top folder of the repository", "scale: laptop")["scales"]
+    if scale is not None and scale not in scales:
+        raise UserError(f"--scale: {scale!r} is not a scale of {PARAMS}; choose one of {', '.join(scales)}")
+    return load_config(PARAMS, scale)
 
 
 def make_plan(config: Config, machine: Machine, teacher_parameters: int | None = None) -> dict[str, Any]:
@@ -53,9 +44,9 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
         raise UserError(f"{PARAMS}: objective: minillm samples text in every step, which is not planned; set another")
     at = config.at
     vocabulary = vocabulary_of(at.corpus.tokenizer)
-    shape, corpus = student_shape(at, vocabulary), corpus_size(at.corpus)
+    shape, corpus = student_shape(config, vocabulary), corpus_size(at.corpus)
     teacher = teacher_shape(at.teacher.model, teacher_parameters)
-    budget = work.Budget.build(config, corpus, parameter_count(shape), teacher)
+    budget = work.Budget.build(config, corpus, shape, teacher)
     stages = work.stages(budget, machine.gpus)
     windows = budget.labelled
     layout = cache_plan(config, vocabulary, windows)

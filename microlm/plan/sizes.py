@@ -1,16 +1,21 @@
 """What is not in params.yaml and yet decides everything: vocabulary, tokens of the corpus, the teacher's shape."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from microlm.architecture import ModelShape
+from microlm.config import Config
 from microlm.corpus.tokenizer import json_tokenizer
 from microlm.errors import UserError
+from microlm.model import StudentLM
 from microlm.pipeline.start import VOCABULARY_MULTIPLE
-from microlm.scale import CorpusConfig, ScaleConfig
+from microlm.scale import CorpusConfig
+from microlm.starts.request import known_shape, pruned_shape
 
 PACKAGED_TEXT_BYTES = 6_665_249  # both splits; metrics/tokenize.json
 BYTES_PER_TOKEN = 4.4976  # of English text under a vocabulary of 50,000; metrics/tokenize.json
@@ -36,21 +41,31 @@ def vocabulary_of(tokenizer: str) -> Vocabulary:
     return Vocabulary(json_tokenizer(Path(tokenizer)).n_vocab, Path(tokenizer).stat().st_size)
 
 
-def student_shape(at: ScaleConfig, vocabulary: Vocabulary) -> ModelShape:
+def student_shape(config: Config, vocabulary: Vocabulary) -> ModelShape:
+    """UserError where it is cut out of a teacher whose shape is not known here."""
     padded = -(-vocabulary.size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return ModelShape(n_vocab=vocabulary.size, padded_vocab=padded, **vars(at.model))
+    if config.start_kind != "pruned":
+        return ModelShape(n_vocab=vocabulary.size, padded_vocab=padded, **vars(config.at.model))
+    teacher = known_shape(config.at.teacher.model, vocabulary.size)
+    if teacher is None:
+        raise UserError(
+            f"start: pruned cuts the student out of {config.at.teacher.model}, which is no folder here, and nothing is "
+            "asked of the hub: download it and name the folder in teacher.model, or plan with start: fresh"
+        )
+    return pruned_shape(config.at.start, teacher)
 
 
 def block_matrix_count(shape: ModelShape) -> int:
     """Parameters of the blocks' matrices, those that Muon moves."""
-    width = shape.heads * shape.head_dim
-    return shape.layers * (4 * width + 3 * shape.intermediate_size) * shape.hidden_size
+    attention = 2 * (shape.query_width + shape.key_width)
+    return shape.layers * (attention + 3 * shape.intermediate_size) * shape.hidden_size
 
 
+@cache
 def parameter_count(shape: ModelShape) -> int:
-    """As `StudentLM.parameter_count`; the embedding is the head's weight too and counts once."""
-    gains = shape.layers * 2 * (shape.hidden_size + shape.head_dim) + shape.hidden_size
-    return shape.padded_vocab * shape.hidden_size + block_matrix_count(shape) + gains
+    """As `StudentLM.parameter_count`; an embedding that is the head's weight too counts once."""
+    with torch.device("meta"):
+        return StudentLM(replace(shape, context=2), seed=None).parameter_count()
 
 
 @dataclass(frozen=True)

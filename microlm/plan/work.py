@@ -10,10 +10,11 @@ model's operations.
 import math
 from dataclasses import dataclass
 
+from microlm.architecture import ModelShape
 from microlm.config import Config
 from microlm.errors import UserError
 from microlm.evaluation.benchmarks import configured_benchmarks
-from microlm.plan.sizes import CorpusSize, TeacherShape
+from microlm.plan.sizes import CorpusSize, TeacherShape, parameter_count
 from microlm.scale import OptimizationConfig
 from microlm.teacher.capture import TABLE_WINDOWS
 
@@ -51,19 +52,21 @@ class Budget:
     teacher_forward: int
 
     @classmethod
-    def build(cls, config: Config, corpus: CorpusSize, parameters: int, teacher: TeacherShape) -> "Budget":
-        at, seq_len = config.at, config.at.batch.seq_len
+    def build(cls, config: Config, corpus: CorpusSize, student: ModelShape, teacher: TeacherShape) -> "Budget":
+        seq_len = config.at.batch.seq_len
         windows = [(tokens - 1) // seq_len for tokens in (corpus.train_tokens, corpus.val_tokens)]
         if min(windows) < 1:
             raise UserError(
                 f"params.yaml: scales.{config.scale}.corpus: about {corpus.train_tokens} training and "
                 f"{corpus.val_tokens} validation tokens do not fill a window of batch.seq_len={seq_len} each"
             )
-        width = at.model.heads * at.model.head_dim
+        multiplied = parameter_count(student)
+        if not student.tied:  # an embedding that is no head is looked up
+            multiplied -= student.padded_vocab * student.hidden_size
         return cls(
             config,
             *windows,
-            forward_flops(parameters, at.model.layers, width, seq_len),
+            forward_flops(multiplied, student.layers, student.query_width, seq_len),
             forward_flops(teacher.multiplied, teacher.layers, teacher.attention_width, seq_len),
         )
 

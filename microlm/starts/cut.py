@@ -64,7 +64,8 @@ def cut(model: StudentLM, kept: Kept) -> StudentLM:
             heads=len(kept.groups[0]) * group,
             kv_heads=len(kept.groups[0]),
             intermediate_size=len(kept.neurons[0]),
-        )
+        ),
+        seed=None,
     )
     whole, state = model.state_dict(), {}
     for name in student.state_dict():

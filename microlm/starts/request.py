@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from microlm.architecture import FAMILIES
+from microlm.architecture import FAMILIES, ModelShape, shape_of
 from microlm.config import Config
 from microlm.errors import UserError
 from microlm.scale import StartConfig
@@ -14,11 +15,17 @@ from microlm.scale import StartConfig
 # of the packaged SmolLM2-135M, whose GGUF file says the same
 PACKAGED = {
     "model_type": "llama",
+    "vocab_size": 49_152,
     "num_hidden_layers": 30,
     "hidden_size": 576,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
 }
 PACKAGED_TOKENIZER = "smollm2"
 COUNTS = {"layers": "num_hidden_layers", "hidden_size": "hidden_size", "heads": "num_attention_heads"}
@@ -47,6 +54,31 @@ def check_start(config: Config) -> None:
         found = embedding_problems(config.at.model.hidden_size, known["hidden_size"])
     if found:
         raise UserError("\n".join(f"{where}.{line}" for line in found))
+
+
+def pruned_shape(start: StartConfig, teacher: ModelShape) -> ModelShape:
+    """What is left of `teacher`."""
+    layers = len(start.layers) if isinstance(start.layers, list) else start.layers or teacher.layers
+    heads = start.heads or teacher.heads
+    return replace(
+        teacher,
+        layers=layers,
+        hidden_size=start.hidden_size or teacher.hidden_size,
+        heads=heads,
+        kv_heads=heads * teacher.kv_heads // teacher.heads,
+        intermediate_size=start.intermediate_size or teacher.intermediate_size,
+    )
+
+
+def known_shape(teacher: str, n_vocab: int) -> ModelShape | None:
+    """Of a teacher that is packaged or a folder here; None of one on the hub. UserError as `shape_of`."""
+    config = _known(teacher)
+    if config is None:
+        return None
+    try:
+        return shape_of(config, n_vocab, config["max_position_embeddings"], teacher)
+    except KeyError as error:
+        raise UserError(f"{teacher}: its config.json has no {error}; choose another teacher, or start: fresh") from None
 
 
 def pruned_problems(start: StartConfig, teacher: Mapping[str, Any], name: str) -> list[str]:
