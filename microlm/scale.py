@@ -204,14 +204,30 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True)
+class HubText:
+    """A dataset of texts on the hub, at a full commit hash."""
+
+    dataset: str
+    revision: str
+    subset: str | None = None
+    text_column: str = "text"
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
-    """`data` is a folder with tasks' files in their published formats; `hub`: whether to ask it for what is missing."""
+    """`data` is a folder with tasks' files in their published formats; `hub`: whether to ask it for what is missing.
+
+    `outside` is text of another kind than the corpus: packaged, files (globs) or a dataset; None does without. `windows`
+    are scored of it and of the validation text by stage `evaluate`, evenly spaced; None takes all.
+    """
 
     batch_tokens: int = count()
     bootstrap_draws: int = within(100, 10**7)
-    benchmarks: list[BenchmarkConfig]
-    data: str | None
-    hub: bool
+    windows: int | None = within(2, 2**31)  # two: one gives no interval
+    outside: Literal["packaged"] | list[str] | HubText | None = field()
+    benchmarks: list[BenchmarkConfig] = field()
+    data: str | None = field()
+    hub: bool = field()
 
 
 @dataclass(frozen=True)

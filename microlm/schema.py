@@ -95,6 +95,8 @@ def _convert(value: Any, hint: Any, bounds: Range | None, where: str, found: lis
         return [parse(typing.get_args(hint)[0], block, f"{where}[{i}].", found) for i, block in enumerate(value)]
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
+        if isinstance(value, dict) and hasattr(option, "__dataclass_fields__"):
+            return parse(option, value, where + ".", found)
         converted = _match(value, option)
         if converted is not MISSING:
             numbers = converted if isinstance(converted, list) else [converted]
@@ -135,6 +137,8 @@ def _describe(options: tuple[Any, ...]) -> str:
     for option in options:
         if typing.get_origin(option) is Literal:
             names.append("one of " + ", ".join(typing.get_args(option)))
+        elif hasattr(option, "__dataclass_fields__"):
+            names.append(f"a block of {', '.join(option.__dataclass_fields__)}")
         elif typing.get_origin(option) is list:
             names.append(
                 "a list of " + {float: "numbers", int: "whole numbers", str: "texts"}[typing.get_args(option)[0]]

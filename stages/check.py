@@ -5,6 +5,7 @@ would already have lost the old student. The text written here never changes, so
 """
 
 from microlm.config import load_config
+from microlm.corpus.outside_source import refuse_unfit
 from microlm.errors import run_stage
 from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.files import atomic_file
@@ -15,6 +16,7 @@ def main() -> None:
     config = load_config()
     configured_benchmarks(config)
     check_start(config)
+    refuse_unfit(config)
     with atomic_file("data/params.ok", "w") as file:
         file.write("params.yaml was accepted\n")
 

@@ -18,7 +18,7 @@ from tests.tiny_teacher import write_tiny_teacher
 WHEELS = ROOT / ".resume" / "wheels"
 ARMS = ("control", "continued", "student")
 STAGES = {
-    "check", "fetch", "tokenize", "start", "pretrain", "teacher", "select", "distill", "continue", "compare",
+    "check", "fetch", "tokenize", "outside", "start", "pretrain", "teacher", "select", "distill", "continue", "compare",
     "evaluate@control", "evaluate@continued", "evaluate@student", "evaluate@teacher",
 }  # fmt: skip
 AFTER_ALPHA = {"check", "distill", "evaluate@student", "compare"}
@@ -76,6 +76,7 @@ def test_fresh_clone_runs_to_the_report(finished: tuple[Clone, str]) -> None:
         *ARMS,
         "teacher",
         "tokenize",
+        "outside",
         "windows",
         *(f"evaluation/{name}" for name in (*ARMS, "teacher")),
     ):

@@ -63,13 +63,14 @@ def _evaluation(name: str) -> Stage:
 
 TOKENIZE = Stage(("tokenize",), ("data/shards", "metrics/tokenize.json"))
 START = Stage(("start",), ("models/start", "metrics/start.json", "plots/start.csv", "plots/start.png"))
+OUTSIDE = Stage(("outside",), ("data/outside", "metrics/outside.json"))
 PRETRAIN, CONTINUE, DISTILL = _arm("pretrain", "control"), _arm("continue_", "continued"), _arm("distill", "student")
 LABEL = Stage(("teacher",), ("data/teacher", "metrics/teacher.json"))
 SELECT = Stage(("select",), ("data/windows.npy", "metrics/windows.json"))
 EVALUATIONS = tuple(_evaluation(name) for name in ("control", "continued", "student", "teacher"))
 COMPARE = Stage(("compare",), ("metrics/summary.json", "plots/hellaswag.png", "plots/loss.png"))
 FETCH = Stage(("fetch",), ("data/parts",))
-STAGES = (TOKENIZE, START, PRETRAIN, LABEL, SELECT, DISTILL, CONTINUE, *EVALUATIONS, COMPARE)
+STAGES = (TOKENIZE, OUTSIDE, START, PRETRAIN, LABEL, SELECT, DISTILL, CONTINUE, *EVALUATIONS, COMPARE)
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(

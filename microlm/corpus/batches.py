@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm.corpus.shards import TokenShards
+from microlm.corpus.shards import OUTSIDE_DIRECTORY, SHARDS_DIRECTORY, TokenShards
 from microlm.errors import UserError
 from microlm.scale import BatchConfig
 
@@ -37,8 +37,9 @@ def window_count(shards: TokenShards, seq_len: int) -> int:
     """Whole windows in the split, each with the token that follows it."""
     count = (shards.n_tokens - 1) // seq_len
     if count < 1:
+        folder = OUTSIDE_DIRECTORY if shards.split == "outside" else SHARDS_DIRECTORY
         raise UserError(
-            f"data/shards: the {shards.split} split has {shards.n_tokens} tokens, fewer than one window of "
+            f"{folder}: the {shards.split} split has {shards.n_tokens} tokens, fewer than one window of "
             f"batch.seq_len={seq_len}; give more text or a shorter seq_len"
         )
     return count

@@ -13,19 +13,26 @@ from microlm.scale import CorpusConfig
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # counts are another host's, whose absence would be waited out
 
-MEND = "check corpus.dataset, subset and revision and the network, or use source: files"
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 
 
-def find_dataset(config: CorpusConfig) -> datasets.DatasetBuilder:
+def advice(key: str) -> str:
+    """What to do about a dataset that cannot be read; `key` of params.yaml names it."""
+    return f"check {key}.dataset, subset and revision and the network, or use local files"
+
+
+def find_dataset(config: CorpusConfig, key: str = "corpus") -> datasets.DatasetBuilder:
     """The builder of the subset, whose `config.data_files` has the files of each split. A folder passes for a dataset.
+
+    Args:
+        key: of params.yaml, that names the dataset.
 
     Raises:
         UserError: the hub refuses for good (no such dataset or revision, no access), or is out of reach for minutes.
     """
     be_patient()
     if not Path(config.dataset).exists():
-        _refuse_absent(config)
+        _refuse_absent(config, key)
     # an empty cache: `datasets` would fall back on whichever revision it finds there
     with tempfile.TemporaryDirectory() as empty:
         return datasets.load_dataset_builder(
@@ -33,7 +40,7 @@ def find_dataset(config: CorpusConfig) -> datasets.DatasetBuilder:
         )
 
 
-def _refuse_absent(config: CorpusConfig) -> None:
+def _refuse_absent(config: CorpusConfig, key: str) -> None:
     where = f"{config.dataset} at {config.revision}"
     try:
         HfApi().dataset_info(config.dataset, revision=config.revision)
@@ -41,10 +48,10 @@ def _refuse_absent(config: CorpusConfig) -> None:
         mend = f"accept its terms on the dataset's page, then {LOG_IN}"
         raise UserError(f"{where}: the hub gives this dataset only to who has accepted its terms; {mend}") from None
     except RevisionNotFoundError:
-        mend = "set corpus.revision to the full hash of one of its commits"
+        mend = f"set {key}.revision to the full hash of one of its commits"
         raise UserError(f"{where}: the hub has the dataset, but no such revision; {mend}") from None
     except RepositoryNotFoundError:
-        mend = f"correct corpus.dataset, or {LOG_IN} with an account that may read it"
+        mend = f"correct {key}.dataset, or {LOG_IN} with an account that may read it"
         raise UserError(f"{where}: the hub has no such dataset, or hides it; {mend}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code

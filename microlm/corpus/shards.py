@@ -19,9 +19,14 @@ VERSION = 1
 MAGIC = b"MICROLM1"
 HEADER = struct.Struct("<8sIIQ232x")  # magic, version, bytes a token, tokens: 256 bytes
 SHARDS_DIRECTORY = Path("data/shards")
-REMAKE = "make it again with: dvc repro -f -s tokenize"
+OUTSIDE_DIRECTORY = Path("data/outside")  # of one split, `outside`: text of another kind than the corpus
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "outside"]
+
+
+def made_by(split: Split) -> str:
+    """The stage that makes a split."""
+    return "outside" if split == "outside" else "tokenize"
 
 
 def token_dtype(n_vocab: int) -> np.dtype:
@@ -50,13 +55,16 @@ class TokenShards:
         """Raises UserError naming the file and the check that failed."""
         directory = Path(directory)
         self.split = split
-        self.manifest = read_json(directory / "manifest.json", "tokenize")
-        refuse_unsealed(self.manifest, directory / "manifest.json", REMAKE)
+        remake = f"make it again with: dvc repro -f -s {made_by(split)}"
+        self.manifest = read_json(directory / "manifest.json", made_by(split))
+        refuse_unsealed(self.manifest, directory / "manifest.json", remake)
         if (self.manifest.get("format"), self.manifest.get("version")) != (FORMAT, VERSION):
-            raise UserError(f"{directory / 'manifest.json'}: not {FORMAT} version {VERSION}; {REMAKE}")
+            raise UserError(f"{directory / 'manifest.json'}: not {FORMAT} version {VERSION}; {remake}")
+        if split not in self.manifest["splits"]:
+            raise UserError(f"{directory / 'manifest.json'}: has no split {split}; {remake}")
         entry = self.manifest["splits"][split]
         self.dtype = token_dtype(self.manifest["tokenizer"]["n_vocab"])
-        self._shards = [_open_shard(directory / shard["file"], shard, self.dtype) for shard in entry["shards"]]
+        self._shards = [_open_shard(directory / shard["file"], shard, self.dtype, remake) for shard in entry["shards"]]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self.n_tokens = int(self._ends[-1])
         self.digest: str = entry["digest"]
@@ -65,7 +73,7 @@ class TokenShards:
             or self.n_tokens != entry["tokens"]
         ):
             raise UserError(
-                f"{directory / 'manifest.json'}: digest or token count of {split} is not that of its shards; {REMAKE}"
+                f"{directory / 'manifest.json'}: digest or token count of {split} is not that of its shards; {remake}"
             )
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -90,18 +98,18 @@ class TokenShards:
         return out
 
 
-def _open_shard(path: Path, entry: dict[str, Any], dtype: np.dtype) -> np.ndarray:
+def _open_shard(path: Path, entry: dict[str, Any], dtype: np.dtype, remake: str) -> np.ndarray:
     """Memory-map a shard after checking its size, header and sha256 against its entry in the manifest."""
     if not path.is_file():
-        raise UserError(f"{path} is not there; {REMAKE}")
+        raise UserError(f"{path} is not there; {remake}")
     tokens = entry["tokens"]
     expected = HEADER.size + tokens * dtype.itemsize
     if path.stat().st_size != expected:
-        raise UserError(f"{path}: {path.stat().st_size} bytes long, expected {expected}; {REMAKE}")
+        raise UserError(f"{path}: {path.stat().st_size} bytes long, expected {expected}; {remake}")
     with open(path, "rb") as file:
         header = HEADER.unpack(file.read(HEADER.size))
     if header != (MAGIC, VERSION, dtype.itemsize, tokens):
-        raise UserError(f"{path}: its header is not that of a shard of {tokens} {dtype} tokens; {REMAKE}")
+        raise UserError(f"{path}: its header is not that of a shard of {tokens} {dtype} tokens; {remake}")
     if sha256_file(path) != entry["sha256"]:
-        raise UserError(f"{path}: its sha256 is not the manifest's; {REMAKE}")
+        raise UserError(f"{path}: its sha256 is not the manifest's; {remake}")
     return np.memmap(path, dtype, "r", offset=HEADER.size, shape=(tokens,))

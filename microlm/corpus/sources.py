@@ -40,6 +40,19 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """Of params.yaml, where a text is named: what messages tell a person to mend."""
+
+    source: str = "corpus.source"
+    paths: str = "corpus.paths"
+    column: str = "corpus.text_column"
+    hub: str = "corpus"
+
+
+CORPUS = Keys()
+
+
+@dataclass(frozen=True)
 class Documents:
     """Texts that follow one another in one file; `after` is the position behind the last."""
 
@@ -53,13 +66,17 @@ class _File:
 
     name: str
     column: str
+    key: str  # of params.yaml, that names the column
     open: Callable[[], datasets.IterableDataset]
     complaint: str
     mend: str = ""
 
 
 def batches(
-    config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY, start: Position | None = None
+    config: CorpusConfig,
+    parts: Path = packaged.PARTS_DIRECTORY,
+    start: Position | None = None,
+    keys: Keys = CORPUS,
 ) -> Iterator[Documents]:
     """The documents of the corpus from `start` on, always in the same order, at most BATCH_DOCUMENTS at a time.
 
@@ -69,7 +86,11 @@ def batches(
         UserError: no file matches, a column is missing, a document has no text, nothing is there at all, or the hub
             is out of reach.
     """
-    files = {"packaged": lambda: [_packaged(parts)], "files": lambda: _files(config), "hub": lambda: _hub(config)}
+    files = {
+        "packaged": lambda: [_packaged(parts)],
+        "files": lambda: _files(config, keys),
+        "hub": lambda: _hub(config, keys),
+    }
     start = start or Position()
     empty = start == Position()
     for number, file in enumerate(files[config.source]()):
@@ -84,7 +105,7 @@ def batches(
         except READ_ERRORS as error:
             raise UserError(f"{file.name}: {file.complaint} ({_short(error)}){file.mend}") from None
     if empty:
-        raise UserError(f"corpus.source {config.source}: holds no document; name one that does")
+        raise UserError(f"{keys.source} {config.source}: holds no document; name one that does")
 
 
 def documents(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> Iterator[str]:
@@ -124,47 +145,59 @@ def _packaged(parts: Path) -> _File:
     # not the hash that chooses the validation split: in its order, validation would come first
     texts.sort(key=lambda text: hashlib.sha256(b"order\0" + text.encode()).digest())
     rows = datasets.Dataset.from_dict({"text": texts})
-    return _File(str(parts), "text", rows.to_iterable_dataset, "not readable")
+    return _File(str(parts), "text", CORPUS.column, rows.to_iterable_dataset, "not readable")
 
 
-def matching_files(paths: Iterable[str]) -> list[Path]:
-    """Files named by `paths` (globs; ** crosses folders), sorted, each once. UserError if one matches nothing."""
+def matching_files(paths: Iterable[str], key: str = CORPUS.paths) -> list[Path]:
+    """Files named by `paths` (globs; ** crosses folders), sorted, each once. UserError if one matches nothing.
+
+    Args:
+        key: of params.yaml, that holds `paths`.
+    """
     found: set[Path] = set()
     for pattern in paths:
         matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
         if not matches:
             raise UserError(
-                f"corpus.paths: no file matches {pattern!r} (seen from {Path.cwd()}); correct it in params.yaml"
+                f"{key}: no file matches {pattern!r} (seen from {Path.cwd()}); correct it in params.yaml"
             )
         for path in matches:
             if path.suffix not in BUILDERS:
-                raise UserError(f"{path}: cannot be read as text; corpus.paths takes {', '.join(BUILDERS)}")
+                raise UserError(f"{path}: cannot be read as text; {key} takes {', '.join(BUILDERS)}")
         found.update(matches)
     return sorted(found)
 
 
-def _files(config: CorpusConfig) -> Iterator[_File]:
+def _files(config: CorpusConfig, keys: Keys) -> Iterator[_File]:
     """A .txt file is one document; its text needs no column."""
-    for path in matching_files(config.paths or []):
+    for path in matching_files(config.paths or [], keys.paths):
         if not path.stat().st_size:
-            raise UserError(f"{path}: empty; mend the file or leave it out of corpus.paths")
+            raise UserError(f"{path}: empty; mend the file or leave it out of {keys.paths}")
         builder = BUILDERS[path.suffix]
         options = {"sample_by": "document"} if builder == "text" else {}
         column = "text" if builder == "text" else config.text_column
-        yield _File(str(path), column, _opener(builder, str(path), **options), f"not readable as {builder}")
+        opened = _opener(builder, str(path), **options)
+        yield _File(str(path), column, keys.column, opened, f"not readable as {builder}")
 
 
-def _hub(config: CorpusConfig) -> list[_File]:
+def _hub(config: CorpusConfig, keys: Keys) -> list[_File]:
     """The files of the dataset's training split, in its order."""
     name = f"{config.dataset} at {config.revision}"
-    complaint, mend = "not readable from the hub", f"; {hub.MEND}"
+    complaint, mend = "not readable from the hub", f"; {hub.advice(keys.hub)}"
     try:
-        builder = hub.find_dataset(config)
+        builder = hub.find_dataset(config, keys.hub)
         files = builder.config.data_files["train"]
     except (*READ_ERRORS, KeyError) as error:
         raise UserError(f"{name}: {complaint} ({_short(error)}){mend}") from None
     return [
-        _File(f"{name}, {Path(str(file)).name}", config.text_column, _opener(builder.name, str(file)), complaint, mend)
+        _File(
+            f"{name}, {Path(str(file)).name}",
+            config.text_column,
+            keys.column,
+            _opener(builder.name, str(file)),
+            complaint,
+            mend,
+        )
         for file in files
     ]
 
@@ -180,7 +213,7 @@ def _texts(file: _File, row: int) -> Iterator[list[str]]:
         if file.column not in columns:
             raise UserError(
                 f"{file.name}: has no column {file.column!r}, only {', '.join(columns)}; "
-                "set corpus.text_column to one of them"
+                f"set {file.key} to one of them"
             )
         texts = columns[file.column]
         for number, text in enumerate(texts, start=row + 1):

@@ -1,0 +1,41 @@
+"""Where text of another kind than the corpus comes from (`evaluation.outside`), and what of it cannot be meant."""
+
+from dataclasses import replace
+
+from microlm.config import Config
+from microlm.errors import UserError
+from microlm.scale import CorpusConfig, HubText
+
+KEY = "evaluation.outside"
+
+
+def as_corpus(wanted: list[str] | HubText, corpus: CorpusConfig) -> CorpusConfig:
+    """The text as `sources` reads one: files with the corpus's column, or a dataset with its own."""
+    if isinstance(wanted, HubText):
+        return replace(corpus, source="hub", paths=None, **vars(wanted))
+    return replace(corpus, source="files", paths=wanted)
+
+
+def refuse_unfit(config: Config) -> None:
+    """UserError where no file matches, a file lacks the column, or the text is the corpus itself. Asks no network."""
+    wanted, corpus = config.at.evaluation.outside, config.at.corpus
+    where = f"params.yaml: scales.{config.scale}.{KEY}"
+    mend = "name text of another kind, or set it to null"
+    if isinstance(wanted, HubText) and corpus.source == "hub":
+        if (wanted.dataset, wanted.subset) == (corpus.dataset, corpus.subset):
+            raise UserError(f"{where}: {wanted.dataset} ({wanted.subset}) is the corpus itself; {mend}")
+    if not isinstance(wanted, list):
+        return
+    from microlm.corpus import sources  # which needs `datasets`, for seconds
+
+    files = {path.resolve(): path for path in sources.matching_files(wanted, KEY)}
+    read = sources.matching_files(corpus.paths or []) if corpus.source == "files" else []
+    if both := sorted(str(files[path.resolve()]) for path in read if path.resolve() in files):
+        raise UserError(f"{where}: {both[0]} is in the corpus itself; {mend}")
+    next(sources.batches(as_corpus(wanted, corpus), keys=keys()))
+
+
+def keys() -> "sources.Keys":
+    from microlm.corpus import sources
+
+    return sources.Keys(KEY, KEY, "corpus.text_column", KEY)
