@@ -36,7 +36,8 @@ def _compare(config: Config) -> None:
     summary = summarize(scores, training, distillation, config.at.evaluation.bootstrap_draws, config.seed)
     summary["benchmarks"] = benchmark_rows(MODELS, config.at.evaluation.bootstrap_draws, config.seed)
     questions = config.at.continuation.hellaswag_items
-    draw_figures({"control": config.at.pretrain.hellaswag_items, "continued": questions, "student": questions})
+    items = {"control": config.at.pretrain.hellaswag_items, "continued": questions, "student": questions}
+    draw_figures(items, outside="outside_windows" in summary)
     write_json(SUMMARY, summary)
 
 

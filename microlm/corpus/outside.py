@@ -1,7 +1,7 @@
 """Text of another kind than the corpus, as token shards of one split: data/outside.
 
-What is also in the corpus is left out: there a student would be asked what it has read. Without `evaluation.outside` the
-folder holds a manifest and no split.
+What is also in the corpus is left out: there a student would be asked what it has read. Without `evaluation.outside`
+the folder holds a manifest and no split.
 """
 
 from collections import Counter
@@ -84,7 +84,9 @@ def new_documents(documents: list[Document], corpus: Iterable[TokenShards], eot_
             started = _key(chunk[starts], chunk[starts + 1])
             here = np.isin(started, wanted)
             for start, key in zip(starts[here], started[here], strict=True):
-                found |= {n for n in by_start[int(key)] if np.array_equal(chunk[start : start + len(heads[n])], heads[n])}
+                found |= {
+                    n for n in by_start[int(key)] if np.array_equal(chunk[start : start + len(heads[n])], heads[n])
+                }
     return [document for number, document in enumerate(documents) if number not in found]
 
 

@@ -1,10 +1,14 @@
 """Where text of another kind than the corpus comes from (`evaluation.outside`), and what of it cannot be meant."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from microlm.config import Config
 from microlm.errors import UserError
 from microlm.scale import CorpusConfig, HubText
+
+if TYPE_CHECKING:
+    from microlm.corpus import sources
 
 KEY = "evaluation.outside"
 
@@ -21,9 +25,9 @@ def refuse_unfit(config: Config) -> None:
     wanted, corpus = config.at.evaluation.outside, config.at.corpus
     where = f"params.yaml: scales.{config.scale}.{KEY}"
     mend = "name text of another kind, or set it to null"
-    if isinstance(wanted, HubText) and corpus.source == "hub":
-        if (wanted.dataset, wanted.subset) == (corpus.dataset, corpus.subset):
-            raise UserError(f"{where}: {wanted.dataset} ({wanted.subset}) is the corpus itself; {mend}")
+    read_from = (corpus.source, corpus.dataset, corpus.subset)
+    if isinstance(wanted, HubText) and ("hub", wanted.dataset, wanted.subset) == read_from:
+        raise UserError(f"{where}: {wanted.dataset} ({wanted.subset}) is the corpus itself; {mend}")
     if not isinstance(wanted, list):
         return
     from microlm.corpus import sources  # which needs `datasets`, for seconds
@@ -36,6 +40,7 @@ def refuse_unfit(config: Config) -> None:
 
 
 def keys() -> "sources.Keys":
+    """What messages about the text tell a person to mend."""
     from microlm.corpus import sources
 
     return sources.Keys(KEY, KEY, "corpus.text_column", KEY)

@@ -158,9 +158,7 @@ def matching_files(paths: Iterable[str], key: str = CORPUS.paths) -> list[Path]:
     for pattern in paths:
         matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
         if not matches:
-            raise UserError(
-                f"{key}: no file matches {pattern!r} (seen from {Path.cwd()}); correct it in params.yaml"
-            )
+            raise UserError(f"{key}: no file matches {pattern!r} (seen from {Path.cwd()}); correct it in params.yaml")
         for path in matches:
             if path.suffix not in BUILDERS:
                 raise UserError(f"{path}: cannot be read as text; {key} takes {', '.join(BUILDERS)}")
@@ -212,8 +210,7 @@ def _texts(file: _File, row: int) -> Iterator[list[str]]:
     for columns in file.open().skip(row).iter(BATCH_DOCUMENTS):
         if file.column not in columns:
             raise UserError(
-                f"{file.name}: has no column {file.column!r}, only {', '.join(columns)}; "
-                f"set {file.key} to one of them"
+                f"{file.name}: has no column {file.column!r}, only {', '.join(columns)}; set {file.key} to one of them"
             )
         texts = columns[file.column]
         for number, text in enumerate(texts, start=row + 1):

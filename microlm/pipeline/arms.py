@@ -16,6 +16,7 @@ from microlm.corpus.batches import Batches, cached_windows, uncached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError
+from microlm.evaluation.yardsticks import held_out
 from microlm.files import sha256_file, write_json
 from microlm.hub import MAKERS, OPTIMIZER, WEIGHTS, load_student, save_student, teacher_fingerprint
 from microlm.launcher import PROCESSES
@@ -165,14 +166,15 @@ def _run(
     if getattr(plan.optimization, "optimizer_state", "reset") == "keep":
         _load_moments(optimizers, MODELS / "control" / OPTIMIZER)
     banner(f"{plan.arm}: {model.parameter_count():,} parameters", describe(model, batches, plan, said, runtime))
-    evaluator = Evaluator.build(batches.shards, SHARDS, tokenizer, config.at.batch, plan.optimization, model.context)
+    texts = held_out(config.at)
+    evaluator = Evaluator.build(batches.shards, texts, tokenizer, config.at.batch, plan.optimization, model.context)
     inputs |= {
         "plan": asdict(plan),
         "batch": asdict(config.at.batch),
         "shape": asdict(model.shape),
         "seed": config.seed,
         "runtime": runtime.decisive(),
-        "corpus": [batches.shards.digest, evaluator.validation.digest, tokenizer.fingerprint],
+        "corpus": [batches.shards.digest, *evaluator.digests, tokenizer.fingerprint],
         "code": code_digest(*CODE),
     }
     began = time.perf_counter()
@@ -195,7 +197,7 @@ def _run(
                 "epochs": round(plan.steps * config.at.batch.rows / len(batches.windows), 3),
                 "train_loss": last["train_loss"],
                 "val_loss": last["val_loss"],
-                "val_bpb": last["val_bpb"],
+                **{key: last[key] for key in ("val_bpb", "ood_bpb") if key in last},
                 "hellaswag_acc_norm": hellaswag["acc_norm"],
                 "tokens_per_s": round(history.trained_tokens / max(history.elapsed_s, 1e-9), 1),
                 "elapsed_s": round(time.perf_counter() - began, 1),

@@ -12,10 +12,16 @@ COLOURS = {"control": "#4c566a", "continued": "#2f6db3", "student": "#d1571e"}
 INK, FAINT = "#22222a", "#8a8a92"
 
 
-def page(title: str, ylabel: str, xlabel: str = "optimizer step") -> tuple[Figure, Axes]:
+def page(title: str, ylabel: str, xlabel: str = "optimizer step", panels: int = 1) -> tuple[Figure, Axes]:
+    """A figure and its first axes; more `panels`, lower ones, come below and are yet to `dress`."""
     # a Figure without pyplot: no window system, no global state
-    figure = Figure(figsize=(8, 4.6), layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(8, 4.6 + 2.6 * (panels - 1)), layout="constrained", facecolor="white")
+    axes = figure.subplots(panels, squeeze=False, height_ratios=[1.6, *[1] * (panels - 1)])[0, 0]
+    dress(axes, title, ylabel, xlabel)
+    return figure, axes
+
+
+def dress(axes: Axes, title: str, ylabel: str, xlabel: str = "optimizer step") -> None:
     axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
@@ -24,7 +30,6 @@ def page(title: str, ylabel: str, xlabel: str = "optimizer step") -> tuple[Figur
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, length=3)
-    return figure, axes
 
 
 def caption(figure: Figure, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The two curves as PNG: HellaSwag accuracy and the loss, all arms in one axes, the same bytes for the same numbers."""
+"""The curves as PNG: HellaSwag accuracy and held-out loss, all arms together, the same bytes for the same numbers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from microlm.errors import UserError
 from microlm.evaluation import ARMS, GPT2_124M_ACC_NORM
 from microlm.evaluation.tasks import CHANCE
-from microlm.report.axes import COLOURS, FAINT, INK, caption, page, save
+from microlm.report.axes import COLOURS, FAINT, INK, caption, dress, page, save
 from microlm.report.summary import MADE_BY
 
 PLOTS = Path("plots")
@@ -20,6 +20,7 @@ MARKERS = {"control": "o", "continued": "s", "student": "^"}  # tell them apart 
 FINE = {"linewidth": 1.1, "linestyle": (0, (2, 1.5))}
 HELLASWAG_COLUMNS = ["step", "acc_norm"]
 LOSS_COLUMNS = ["step", "log10_train", "log10_val"]
+OUTSIDE_COLUMN = "ood_bpb"  # in plots/loss too, where there is text of another kind
 
 
 def read_curves(name: str, columns: list[str], plots: Path = PLOTS) -> dict[str, pd.DataFrame]:
@@ -40,15 +41,17 @@ def read_curves(name: str, columns: list[str], plots: Path = PLOTS) -> dict[str,
     return curves
 
 
-def draw_figures(items: Mapping[str, int], plots: Path = PLOTS) -> list[Path]:
+def draw_figures(items: Mapping[str, int], outside: bool = False, plots: Path = PLOTS) -> list[Path]:
     """Write plots/hellaswag.png and plots/loss.png from the curves in `plots`.
 
     Args:
         items: HellaSwag questions behind each point of an arm's curve, for its band of one standard error.
+        outside: whether the curves of the loss have a point of outside text too.
     """
+    loss_columns = [*LOSS_COLUMNS, OUTSIDE_COLUMN] if outside else LOSS_COLUMNS
     figures = {
         "hellaswag": hellaswag_figure(read_curves("hellaswag", HELLASWAG_COLUMNS, plots), items),
-        "loss": loss_figure(read_curves("loss", LOSS_COLUMNS, plots)),
+        "loss": loss_figure(read_curves("loss", loss_columns, plots)),
     }
     for name, figure in figures.items():
         save(figure, plots / f"{name}.png")
@@ -76,8 +79,9 @@ def hellaswag_figure(curves: Mapping[str, pd.DataFrame], items: Mapping[str, int
 
 
 def loss_figure(curves: Mapping[str, pd.DataFrame]) -> Figure:
-    """log10 of training and validation loss against the step; nats a token on the right."""
-    figure, axes = page("Training and validation loss", r"$\log_{10}$ loss (nats per token)")
+    """log10 of training and validation loss against the step, nats a token on the right; outside text below."""
+    outside = all(OUTSIDE_COLUMN in curve for curve in curves.values())
+    figure, axes = page("Training and validation loss", r"$\log_{10}$ loss (nats per token)", panels=1 + outside)
     for arm, curve in curves.items():
         axes.plot(curve["step"], curve["log10_train"], color=COLOURS[arm], alpha=0.75, **FINE)
         _line(axes, arm, curve["step"], curve["log10_val"], label=arm)
@@ -90,7 +94,13 @@ def loss_figure(curves: Mapping[str, pd.DataFrame]) -> Figure:
     handles = [Line2D([], [], **_style(arm), label=f"{arm}, validation") for arm in curves]
     handles.append(Line2D([], [], color=FAINT, label="training", **FINE))
     _legend(axes, handles)
-    axes.set_ylim(top=_highest_after_start(curves))
+    axes.set_ylim(top=_highest_after_start(curves, ["log10_train", "log10_val"]))
+    if outside:
+        below = figure.axes[1]
+        dress(below, "Text of another kind than the corpus", "bits per byte")
+        for arm, curve in curves.items():
+            _line(below, arm, curve["step"], curve[OUTSIDE_COLUMN], label=arm)
+        below.set_ylim(top=_highest_after_start(curves, [OUTSIDE_COLUMN]))
     caption(
         figure,
         "cross-entropy in every arm, the student's too; training: mean of the steps since the point before; "
@@ -99,9 +109,9 @@ def loss_figure(curves: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def _highest_after_start(curves: Mapping[str, pd.DataFrame]) -> float | None:
-    """Upper limit of the loss axis: the untrained model's loss would flatten the rest. None where there is no rest."""
-    trained = pd.concat([curve[curve["step"] > 0] for curve in curves.values()])[["log10_train", "log10_val"]]
+def _highest_after_start(curves: Mapping[str, pd.DataFrame], columns: list[str]) -> float | None:
+    """Upper limit of a loss's axis: the untrained model's loss would flatten the rest. None where there is no rest."""
+    trained = pd.concat([curve[curve["step"] > 0] for curve in curves.values()])[columns]
     lowest, highest = trained.min(axis=None), trained.max(axis=None)
     return None if trained.empty else float(highest + 0.04 * (highest - lowest))
 

@@ -24,6 +24,8 @@ from microlm.files import check_sums, read_json
 # the stage that makes each model's metrics/<name>.json, and each arm's curves
 MADE_BY = {"control": "pretrain", "continued": "continue", "student": "distill", "teacher": "teacher"}
 COMPARISONS = (("student", "continued"), ("student", "control"))
+# bits per byte of held-out text: of the corpus's kind, and of another; in the metrics, and in windows.parquet
+YARDSTICKS = {"val_bpb": ("validation", "val"), "ood_bpb": ("outside", "outside")}
 HEADLINE = ("hellaswag", "completion", "0-shot")
 WINDOWS_PER_BLOCK = 4  # a document runs across the borders of windows, so neighbours are resampled together
 FEWEST_BLOCKS = 20  # shorter validation splits have smaller blocks rather than fewer
@@ -33,12 +35,15 @@ FEWEST_BLOCKS = 20  # shorter validation splits have smaller blocks rather than 
 class Scores:
     """What stage `evaluate` wrote about one model.
 
-    Its metrics, a row for each question of zero-shot HellaSwag, and a row for each validation window.
+    Its metrics, a row for each question of zero-shot HellaSwag, and a row for each window of held-out text.
     """
 
     metrics: Mapping[str, Any]
     items: pd.DataFrame
     windows: pd.DataFrame
+
+    def windows_of(self, split: str) -> pd.DataFrame:
+        return self.windows[self.windows["split"] == split].reset_index(drop=True)
 
 
 def read_scores(data: Path = SCORES_DIRECTORY, metrics: Path = METRICS_DIRECTORY) -> dict[str, Scores]:
@@ -53,7 +58,7 @@ def read_scores(data: Path = SCORES_DIRECTORY, metrics: Path = METRICS_DIRECTORY
         scores[name] = Scores(read_json(metrics / "evaluation" / f"{name}.json", stage), items, windows)
     for name in MODELS[1:]:
         _require_same(scores, MODELS[0], name, "items", ["item", "label", "bytes_0", "bytes_1", "bytes_2", "bytes_3"])
-        _require_same(scores, MODELS[0], name, "windows", ["window", "bytes"])
+        _require_same(scores, MODELS[0], name, "windows", ["split", "window", "bytes"])
     return scores
 
 
@@ -102,7 +107,9 @@ def summarize(
         distillation: what the student was trained with, e.g. alpha, objective, temperature; shown as it is.
     """
     summary: dict[str, Any] = dict(distillation)
-    summary |= {"questions": len(scores["student"].items), "windows": len(scores["student"].windows)}
+    summary |= {"questions": len(scores["student"].items), "windows": len(scores["student"].windows_of("val"))}
+    if "outside" in scores["student"].metrics:
+        summary["outside_windows"] = len(scores["student"].windows_of("outside"))
     for name, score in scores.items():
         summary[name] = _model_row(score.metrics)
     for arm in ARMS:
@@ -118,7 +125,8 @@ def _model_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
     task, protocol, shots = HEADLINE
     hellaswag = metrics["tasks"][task][protocol][shots]
     scored = {key: round(hellaswag[key], 6) for key in ("acc_norm", "acc_norm_se", "acc", "acc_se", "gold_bpb")}
-    return {"parameters": metrics["parameters"], "val_bpb": round(metrics["validation"]["bpb"], 6), **scored}
+    bits = {key: round(metrics[text]["bpb"], 6) for key, (text, _) in YARDSTICKS.items() if text in metrics}
+    return {"parameters": metrics["parameters"], **bits, **scored}
 
 
 def _teacher_cost(summary: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,21 +145,28 @@ def _teacher_cost(summary: Mapping[str, Any], teacher: Mapping[str, Any]) -> dic
 
 
 def _difference(a: Scores, b: Scores, draws: int, seed: int) -> dict[str, float]:
-    """a minus b on bits per byte of text, bits per byte of true endings, and acc_norm, each with its interval."""
-    windows = len(a.windows)
+    """a minus b on bits per byte of held-out text and of true endings, and on acc_norm, each with its interval."""
+    found: dict[str, float] = {}
+    for key, (text, split) in YARDSTICKS.items():
+        if text in a.metrics:
+            found |= _entries(key, _bits_per_byte(a.windows_of(split), b.windows_of(split), draws, seed))
+    gold = [(score.items["gold_nats"] / np.log(2), score.items["gold_bytes"]) for score in (a, b)]
+    right = [score.items["correct_token"] for score in (a, b)]
+    source = a.items["cluster"]
+    found |= _entries("gold_bpb", paired_ratio_bootstrap(*gold, source, draws, seed))
+    found |= _entries("acc_norm", paired_bootstrap(*right, source, draws, seed))
+    return found | {"acc_norm_mcnemar_p": round(mcnemar_exact(*right), 6)}
+
+
+def _bits_per_byte(a: pd.DataFrame, b: pd.DataFrame, draws: int, seed: int) -> Interval:
+    windows = len(a)
     if windows < 2:
         raise UserError(
             "data/shards: one validation window gives no interval; raise corpus.validation_fraction in params.yaml"
         )
     block = np.arange(windows) // min(WINDOWS_PER_BLOCK, max(1, windows // FEWEST_BLOCKS))
-    bits = [(score.windows["nats"] / np.log(2), score.windows["bytes"]) for score in (a, b)]
-    gold = [(score.items["gold_nats"] / np.log(2), score.items["gold_bytes"]) for score in (a, b)]
-    right = [score.items["correct_token"] for score in (a, b)]
-    source = a.items["cluster"]
-    found = _entries("val_bpb", paired_ratio_bootstrap(*bits, block, draws, seed))
-    found |= _entries("gold_bpb", paired_ratio_bootstrap(*gold, source, draws, seed))
-    found |= _entries("acc_norm", paired_bootstrap(*right, source, draws, seed))
-    return found | {"acc_norm_mcnemar_p": round(mcnemar_exact(*right), 6)}
+    bits = [(table["nats"] / np.log(2), table["bytes"]) for table in (a, b)]
+    return paired_ratio_bootstrap(*bits, block, draws, seed)
 
 
 def _entries(name: str, interval: Interval) -> dict[str, float]:

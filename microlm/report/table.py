@@ -15,6 +15,7 @@ from microlm.report.summary import COMPARISONS
 NORMAL_95 = 1.96  # standard errors each side of a 95 % interval
 MEASURES = {
     "val_bpb": "validation bits per byte",
+    "ood_bpb": "outside text, bits per byte",
     "gold_bpb": "true endings, bits per byte",
     "acc_norm": "HellaSwag acc_norm",
 }
@@ -29,9 +30,10 @@ Summary = Mapping[str, Any]
 
 def report_text(summary: Summary) -> str:
     """The whole report from metrics/summary.json, in lines of at most 96 columns. KeyError if an entry is missing."""
+    outside = f", of outside text {summary['outside_windows']:,}" if "outside_windows" in summary else ""
     notes = (
-        f"Validation: {summary['windows']:,} windows; fewer bits are better. HellaSwag: {summary['questions']:,} "
-        f"questions, zero-shot, completion protocol; chance {CHANCE:.4f}; GPT-2 124M {GPT2_124M_ACC_NORM} "
+        f"Validation: {summary['windows']:,} windows{outside}; fewer bits are better. HellaSwag: "
+        f"{summary['questions']:,} questions, zero-shot, completion protocol; chance {CHANCE:.4f}; GPT-2 124M {GPT2_124M_ACC_NORM} "
         f"(published, same protocol, 10,042 questions)."
     )
     parts = [
@@ -66,28 +68,80 @@ def sentences(summary: Summary) -> list[str]:
 
 
 def _on_bits_per_byte(d: Summary) -> str:
-    span = f"95 % interval {d['val_bpb_low']:+.4f} to {d['val_bpb_high']:+.4f}"
-    if not _excludes_zero(d, "val_bpb"):
+    """Student against continued, on both yardsticks where there are two: whether they agree."""
+    if "ood_bpb" not in d:
+        return _on_one_yardstick(d)
+    inside, outside = (_found(d, key) for key in ("val_bpb", "ood_bpb"))
+    winner = {key: _winner(d, key) for key in ("val_bpb", "ood_bpb")}
+    if not any(winner.values()):
         return (
-            f"Bits per byte do not tell distillation from plain continuation at the same tokens: {d['val_bpb']:+.4f}, "
-            f"{span}, covers 0. A true difference of {d['val_bpb_detectable']:.4f} would be found four times in five."
+            "Bits per byte do not tell distillation from plain continuation at the same tokens, neither inside the "
+            f"corpus's kind of text ({inside}) nor outside it ({outside}). True differences of "
+            f"{d['val_bpb_detectable']:.4f} and {d['ood_bpb_detectable']:.4f} would be found four times in five."
         )
-    winner, loser = "distillation", "plain continuation"
-    if d["val_bpb"] > 0:
-        winner, loser = loser, winner
-    size = abs(d["val_bpb"])
-    return f"On bits per byte {winner} beat {loser} at the same tokens, by {size:.4f} ({span}, excludes 0)."
+    if not winner["val_bpb"]:
+        return (
+            "Inside the corpus's kind of text bits per byte do not tell distillation from plain continuation at the "
+            f"same tokens ({inside}); outside it {winner['ood_bpb']}, by {_size(d, 'ood_bpb')} ({outside})."
+        )
+    first = f"{winner['val_bpb']} at the same tokens, by {_size(d, 'val_bpb')}"
+    if winner["ood_bpb"] == winner["val_bpb"]:
+        return (
+            f"On bits per byte {first} inside the corpus's kind of text ({inside}) and by {_size(d, 'ood_bpb')} "
+            f"outside it ({outside})."
+        )
+    other = "bits per byte do not tell them apart"
+    if winner["ood_bpb"]:
+        other = f"the other way round: {winner['ood_bpb']}, by {_size(d, 'ood_bpb')}"
+    return f"Inside the corpus's kind of text {first} ({inside}); outside it {other} ({outside})."
+
+
+def _on_one_yardstick(d: Summary) -> str:
+    if not _winner(d, "val_bpb"):
+        return (
+            "Bits per byte do not tell distillation from plain continuation at the same tokens: "
+            f"{_found(d, 'val_bpb')}. A true difference of {d['val_bpb_detectable']:.4f} would be found four times in "
+            "five."
+        )
+    span = _found(d, "val_bpb")
+    return f"On bits per byte {_winner(d, 'val_bpb')} at the same tokens, by {_size(d, 'val_bpb')} ({span})."
+
+
+def _found(d: Summary, measure: str) -> str:
+    """The interval; before it the difference, where that has not been told as who won by how much."""
+    span = f"95 % interval {d[measure + '_low']:+.4f} to {d[measure + '_high']:+.4f}"
+    return f"{span}, excludes 0" if _excludes_zero(d, measure) else f"{d[measure]:+.4f}, {span}, covers 0"
+
+
+def _winner(d: Summary, measure: str) -> str:
+    """Who beat whom, "" where the interval does not say."""
+    if not _excludes_zero(d, measure):
+        return ""
+    arms = ["distillation", "plain continuation"]
+    return " beat ".join(arms if d[measure] < 0 else reversed(arms))
+
+
+def _size(d: Summary, measure: str) -> str:
+    return f"{abs(d[measure]):.4f}"
 
 
 def _against_control(summary: Summary) -> str:
     d, more = summary["student_minus_control"], amount(summary["student"]["tokens"])
-    found = "neither better nor worse"
-    if _excludes_zero(d, "val_bpb"):
-        found = "better" if d["val_bpb"] < 0 else "worse"
+    found = _change(d, "val_bpb")
+    if "ood_bpb" in d:
+        outside = _change(d, "ood_bpb")
+        apart = f"{found} inside the corpus's kind of text and {outside} outside it"
+        found = found if outside == found else apart
     return (
         f"On bits per byte the student is shown {found} than the control it starts from. It also saw {more} tokens "
         f"more: only the comparison with continued, which saw the same tokens, speaks of distillation."
     )
+
+
+def _change(d: Summary, measure: str) -> str:
+    if not _excludes_zero(d, measure):
+        return "neither better nor worse"
+    return "better" if d[measure] < 0 else "worse"
 
 
 def _on_hellaswag(d: Summary) -> str:
@@ -128,17 +182,23 @@ def _excludes_zero(difference: Summary, measure: str) -> bool:
 
 
 def _model_rows(summary: Summary) -> list[list[str]]:
-    rows = [["model", "parameters", "tokens trained", "validation bits per byte", "HellaSwag acc_norm ± s.e."]]
+    outside = ["outside it"] if "ood_bpb" in summary["student"] else []
+    rows = [
+        ["model", "parameters", "tokens trained", "validation bits per byte", *outside, "HellaSwag acc_norm ± s.e."]
+    ]
     for name in MODELS:
         row = summary[name]
         accuracy = f"{row['acc_norm']:.4f} ± {row['acc_norm_se']:.4f}"
-        rows.append([name, amount(row["parameters"]), _tokens(row), f"{row['val_bpb']:.4f}", accuracy])
+        bits = [f"{row[key]:.4f}" for key in ("val_bpb", "ood_bpb") if key in row]
+        rows.append([name, amount(row["parameters"]), _tokens(row), *bits, accuracy])
     return rows
 
 
 def _difference_rows(summary: Summary) -> list[list[str]]:
     rows = [["difference [95 % interval, paired]", *(f"{a} - {b}" for a, b in COMPARISONS)]]
     for key, label in MEASURES.items():
+        if key not in summary["student_minus_continued"]:
+            continue  # there is no outside text
         cells = []
         for a, b in COMPARISONS:
             d = summary[f"{a}_minus_{b}"]

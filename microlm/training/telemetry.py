@@ -18,6 +18,7 @@ class Evaluation:
     val_nats: float  # per token
     val_bpb: float
     hellaswag: dict[str, float]  # acc_norm, acc, gold_bpb
+    ood_bpb: float | None = None  # of text of another kind than the corpus, where there is one
 
 
 @dataclass
@@ -55,9 +56,12 @@ class History:
                 "log10_val": math.log10(seen.val_nats),
                 "val_bpb": seen.val_bpb,
             }
+            | ({} if seen.ood_bpb is None else {"ood_bpb": seen.ood_bpb})
         )
         self.hellaswag.append({"step": step, **seen.hellaswag})
         self.log += [f"{step} val {seen.val_nats:.6f}", f"{step} hella {seen.hellaswag['acc_norm']:.6f}"]
+        if seen.ood_bpb is not None:
+            self.log.append(f"{step} ood_bpb {seen.ood_bpb:.6f}")
 
     def write(self, arm: str, plots: Path, metrics: Path) -> None:
         """plots/loss/<arm>.csv, plots/hellaswag/<arm>.csv and metrics/<arm>.log."""
