@@ -217,8 +217,8 @@ class HubText:
 class EvaluationConfig:
     """`data` is a folder with tasks' files in their published formats; `hub`: whether to ask it for what is missing.
 
-    `outside` is text of another kind than the corpus: packaged, files (globs) or a dataset; None does without. Of it and
-    of the validation text stage `evaluate` scores `windows`, evenly spaced; None takes all.
+    `outside` is text of another kind than the corpus: packaged, files (globs) or a dataset; None does without. Of it
+    and of the validation text stage `evaluate` scores `windows`, evenly spaced; None takes all.
     """
 
     batch_tokens: int = count()

@@ -86,7 +86,7 @@ def test_fresh_clone_runs_to_the_report(finished: tuple[Clone, str]) -> None:
     for arm in ARMS:
         assert (clone.directory / "plots" / "loss" / f"{arm}.csv").read_text().startswith("step,")
         labels = {line.split()[1] for line in (clone.directory / "metrics" / f"{arm}.log").read_text().splitlines()}
-        assert labels == {"train", "val", "hella"}
+        assert labels == {"train", "val", "hella", "ood_bpb"}
 
 
 def test_run_leaves_data_and_models_out_of_git(finished: tuple[Clone, str]) -> None:
@@ -117,7 +117,7 @@ def test_new_alpha_runs_four_stages_and_the_old_one_comes_from_the_run_cache(clo
 
     difference = clone.dvc_json("metrics", "diff", "--json")
     assert set(difference) == {"metrics/student.json", "metrics/evaluation/student.json", "metrics/summary.json"}
-    assert "val_bpb" in difference["metrics/student.json"]
+    assert {"val_bpb", "ood_bpb"} <= set(difference["metrics/student.json"])
 
     printed = clone.dvc("exp", "run", "-S", f"alpha={alpha}")
     assert set(ran(printed)) <= {"check"}
@@ -133,6 +133,16 @@ def test_live_teacher_leaves_no_cache_and_one_graph(clone: Clone) -> None:
     assert ran(clone.dvc("repro")) == []
 
 
+def test_without_outside_text_nothing_speaks_of_it_and_the_plots_draw(clone: Clone) -> None:
+    printed = clone.dvc("exp", "run", "-S", "scales.smoke.evaluation.outside=null")
+    assert "outside" in ran(printed) and not {"tokenize", "teacher"} & set(ran(printed))
+    assert not [path for path in (clone.directory / "data/outside").iterdir() if path.name != "manifest.json"]
+    said = [*(clone.directory / "metrics").rglob("*.json"), *(clone.directory / "plots").rglob("*.csv")]
+    assert not [path for path in said if re.search(r"ood_bpb|outside_windows", path.read_text())]
+    printed = clone.dvc("plots", "show")
+    assert "failed" not in printed.lower() and "error" not in printed.lower()
+
+
 def test_plots_diff_draws_without_a_network(clone: Clone) -> None:
     clone.dvc("exp", "run", "-S", "alpha=0.2")
     printed = clone.dvc("plots", "diff")
@@ -140,7 +150,7 @@ def test_plots_diff_draws_without_a_network(clone: Clone) -> None:
     page = (clone.directory / "dvc_plots" / "index.html").read_text()
     assert re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page) == []
     assert "window.vegaEmbed" in page
-    for name, column in (("HellaSwag", "acc_norm"), ("Loss", "log10_val")):
+    for name, column in (("HellaSwag", "acc_norm"), ("Loss", "log10_val"), ("Outside", "ood_bpb")):
         spec = clone.dvc_json("plots", "diff", "--targets", name, "--show-vega")
         points = spec["data"]["values"]
         assert {point["filename"].removesuffix(".csv") for point in points} == set(ARMS)

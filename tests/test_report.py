@@ -46,7 +46,7 @@ def _write_scores(top: Path) -> None:
         figures = task_metrics(TASKS["hellaswag"], "completion", 0, table) | {"truncated": 7 * (name == "control")}
         write_result(folder.parent, Result(asked, figures, table))
         write_result(folder.parent, Result(replace(asked, task="snli", protocol="question"), unavailable="no network"))
-        windows = pd.DataFrame({"window": np.arange(WINDOWS), "nats": nats, "bytes": window_bytes})
+        windows = pd.DataFrame({"split": "val", "window": np.arange(WINDOWS), "nats": nats, "bytes": window_bytes})
         windows.to_parquet(folder / "windows.parquet")
         error = clustered_standard_error(correct, source)
         hellaswag = {"acc_norm": correct.mean(), "acc_norm_se": error, "acc": 0.25, "acc_se": 0.03, "gold_bpb": 3.0}

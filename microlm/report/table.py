@@ -30,11 +30,12 @@ Summary = Mapping[str, Any]
 
 def report_text(summary: Summary) -> str:
     """The whole report from metrics/summary.json, in lines of at most 96 columns. KeyError if an entry is missing."""
-    outside = f", of outside text {summary['outside_windows']:,}" if "outside_windows" in summary else ""
+    windows = f"Validation: {summary['windows']:,} windows"
+    if "outside_windows" in summary:
+        windows += f"; outside, text of another kind than the corpus: {summary['outside_windows']:,}"
     notes = (
-        f"Validation: {summary['windows']:,} windows{outside}; fewer bits are better. HellaSwag: "
-        f"{summary['questions']:,} questions, zero-shot, completion protocol; chance {CHANCE:.4f}; GPT-2 124M {GPT2_124M_ACC_NORM} "
-        f"(published, same protocol, 10,042 questions)."
+        f"{windows}; fewer bits are better. HellaSwag: {summary['questions']:,} questions, zero-shot, completion "
+        f"protocol; chance {CHANCE:.4f}; GPT-2 124M {GPT2_124M_ACC_NORM} (published, same protocol, 10,042 questions)."
     )
     parts = [
         *blocks(_model_rows(summary)),
@@ -182,10 +183,10 @@ def _excludes_zero(difference: Summary, measure: str) -> bool:
 
 
 def _model_rows(summary: Summary) -> list[list[str]]:
-    outside = ["outside it"] if "ood_bpb" in summary["student"] else []
-    rows = [
-        ["model", "parameters", "tokens trained", "validation bits per byte", *outside, "HellaSwag acc_norm ± s.e."]
-    ]
+    head = ["model", "parameters", "tokens trained", "validation bits per byte", "HellaSwag acc_norm ± s.e."]
+    if "ood_bpb" in summary["student"]:  # shorter words, so that all stands in one line of a terminal
+        head = [*head[:2], "tokens", "validation bits/byte", "outside", head[-1]]
+    rows = [head]
     for name in MODELS:
         row = summary[name]
         accuracy = f"{row['acc_norm']:.4f} ± {row['acc_norm_se']:.4f}"

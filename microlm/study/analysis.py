@@ -12,6 +12,7 @@ from microlm.evaluation.statistics import CONFIDENCE
 
 SIGNIFICANT = 1 - CONFIDENCE
 AGAINST_CONTINUED, AGAINST_CONTROL = "student_minus_continued_val_bpb", "student_minus_control_val_bpb"
+OUTSIDE = "student_minus_continued_ood_bpb"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class ArmResult:
     within: tuple[float, float]  # mean ends of the runs' own intervals, over windows of text
     each: list[float]
     adjusted_p: float
+    outside: Estimate | None  # the difference on text of another kind, of the runs that were scored on it
 
     @property
     def verdict(self) -> str:
@@ -97,6 +99,7 @@ def arm_results(rows: pd.DataFrame) -> list[ArmResult]:
             (part[f"{AGAINST_CONTINUED}_low"].mean(), part[f"{AGAINST_CONTINUED}_high"].mean()),
             part[AGAINST_CONTINUED].tolist(),
             p,
+            estimate(part[OUTSIDE].dropna()) if part[OUTSIDE].notna().any() else None,
         )
         for ((arm, init), part), found, p in zip(groups, estimates, adjusted)
     ]

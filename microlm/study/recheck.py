@@ -4,14 +4,15 @@ An edit that can change no number still changes the digest of the code, and a gr
 than a look at the diff, and less than the whole grid: its size is told.
 """
 
+import math
 from collections.abc import Sequence
 
 from microlm.errors import UserError
 from microlm.study.driver import Study, Task
-from microlm.study.results import NUMBERS, Row, read_results, stamp_rows
+from microlm.study.results import NUMBERS, OUTSIDE, Row, read_results, stamp_rows
 
-EXACT = tuple(column for column in NUMBERS if "val_bpb" in column or column.endswith("_nats"))
-"""What must be the same to the last digit: the validation losses and their intervals, which carry the verdicts."""
+EXACT = (*(column for column in NUMBERS if "val_bpb" in column or column.endswith("_nats")), *OUTSIDE)
+"""What must be the same to the last digit: the held-out losses and their intervals, which carry the verdicts."""
 
 
 class Recheck(Study):
@@ -32,9 +33,9 @@ class Recheck(Study):
     def _keep(self, fresh: Sequence[Row]) -> None:
         recorded = {row["run"]: row for row in read_results(self.csv)}
         for row in fresh:
-            moved = [column for column in EXACT if row[column] != recorded[row["run"]][column]]
+            moved = [c for c in EXACT if not _same(row.get(c, math.nan), recorded[row["run"]][c])]
             if moved:
-                told = ", ".join(f"{c} {recorded[row['run']][c]} -> {row[c]}" for c in moved[:3])
+                told = ", ".join(f"{c} {recorded[row['run']][c]} -> {row.get(c)}" for c in moved[:3])
                 raise UserError(
                     f"{self.csv}: {row['run']} comes out otherwise under this code ({told}); run: make study"
                 )
@@ -50,3 +51,7 @@ class Recheck(Study):
             raise UserError(f"{self.csv}: {', '.join(failed)} failed, see above; the rows stand as they were")
         stamp_rows(self.csv, {run.slug: (task.settings, self.code) for task in stale for run in task.runs})
         return f"{len(sample)} runs gave the recorded losses to the last digit; {len(stale)} runs are taken for done"
+
+
+def _same(fresh: float, recorded: float) -> bool:
+    return fresh == recorded or (math.isnan(fresh) and math.isnan(recorded))

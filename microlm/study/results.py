@@ -6,6 +6,7 @@ A row stands for its run as long as the settings it resolved to and the code it 
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,14 @@ NUMBERS = (
     "continued_elapsed_s",
     "teacher_elapsed_s",
 )
-COLUMNS = (*LABELS, *NUMBERS)
+RECORDED = (*LABELS, *NUMBERS)
+"""What every file has."""
+OUTSIDE = (
+    *(f"{model}_ood_bpb" for model in MODELS),
+    *(f"{pair}_ood_bpb{end}" for pair in PAIRS for end in ENDS),
+)
+"""Last in a file, and only where some run was scored on text of another kind; blank cells of a row without are NaN."""
+COLUMNS = (*RECORDED, *OUTSIDE)
 
 Row = dict[str, Any]
 
@@ -84,6 +92,9 @@ def row_of(run: Run, config: Config, metrics: Mapping[str, Any], settings: str, 
         row |= {f"{model}_{score}": summary[model][score] for score in SCORES if score != "nats"}
     for pair in PAIRS:
         row |= {f"{pair}_{score}{end}": summary[pair][score + end] for score in ("val_bpb", "acc_norm") for end in ENDS}
+    if "ood_bpb" in summary["student"]:
+        row |= {f"{model}_ood_bpb": summary[model]["ood_bpb"] for model in MODELS}
+        row |= {f"{pair}_ood_bpb{end}": summary[pair][f"ood_bpb{end}"] for pair in PAIRS for end in ENDS}
     return row
 
 
@@ -91,9 +102,10 @@ def read_results(path: Path) -> list[Row]:
     """The rows, numbers as numbers; none if there is no file yet. UserError naming the line if one is damaged."""
     rows = _read_cells(path)
     for number, row in enumerate(rows, start=2):
-        for column in NUMBERS:
+        for column in (*NUMBERS, *OUTSIDE):
             try:
-                row[column] = int(row[column]) if column == "seed" else float(row[column])
+                blank = column in OUTSIDE and not row[column]
+                row[column] = math.nan if blank else int(row[column]) if column == "seed" else float(row[column])
             except ValueError:
                 raise _damaged(path, f"line {number}: {column}: {row[column]!r} is no number") from None
     return rows
@@ -107,13 +119,13 @@ def _read_cells(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         raise _damaged(path, f"not text: {error}") from None
     lines = list(csv.reader(io.StringIO(text)))
-    if not lines or tuple(lines[0]) != COLUMNS:
+    if not lines or tuple(lines[0]) not in (RECORDED, COLUMNS):
         raise _damaged(path, "line 1: other columns than this version writes")
     rows = []
     for number, cells in enumerate(lines[1:], start=2):
-        if len(cells) != len(COLUMNS):
-            raise _damaged(path, f"line {number}: {len(cells)} cells in place of {len(COLUMNS)}")
-        rows.append(dict(zip(COLUMNS, cells)))
+        if len(cells) != len(lines[0]):
+            raise _damaged(path, f"line {number}: {len(cells)} cells in place of {len(lines[0])}")
+        rows.append(dict.fromkeys(OUTSIDE, "") | dict(zip(lines[0], cells)))
     return rows
 
 
@@ -142,7 +154,8 @@ def stamp_rows(path: Path, stamps: Mapping[str, tuple[str, str]]) -> None:
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
     with atomic_file(path, "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        columns = COLUMNS if any(row.get(column, "") != "" for row in rows for column in OUTSIDE) else RECORDED
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row["run"]))
 

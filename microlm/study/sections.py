@@ -75,6 +75,9 @@ def _against_continued(rows: pd.DataFrame) -> list[str]:
         "within a run",
         "Holm p",
     ]
+    outside = any(result.outside for result in results)
+    if outside:
+        head.append("outside, over seeds")
     body = [
         [
             result.arm,
@@ -85,13 +88,16 @@ def _against_continued(rows: pd.DataFrame) -> list[str]:
             str(result.difference),
             f"[{result.within[0]:+.4f}, {result.within[1]:+.4f}]",
             "-" if math.isnan(result.adjusted_p) else f"{result.adjusted_p:.3f}",
+            *([str(result.outside or "-")] if outside else []),
         ]
         for result in results
     ]
     return [
         table(head, body),
         f"Bits per byte of validation text, means over seeds; {_spans(rows['alpha'], 'alpha')}. `within a run`: mean "
-        f"ends of the runs' own intervals. p: t test over seeds, corrected by Holm for {len(results)} comparisons.",
+        f"ends of the runs' own intervals. p: t test over seeds, corrected by Holm for {len(results)} comparisons."
+        + " `outside`: student - continued on text of another kind than the corpus, uncorrected."
+        * outside,
         *_said_of_arms(results),
     ]
 
