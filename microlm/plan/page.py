@@ -81,7 +81,7 @@ def _work(plan: dict[str, Any]) -> Iterator[str]:
         f"FLOPs a token: {amount(cost['training'])} training (6 N + 12 L W T), {amount(cost['teacher'])} teacher "
         "(2 N + 4 L W T)"
     )
-    yield "evaluate: three students and the teacher on validation text and HellaSwag"
+    yield "evaluate: three students and the teacher on held-out text and HellaSwag"
     if plan["uncounted_tasks"]:
         told = f"not counted, since their lengths are known with their data: {', '.join(plan['uncounted_tasks'])}"
         yield from wrap(told, WIDTH)

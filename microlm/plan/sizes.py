@@ -10,14 +10,16 @@ from safetensors import SafetensorError, safe_open
 
 from microlm.architecture import ModelShape
 from microlm.config import Config
+from microlm.corpus.outside_source import KEY, MOST_TOKENS
 from microlm.corpus.tokenizer import json_tokenizer
 from microlm.errors import UserError
 from microlm.model import StudentLM
 from microlm.pipeline.start import VOCABULARY_MULTIPLE
-from microlm.scale import CorpusConfig
+from microlm.scale import CorpusConfig, HubText, ScaleConfig
 from microlm.starts.request import known_shape, pruned_shape
 
 PACKAGED_TEXT_BYTES = 6_665_249  # both splits; metrics/tokenize.json
+PACKAGED_OUTSIDE_BYTES = 395_099  # metrics/outside.json
 BYTES_PER_TOKEN = 4.4976  # of English text under a vocabulary of 50,000; metrics/tokenize.json
 
 
@@ -90,6 +92,19 @@ def corpus_size(corpus: CorpusConfig) -> CorpusSize:
         train = int(size / BYTES_PER_TOKEN * (1 - share))
         train = train if corpus.train_tokens is None else min(train, corpus.train_tokens)
     return CorpusSize(train, int(train * share / (1 - share)))
+
+
+def outside_tokens(at: ScaleConfig) -> int:
+    """Of `evaluation.outside`: of packaged text and local files by their bytes, of a hub's as many as are read."""
+    wanted = at.evaluation.outside
+    if wanted is None or isinstance(wanted, HubText):
+        return MOST_TOKENS if wanted else 0
+    size = PACKAGED_OUTSIDE_BYTES
+    if wanted != "packaged":
+        from microlm.corpus.sources import matching_files
+
+        size = sum(path.stat().st_size for path in matching_files(wanted, KEY))
+    return min(int(size / BYTES_PER_TOKEN), MOST_TOKENS)
 
 
 @dataclass(frozen=True)

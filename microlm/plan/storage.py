@@ -7,7 +7,7 @@ from microlm.config import Config
 from microlm.corpus.parts import PARTS, needed_parts
 from microlm.corpus.shards import HEADER, token_dtype
 from microlm.plan.memory import FLOAT32, optimizer_bytes
-from microlm.plan.sizes import CorpusSize, TeacherShape, Vocabulary, parameter_count
+from microlm.plan.sizes import CorpusSize, TeacherShape, Vocabulary, outside_tokens, parameter_count
 from microlm.teacher.cache import CacheIdentity
 
 
@@ -38,6 +38,7 @@ def storage(
     found = {
         "data/parts": 2 * sum(PARTS[name].bytes for name in needed_parts(config.at)),  # what is taken out is smaller
         "data/shards": _shards(config.at.corpus.shard_tokens, corpus, vocabulary),
+        "data/outside": token_dtype(vocabulary.size).itemsize * outside_tokens(config.at),
         "data/teacher": cache_bytes(cache_plan(config, vocabulary, windows)),
         "models/control": weights + moments + vocabulary.file_bytes,
         "models/continued": weights + vocabulary.file_bytes,

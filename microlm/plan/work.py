@@ -14,7 +14,7 @@ from microlm.architecture import ModelShape
 from microlm.config import Config
 from microlm.errors import UserError
 from microlm.evaluation.benchmarks import configured_benchmarks
-from microlm.plan.sizes import CorpusSize, TeacherShape, parameter_count
+from microlm.plan.sizes import CorpusSize, TeacherShape, outside_tokens, parameter_count
 from microlm.scale import OptimizationConfig
 from microlm.teacher.capture import TABLE_WINDOWS
 
@@ -48,6 +48,7 @@ class Budget:
     config: Config
     train_windows: int
     val_windows: int
+    outside_windows: int
     student_forward: int
     teacher_forward: int
 
@@ -66,6 +67,7 @@ class Budget:
         return cls(
             config,
             *windows,
+            max(0, outside_tokens(config.at) - 1) // seq_len,
             forward_flops(multiplied, student.layers, student.query_width, seq_len),
             forward_flops(teacher.multiplied, teacher.layers, teacher.attention_width, seq_len),
         )
@@ -74,6 +76,11 @@ class Budget:
     def labelled(self) -> int:
         """Windows that the teacher sees."""
         return min(self.config.at.teacher.windows, self.train_windows)
+
+    def held_out(self, windows: int | None) -> int:
+        """Tokens of so many windows (None: all) of each text that is held out."""
+        texts = (self.val_windows, self.outside_windows)
+        return sum(min(windows or there, there) for there in texts) * self.config.at.batch.seq_len
 
     @property
     def continuation_steps(self) -> int:
@@ -110,7 +117,7 @@ def _training(budget: Budget, steps: int, rates: OptimizationConfig, gpus: int, 
     batch = budget.config.at.batch
     tokens = steps * batch.batch_tokens
     points = math.ceil(steps / rates.evaluate_every) + 1
-    seen = min(rates.validation_windows, budget.val_windows) * batch.seq_len + rates.hellaswag_items * HELLASWAG_TOKENS
+    seen = budget.held_out(rates.validation_windows) + rates.hellaswag_items * HELLASWAG_TOKENS
     evaluation = points * seen * budget.student_forward
     busy = busy_share(budget.config, gpus)
     return Work(tokens, steps, tokens * (3 * budget.student_forward + live) + evaluation, busy)
@@ -125,8 +132,8 @@ def _capture(budget: Budget) -> Work:
 
 
 def _evaluate(budget: Budget) -> Work:
-    """Validation text and HellaSwag, three students and the teacher."""
-    tokens = budget.val_windows * budget.config.at.batch.seq_len
+    """Held-out text and HellaSwag, three students and the teacher."""
+    tokens = budget.held_out(budget.config.at.evaluation.windows)
     for benchmark in configured_benchmarks(budget.config):
         if benchmark.task.name == "hellaswag":
             tokens += min(benchmark.limit or HELLASWAG_QUESTIONS, HELLASWAG_QUESTIONS) * HELLASWAG_TOKENS

@@ -108,7 +108,8 @@ def _configured(setting: Setting, shards: TokenShards) -> Config:
     named = str(TEACHER) if setting.rehearsal else "packaged"
     windows = at.teacher.windows if setting.rehearsal else window_count(shards, at.batch.seq_len)
     teacher = replace(at.teacher, model=named, revision=None, source="cache", windows=windows)
+    evaluation = replace(at.evaluation, outside=None)  # which its bundle does not hold
     pretrain = replace(at.pretrain, windows="all", **seen)
     continuation = replace(at.continuation, windows="cached", **seen)
-    at = replace(at, batch=batch, teacher=teacher, pretrain=pretrain, continuation=continuation)
+    at = replace(at, batch=batch, teacher=teacher, pretrain=pretrain, continuation=continuation, evaluation=evaluation)
     return replace(setting.config, init="control", alpha=0.5, alpha_schedule="constant", at=at)
