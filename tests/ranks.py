@@ -101,7 +101,7 @@ def toy_evaluator() -> Evaluator:
     for number in range(250):
         asked = Question("hellaswag", str(number), "", number % 4, "", ("a",) * 4, (1,) * 4, "", ())
         questions.append(Encoded(asked, ids(10), tuple(ids(6) for _ in range(4))))
-    return Evaluator(shards, shards, np.ones(N_VOCAB, np.int64), questions, EVEN, validation_windows=7)
+    return Evaluator(shards, shards, np.ones(N_VOCAB, np.int64), questions, EVEN, validation_windows=7, outside=shards)
 
 
 def toy_training(

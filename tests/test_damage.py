@@ -89,6 +89,7 @@ KINDS = {
     "part": Kind(f"data/parts/{EVALUATION}/{validation_arrow('hellaswag/none')}", STUDENT),
     "shard": Kind("data/shards/train-00000.bin", PRETRAIN),
     "validation shard": Kind("data/shards/val-00000.bin", STUDENT),
+    "outside shard": Kind("data/outside/outside-00000.bin", STUDENT),
     "shard manifest": Kind("data/shards/manifest.json", LABEL),
     "tokenizer": Kind("data/shards/tokenizer/tokenizer.json", PRETRAIN),
     "cache block": Kind("data/teacher/block-00000.bin", DISTILL),
