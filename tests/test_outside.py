@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microlm.config import Config
+from microlm.config import Config, load_config
 from microlm.corpus import outside
 from microlm.corpus.kinds import KIND_BYTES, LONGEST, chosen, cut, packaged_texts, without_citations
 from microlm.corpus.outside import HEAD, Document, new_documents, write_outside
@@ -23,22 +24,21 @@ from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.evaluation.yardsticks import held_out
 from microlm.pipeline.evaluator import Evaluator
-from microlm.plan.estimate import config_of_scale
 from microlm.report.table import sentences
 from microlm.scale import BatchConfig, HubText
 from microlm.training.telemetry import Evaluation, History
 from tests.clones import ROOT
 from tests.ranks import N_VOCAB, toy_student
-from tests.tiny_run import byte_tokenizer
+from tests.tiny_run import byte_tokenizer, tiny_parameters
 from tests.toy import toy_shards
 from tests.toy_shards import write_shards
 
 TOKENIZER = byte_tokenizer()
 CORPUS = [f"{word} is a word of the corpus, number {n}. " * 3 for n, word in enumerate("abcdefghijklmnopqrstuvwxyz")]
 EOT = 0
-with pytest.MonkeyPatch.context() as _patch:
-    _patch.chdir(ROOT)
-    SMOKE = config_of_scale("smoke")
+with tempfile.TemporaryDirectory() as _folder:
+    (Path(_folder) / "params.yaml").write_text(tiny_parameters())
+    SMOKE = load_config(Path(_folder) / "params.yaml")
 
 
 def configured(**evaluation: Any) -> Config:
