@@ -9,9 +9,9 @@ from microlm.config import Config, load_config
 from microlm.errors import UserError, plain, run_stage
 from microlm.evaluation import METRICS_DIRECTORY, MODELS
 from microlm.files import read_json, write_json
-from microlm.report.benchmarks import benchmark_rows
+from microlm.report.benchmarks import benchmark_rows, centred_mean_rows
 from microlm.report.figures import draw_figures
-from microlm.report.summary import MADE_BY, read_scores, summarize
+from microlm.report.summary import COMPARISONS, MADE_BY, read_scores, summarize
 from microlm.report.table import markdown, report_text
 
 SUMMARY = METRICS_DIRECTORY / "summary.json"
@@ -33,8 +33,13 @@ def _compare(config: Config) -> None:
     scores = read_scores()
     training = {name: read_json(METRICS_DIRECTORY / f"{name}.json", MADE_BY[name]) for name in MODELS}
     distillation = {key: getattr(config, key) for key in ("init", "objective", "alpha", "temperature")}
-    summary = summarize(scores, training, distillation, config.at.evaluation.bootstrap_draws, config.seed)
-    summary["benchmarks"] = benchmark_rows(MODELS, config.at.evaluation.bootstrap_draws, config.seed)
+    draws, seed = config.at.evaluation.bootstrap_draws, config.seed
+    summary = summarize(scores, training, distillation, draws, seed)
+    order = [(task, of.protocol, of.shots) for of in config.at.evaluation.benchmarks for task in of.tasks]
+    summary["centred_mean_tasks"], rows = centred_mean_rows(MODELS, COMPARISONS, order, draws, seed)
+    for name, row in rows.items():
+        summary[name] |= row
+    summary["benchmarks"] = benchmark_rows(MODELS, draws, seed)
     questions = config.at.continuation.hellaswag_items
     items = {"control": config.at.pretrain.hellaswag_items, "continued": questions, "student": questions}
     draw_figures(items, outside="outside_windows" in summary)

@@ -61,12 +61,13 @@ def main() -> None:
 def _benchmarks(candidate: Candidate, config: Config, out: Path) -> dict[str, Any]:
     """Figures by task, protocol and number of shots."""
     at = config.at.evaluation
-    gathered = gather(configured_benchmarks(config), Path(at.data) if at.data else None, at.hub)
+    folder = Path(at.data) if at.data else None
+    gathered = gather(configured_benchmarks(config), folder, at.hub, config.at.corpus.source)
     refuse_overlong_shots(candidate, gathered)
     found: dict[str, Any] = {}
     for result, _ in evaluate(candidate, gathered, out, at.batch_tokens):
         who = result.identity
-        figures = result.metrics or {"status": "data not available", "reason": result.unavailable}
+        figures = result.metrics or {"status": result.status, "reason": result.unavailable}
         found.setdefault(who.task, {}).setdefault(who.protocol, {})[f"{who.shots}-shot"] = figures
     return found
 

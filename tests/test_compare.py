@@ -142,7 +142,7 @@ def test_the_table_keeps_protocols_and_published_figures_apart() -> None:
         figure(task="xnli_en"),
     ]
     rows = table_rows(evaluation_markdown(mine, figures))
-    assert list(rows) == ["a", "b", "gpt2", "q", "(most frequent label)", "(always yes)"]
+    assert list(rows) == ["a", "b", "gpt2", "q", "(most frequent label)", "(always yes)", "(guessing)"]
     ours = "hellaswag<br>acc_norm<br>completion<br>0-shot"
     theirs = "hellaswag<br>acc_norm<br>published<br>lm-eval<br>0-shot"
     subset = "hellaswag<br>acc_norm<br>completion<br>5-shot<br>20 questions"
@@ -153,7 +153,9 @@ def test_the_table_keeps_protocols_and_published_figures_apart() -> None:
     assert rows["a"]["snli<br>acc<br>question<br>0-shot"] == "data not available"
     mrpc = mine[2].metrics
     assert rows["(always yes)"]["mrpc<br>acc<br>lm-eval<br>0-shot"] == f"{100 * mrpc['always_positive']['acc']:.2f}"
-    assert rows["(always yes)"][ours] == "" != rows["(most frequent label)"][ours]
+    assert (
+        rows["(always yes)"][ours] == rows["(most frequent label)"][ours] == "" and rows["(guessing)"][ours] == "25.00"
+    )
 
 
 def test_results_are_shown_beside_what_can_be_compared() -> None:

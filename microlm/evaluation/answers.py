@@ -32,6 +32,7 @@ def answers(
     tokens: Sequence[np.ndarray],
     unconditional: Sequence[np.ndarray] | None,
     protocol: str = "completion",
+    missed: Sequence[np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """One row a question, in the order given; among equal endings the first is the answer.
 
@@ -40,7 +41,7 @@ def answers(
     token, character, byte, and pmi: nats minus unconditional nats); gold_nats and gold_bytes of the true ending;
     margin, nats per byte of the best wrong ending minus those of the true one; near_tie, where acc or acc_norm hangs on
     less than 1e-4 nats. Of a regression `value`: the mean of the numbers that the endings spell, weighted by
-    softmax(-nats).
+    softmax(-nats). Of a word prediction_sum, -1 unless greedy decoding writes it, correct_sum, gold_nats, gold_bytes.
 
     Args:
         questions: of one task.
@@ -48,6 +49,7 @@ def answers(
         tokens: how many tokens each ending has, likewise.
         unconditional: the endings' loss after `Question.unconditional` in place of the context, likewise.
         protocol: says by `NORMALISER` what acc_norm is.
+        missed: of a word, the tokens of each ending that are not the likeliest, likewise.
 
     Raises:
         ValueError: the lists are not of one length, or a question is scored on other than its endings.
@@ -61,13 +63,16 @@ def answers(
     }
     if unconditional is not None:
         columns["unconditional"] = _padded(unconditional, sizes)
-    regression = bool(questions) and task_named(questions[0].task).kind == "regression"
+    kind = task_named(questions[0].task).kind if questions else "choice"
+    regression = kind == "regression"
     labels = np.array([question.label for question in questions], dtype=np.float64 if regression else np.int64)
     table = {"item": [q.id for q in questions], "cluster": [q.cluster for q in questions], "label": labels}
     for name, values in columns.items():
         table |= {f"{name}_{k}": values[:, k] for k in range(values.shape[1])}
     if regression:
         return pd.DataFrame(table | {"value": _expected_value(questions, columns["nats"])})
+    if kind == "word":
+        return pd.DataFrame(table | _words(columns, _padded(missed or (), sizes)))
     return pd.DataFrame(table | _choices(columns, labels, NORMALISER[protocol]))
 
 
@@ -95,6 +100,12 @@ def _choices(columns: dict[str, np.ndarray], labels: np.ndarray, own: str) -> di
     table["margin"] = wrong.min(axis=1) - losses["byte"][rows, labels]
     lead = np.minimum(*(np.diff(np.partition(losses[name], 1, axis=1)[:, :2])[:, 0] for name in ("sum", own)))
     return table | {"near_tie": lead < NEAR_TIE}
+
+
+def _words(columns: dict[str, np.ndarray], missed: np.ndarray) -> dict[str, np.ndarray]:
+    written = missed[:, 0] == 0
+    figures = {"prediction_sum": np.where(written, 0, -1), "correct_sum": written}
+    return figures | {"gold_nats": columns["nats"][:, 0], "gold_bytes": columns["bytes"][:, 0]}
 
 
 def _expected_value(questions: Sequence[Question], nats: np.ndarray) -> np.ndarray:

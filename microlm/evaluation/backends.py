@@ -3,6 +3,8 @@
 Each is a generator of (indices of some questions, nats of the endings of each of these), and reads `prefix`, int64 [P],
 before every question (P may be 0). It is called in inference mode, the model in evaluation mode.
 
+What is summed over an ending's tokens is its `Measure`: nats, or the tokens that are not the likeliest.
+
 All batches are planned, then `deal` says which of them are scored here: what a batch holds, and with it the last digit
 of every score, does not depend on how many processes share the batches.
 """
@@ -24,6 +26,8 @@ HEAD_LOGITS = 2**25  # logits in one pass where they are made whole: 128 MiB in 
 Nats = Iterator[tuple[np.ndarray, list[np.ndarray]]]
 Deal = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 """Batches (indices of their questions) -> those that this process scores."""
+Measure = Callable[[LanguageModel, Tensor, Tensor, Tensor], Tensor]
+"""(model, hidden [N, D], source [S], target [S]) -> float64 [S], one number for each scored token."""
 
 
 def every(batches: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
@@ -31,7 +35,12 @@ def every(batches: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
 
 
 def tree(
-    model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, prefix: np.ndarray, deal: Deal = every
+    model: LanguageModel,
+    questions: Sequence[Encoded],
+    batch_tokens: int,
+    prefix: np.ndarray,
+    deal: Deal = every,
+    measure: Measure | None = None,
 ) -> Nats:
     """One row a question, all endings behind one context (see layout.py): the model takes positions and a mask."""
     shared = _read(model, prefix)
@@ -39,12 +48,17 @@ def tree(
         chosen = [questions[i] for i in indices]
         batch = collate([lay_out(question, len(prefix)) for question in chosen], model.head_weight.device)
         hidden = model.hidden(batch.tokens, batch.positions, block_mask(batch.segments, len(prefix)), shared)
-        nats = scored_nats(model, hidden.flatten(0, 1), batch.source, batch.target)
-        yield indices, _by_question(nats, batch.slot, chosen)
+        found = (measure or scored_nats)(model, hidden.flatten(0, 1), batch.source, batch.target)
+        yield indices, _by_question(found, batch.slot, chosen)
 
 
 def cached(
-    model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, prefix: np.ndarray, deal: Deal = every
+    model: LanguageModel,
+    questions: Sequence[Encoded],
+    batch_tokens: int,
+    prefix: np.ndarray,
+    deal: Deal = every,
+    measure: Measure | None = None,
 ) -> Nats:
     """Keys and values of a context are kept, and its endings go on from them: the model need be causal and no more.
 
@@ -58,11 +72,17 @@ def cached(
         hidden = past.last
         if batch.tokens.numel():
             hidden = torch.cat((hidden, model.hidden(batch.tokens, prefix=past).flatten(0, 1)))
-        yield indices, _by_question(scored_nats(model, hidden, batch.source, batch.target), batch.slot, chosen)
+        found = (measure or scored_nats)(model, hidden, batch.source, batch.target)
+        yield indices, _by_question(found, batch.slot, chosen)
 
 
 def plain(
-    model: LanguageModel, questions: Sequence[Encoded], batch_tokens: int, prefix: np.ndarray, deal: Deal = every
+    model: LanguageModel,
+    questions: Sequence[Encoded],
+    batch_tokens: int,
+    prefix: np.ndarray,
+    deal: Deal = every,
+    measure: Measure | None = None,
 ) -> Nats:
     """The reference: one ending at a time after all that stands before it, no batch, no padding, no mask."""
     for indices in deal(np.arange(len(questions))[:, None]):
@@ -72,9 +92,9 @@ def plain(
         for k, ending in enumerate(question.endings):
             tokens = torch.from_numpy(np.concatenate([before, ending[:-1]])).to(model.head_weight.device)
             hidden = model.hidden(tokens[None])[0, len(before) - 1 :]
-            log_p = model.logits(hidden).float().log_softmax(-1)
-            targets = torch.from_numpy(ending).to(log_p.device)[:, None]
-            nats[k] = -log_p.gather(1, targets).double().sum().item()
+            targets = torch.from_numpy(ending).to(hidden.device)
+            rows = torch.arange(len(targets), device=hidden.device)
+            nats[k] = (measure or _plain_nats)(model, hidden, rows, targets).sum().item()
         yield indices, [nats]
 
 
@@ -90,7 +110,7 @@ def _read(model: LanguageModel, prefix: np.ndarray) -> Prefix | None:
 
 
 def _by_question(nats: Tensor, slot: Tensor, questions: Sequence[Encoded]) -> list[np.ndarray]:
-    """nats [S] of scored tokens, summed by ending: float64 [endings] of each question."""
+    """Measures [S] of scored tokens, summed by ending: float64 [endings] of each question."""
     counts = [len(question.endings) for question in questions]
     sums = torch.zeros(sum(counts), dtype=torch.float64, device=nats.device).index_add_(0, slot, nats)
     return np.split(sums.cpu().numpy(), np.cumsum(counts)[:-1])
@@ -109,6 +129,18 @@ def scored_nats(model: LanguageModel, hidden: Tensor, source: Tensor, target: Te
         if chosen.any():
             nats[chosen] = of(model, hidden, source[chosen], target[chosen])
     return nats
+
+
+def _plain_nats(model: LanguageModel, hidden: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """`scored_nats` in one step, the reference."""
+    return -model.logits(hidden[source]).float().log_softmax(-1).gather(1, target[:, None])[:, 0].double()
+
+
+def missed(model: LanguageModel, hidden: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """1 for each token that is not the likeliest, else 0: an ending of sum 0 is what greedy decoding would write."""
+    height = max(1, HEAD_LOGITS // model.n_vocab)
+    likeliest = [model.logits(hidden[rows]).argmax(-1) for rows in source.split(height)]
+    return (torch.cat(likeliest) != target).double()
 
 
 def _nats_alone(model: LanguageModel, hidden: Tensor, source: Tensor, target: Tensor) -> Tensor:

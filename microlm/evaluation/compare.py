@@ -8,7 +8,8 @@ import numpy as np
 
 from microlm.errors import UserError
 from microlm.evaluation.answers import NORMALISER
-from microlm.evaluation.metrics import DECIMALS, DRAWS, SEED, rounded, statistic
+from microlm.evaluation.centred import centred_means, once
+from microlm.evaluation.metrics import DECIMALS, DRAWS, SEED, figures_of, rounded, statistic
 from microlm.evaluation.resampling import replicates
 from microlm.evaluation.results import Result, read_results, same_protocol
 from microlm.evaluation.statistics import (
@@ -20,7 +21,7 @@ from microlm.evaluation.statistics import (
     smallest_detectable,
     welch_p,
 )
-from microlm.evaluation.tasks import Task, task_named
+from microlm.evaluation.tasks import TASKS, Task, task_named
 
 Column = tuple[str, str, int, int | None]  # task, protocol, shots, questions in the subset
 
@@ -30,6 +31,7 @@ def compare(a: Path | Sequence[Path], b: Path | Sequence[Path], draws: int = DRA
 
     `tasks` holds a comparison for each task, protocol and number of shots that all have (see `compare_task`), with
     `p_holm`, its p corrected for how many there are (Holm 1979). `left_out` names the others, each with the reason.
+    `centred_mean` compares the mean over the tasks whose primary metric is an accuracy (see centred.py).
 
     Raises:
         UserError: a folder's results are absent or damaged, those of a task not comparable, or nothing is shared.
@@ -38,12 +40,13 @@ def compare(a: Path | Sequence[Path], b: Path | Sequence[Path], draws: int = DRA
     models = [[results[0].identity.model for results in side] for side in sides]
     by_model = [_by_column(results) for side in sides for results in side]
     shared = [column for column in by_model[0] if all(column in other for other in by_model[1:])]
+    scored = [column for column in shared if all(of[column].table is not None for of in by_model)]
     seeds_a, tasks, left_out = len(sides[0]), [], []
     for column in shared:
         results = [of[column] for of in by_model]
         absent = [result for result in results if result.table is None]
         if absent:
-            left_out.append(_head(column) | {"reason": f"data not available for {absent[0].identity.model}"})
+            left_out.append(_head(column) | {"reason": f"{absent[0].status} for {absent[0].identity.model}"})
             continue
         same_protocol(results)
         tasks.append(compare_task(results[:seeds_a], results[seeds_a:], draws, seed))
@@ -53,7 +56,24 @@ def compare(a: Path | Sequence[Path], b: Path | Sequence[Path], draws: int = DRA
         raise UserError(f"{names} have no scored task in common; score the same --tasks of both with microlm evaluate")
     for row, p in zip(tasks, holm([row["p"] for row in tasks]), strict=True):
         row["p_holm"] = round(float(p), DECIMALS)
-    return {"a": models[0], "b": models[1], "draws": draws, "tasks": tasks, "left_out": left_out}
+    found = {"a": models[0], "b": models[1], "draws": draws, "tasks": tasks, "left_out": left_out}
+    return found | _centred_mean(by_model, scored, seeds_a, draws, seed)
+
+
+def _centred_mean(
+    by_model: Sequence[dict[Column, Result]], scored: Sequence[Column], n_a: int, draws: int, seed: int
+) -> dict[str, Any]:
+    """`centred_mean` and its `tasks`, of a task that was asked several ways the first; nothing without an accuracy."""
+    chosen = [once(of[column] for column in sorted(scored, key=_preference)) for of in by_model]
+    if not chosen[0]:
+        return {}
+    found = centred_means(chosen, draws, seed)
+    return {"centred_mean": {"tasks": found.tasks} | _entry(found.values, found.resampled, n_a)}
+
+
+def _preference(column: Column) -> tuple[int, int, int, float]:
+    task, protocol, shots, limit = column
+    return list(TASKS).index(task), TASKS[task].protocols.index(protocol), shots, -(limit or float("inf"))
 
 
 def compare_task(a: Sequence[Result], b: Sequence[Result], draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
@@ -73,12 +93,11 @@ def compare_task(a: Sequence[Result], b: Sequence[Result], draws: int = DRAWS, s
     head |= {"items": len(table), "clusters": int(table["cluster"].nunique()), "primary": task.primary}
     if head["clusters"] < 2:
         raise UserError(f"{identity.task}: {len(table)} question(s) of one source give no interval; raise --limit")
-    names = dict.fromkeys((*task.metrics, *(("gold_bpb",) if task.kind == "choice" else ())))
-    metrics = {name: _difference(name, task, a, b, draws, seed) for name in names}
+    metrics = {name: _difference(name, task, a, b, draws, seed) for name in figures_of(task)}
     applicable = [metrics[task.primary]["p"]]
     if "seeds" in metrics[task.primary]:
         applicable.append(metrics[task.primary]["seeds"]["p"])
-    elif task.kind == "choice" and len(a) == len(b) == 1:
+    elif task.kind != "regression" and len(a) == len(b) == 1:
         head |= _discordance(task, identity.protocol, a[0], b[0])
         if task.primary.startswith("acc"):
             applicable.append(head["mcnemar_p"])
@@ -90,15 +109,19 @@ def _difference(
 ) -> dict[str, Any]:
     statistics = [statistic(metric, task, result.identity.protocol, result.table) for result in (*a, *b)]
     values = np.array([one.value() for one in statistics])
-    resampled = replicates(statistics, a[0].table["cluster"], draws, seed)
-    mean_a, mean_b = (values[: len(a)].mean(), values[len(a) :].mean())
-    differences = resampled[: len(a)].mean(axis=0) - resampled[len(a) :].mean(axis=0)
+    return _entry(values, replicates(statistics, a[0].table["cluster"], draws, seed), len(a))
+
+
+def _entry(values: np.ndarray, resampled: np.ndarray, n_a: int) -> dict[str, Any]:
+    """Of a figure of each model [models], its replicates [models, draws], and how many models A is."""
+    mean_a, mean_b = (values[:n_a].mean(), values[n_a:].mean())
+    differences = resampled[:n_a].mean(axis=0) - resampled[n_a:].mean(axis=0)
     found = interval(float(mean_a - mean_b), differences)
     entry = {"a": mean_a, "b": mean_b, "difference": found.mean, "low": found.low, "high": found.high}
     entry |= {"se": found.standard_error, "p": bootstrap_p(differences)}
     error = found.standard_error
-    if min(len(a), len(b)) > 1:
-        entry["seeds"] = _seeds(values, resampled, len(a))
+    if 1 < n_a < len(values) - 1:
+        entry["seeds"] = _seeds(values, resampled, n_a)
         luck = (entry["seeds"][side]["seed_sd_beyond_items"] ** 2 / entry["seeds"][side]["seeds"] for side in "ab")
         error = (error**2 + sum(luck)) ** 0.5
     entry["detectable"] = smallest_detectable(error) if error > 0 else None

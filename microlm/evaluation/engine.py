@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from microlm import distributed
 from microlm.errors import UserError, plain
-from microlm.evaluation.backends import BACKENDS, every
+from microlm.evaluation.backends import BACKENDS, Measure, every
 from microlm.evaluation.encoding import Encoded
 from microlm.evaluation.prompts import Question
 from microlm.language_model import LanguageModel
@@ -37,6 +37,7 @@ def score(
     name: str = "the model",
     backend: str = "auto",
     together: bool = False,
+    measure: Measure | None = None,
 ) -> list[np.ndarray]:
     """Summed nats of each question's endings, float64, in order. No gradient, no random number, the model's mode kept.
 
@@ -46,6 +47,7 @@ def score(
         progress: called after each batch with the number of questions it held, e.g. `tqdm.update`.
         name: of the model, for the error message.
         backend: `tree`, `cached`, `plain` (see backends.py) or `auto`, which is `choose_backend`'s.
+        measure: what is summed in place of nats, e.g. `backends.missed`.
         together: whole batches are dealt to the processes, which all call this, and each gets all: the bits of one.
 
     Raises:
@@ -57,7 +59,7 @@ def score(
     with _scoring(model):
         for part in _parts(model, encoded, before, backend, name, together):
             questions = [encoded[i] for i in part.members]
-            for indices, values in BACKENDS[part.backend](model, questions, batch_tokens, part.prefix, deal):
+            for indices, values in BACKENDS[part.backend](model, questions, batch_tokens, part.prefix, deal, measure):
                 for index, value in zip(indices, values):
                     nats[part.members[index]] = _finite(value, questions[index], name)
                 waiting -= len(indices)

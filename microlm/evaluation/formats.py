@@ -1,13 +1,15 @@
-"""Files of questions as they are published: Arrow, Parquet, SNLI's and SuperGLUE's JSON lines, GLUE's tables.
+"""Files of questions as they are published: Arrow, Parquet, JSON lines, GLUE's tables, AI2's requests.
 
-Every reader yields rows in one shape: the task's text columns as the hub names them, and a label that is the id of a
-choice (or the gold value of a regression); -1 where there is none.
+Every reader yields rows in one shape: the task's text columns as the hub names them, the endings that the question
+brings, if it does, and a label that is the id of a choice (or the gold value of a regression); -1 where there is none.
 """
 
 import csv
+import gzip
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from microlm.errors import UserError
-from microlm.evaluation.tasks import ENDINGS, UNLABELLED, Task
+from microlm.evaluation.tasks import UNLABELLED, Task
 
 Row = dict[str, Any]
 
@@ -35,16 +37,16 @@ _LONGEST_SHOWN = 40
 
 
 def read_file(task: Task, path: Path) -> list[Row]:
-    """The rows of a file whose suffix says what it is: .arrow, .parquet, .jsonl or .tsv.
+    """The rows of a file whose suffix says what it is: .arrow, .parquet, .jsonl, .tsv, or .gz of AI2's requests.
 
     Raises:
         UserError: it cannot be read, lacks a column, or a row is not one of `task`; names file, row and mend.
     """
-    readers = {".arrow": _arrow, ".parquet": _parquet, ".jsonl": _json_lines, ".tsv": _table}
+    readers = {".arrow": _arrow, ".parquet": _parquet, ".jsonl": _json_lines, ".tsv": _table, ".gz": _requests}
     names = {".jsonl": _JSON_NAMES, ".tsv": _TSV_NAMES}.get(path.suffix, {}).get(task.name, {})
     try:
         raw = list(readers[path.suffix](task, path))
-    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: not readable as {path.suffix[1:]} ({reason}); replace it by the published file"
@@ -83,23 +85,34 @@ def _texts(task: Task, row: Mapping[str, Any], names: Mapping[str, str]) -> Row:
     for column, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{names.get(column, column)!r} holds {_shown(text)}, not text")
-    if task.name == "hellaswag":
-        endings = row["endings"]
-        whole = isinstance(endings, list) and len(endings) == ENDINGS and all(isinstance(e, str) and e for e in endings)
-        if not whole or not texts["ctx"]:
-            raise ValueError(f"not a context with {ENDINGS} endings")
-        texts["endings"] = endings
+    if task.options:
+        texts["endings"] = _endings(task, row)
     return texts
+
+
+def _endings(task: Task, row: Mapping[str, Any]) -> list[str]:
+    found = [row[column] for column in task.options]
+    if len(found) == 1:  # a list, or one beside the list of its labels
+        found = found[0]["text"] if isinstance(found[0], dict) else found[0]
+    whole = isinstance(found, list) and len(found) in task.counts and all(isinstance(e, str) and e for e in found)
+    if not whole or not row[task.columns[0]]:
+        raise ValueError(f"not a context with {' or '.join(map(str, sorted(task.counts)))} endings")
+    return found
 
 
 def _label(task: Task, row: Mapping[str, Any], names: Mapping[str, str]) -> int | float:
     """Of a name, a number or a numeral."""
-    name = names.get("label", "label")
+    if not task.gold:
+        return 0
+    if task.gold in task.options:
+        return task.options.index(task.gold)
+    name = names.get(task.gold, task.gold)
     label = row[name]
     if label in _NO_LABEL or label == UNLABELLED:
         return UNLABELLED
-    if label in task.choices:
-        return task.choices.index(label)
+    named = _label_names(task, row)
+    if label in named:
+        return named.index(label)
     try:
         value = float(label)
     except (TypeError, ValueError):
@@ -108,11 +121,17 @@ def _label(task: Task, row: Mapping[str, Any], names: Mapping[str, str]) -> int 
         if 0 <= value <= 5:
             return value
         raise ValueError(f"{name!r} is {_shown(label)}, not a number from 0 to 5")
-    ids = len(task.choices) or ENDINGS
-    if value in range(ids):
-        return int(value)
-    known = f"{', '.join(task.choices)} or " if task.choices else ""
-    raise ValueError(f"{name!r} is {_shown(label)}, not {known}a number from 0 to {ids - 1}")
+    ids = len(task.choices) or len(_endings(task, row))
+    if value - task.first in range(ids):
+        return int(value) - task.first
+    known = f"{', '.join(named)} or " if named else ""
+    raise ValueError(f"{name!r} is {_shown(label)}, not {known}a number from {task.first} to {task.first + ids - 1}")
+
+
+def _label_names(task: Task, row: Mapping[str, Any]) -> Sequence[str]:
+    """The names of the choices, or those that the row itself gives its endings."""
+    choices = row[task.options[0]] if task.options else None
+    return choices["label"] if isinstance(choices, dict) else task.choices
 
 
 def _shown(value: Any) -> str:
@@ -130,7 +149,7 @@ def _parquet(task: Task, path: Path) -> list[Row]:
 
 
 def _columns(task: Task, table: pa.Table) -> list[Row]:
-    wanted = {*task.columns, "label", "endings"}
+    wanted = {*task.columns, *task.options, task.gold}
     return table.select([name for name in table.column_names if name in wanted]).to_pylist()
 
 
@@ -146,6 +165,33 @@ def _json_lines(task: Task, path: Path) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number}: not a JSON object; replace it by the published file")
             yield row
+
+
+def _requests(task: Task, path: Path) -> Iterator[Row]:
+    """Of the first request of each question; those of a question are numbered from 0."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                request = json.loads(line)
+                if request["idx"] == 0:
+                    yield _REQUESTED[task.name](request)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}: line {number}: not a request ({error}); make it again with: dvc repro -f -s fetch"
+                ) from None
+
+
+def _boolq_row(request: Mapping[str, Any]) -> Row:
+    doc = request["doc"]
+    passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
+    return {"passage": passage, "question": question, "label": doc["choices"][doc["gold"]]}
+
+
+def _lambada_row(request: Mapping[str, Any]) -> Row:
+    return {"text": request["request"]["context"] + request["request"]["continuation"]}
+
+
+_REQUESTED: dict[str, Callable[[Mapping[str, Any]], Row]] = {"boolq": _boolq_row, "lambada_openai": _lambada_row}
 
 
 def _table(task: Task, path: Path) -> Iterator[Row]:

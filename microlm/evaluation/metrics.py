@@ -21,6 +21,7 @@ from microlm.evaluation.tasks import Task
 DRAWS = 10_000
 SEED = 0
 DECIMALS = 6
+ACCURACIES = ("acc", "acc_norm")
 # the label id that says yes: the pair means the same, the one follows from the other, the sentence is good
 YES = {
     "cola": 1,
@@ -34,6 +35,7 @@ YES = {
     "mnli": 0,
     "mnli_mismatched": 0,
     "cb": 0,
+    "boolq": 1,
 }
 
 
@@ -55,7 +57,7 @@ def statistic(metric: str, task: Task, protocol: str, table: pd.DataFrame) -> Su
 
 
 def _of_answers(metric: str, task: Task, predicted: np.ndarray, labels: np.ndarray) -> Sums:
-    if metric in ("acc", "acc_norm"):
+    if metric in ACCURACIES:
         return resampling.mean(predicted == labels)
     if metric == "f1":
         return resampling.f1(predicted, labels, _f1_classes(task))
@@ -72,29 +74,43 @@ def _f1_classes(task: Task) -> Sequence[int]:
 def task_metrics(task: Task, protocol: str, shots: int, table: pd.DataFrame) -> dict[str, Any]:
     """All figures of one task under one protocol as JSON; deterministic; fractions rounded to 6 places.
 
-    <metric> and <metric>_se for each metric of the task. Of a choice task also acc, gold_bpb (bits per byte of the true
-    endings), margin (mean, nats per byte), near_ties (how many), normalisers (accuracy by each), chance,
-    <accuracy>_centred ((acc - chance) / (1 - chance)), and two ways to answer blindly: majority (the most frequent
-    label) and, where one label says yes, always_positive. A standard error is null where all is one cluster.
+    <metric> and <metric>_se for each metric of the task; but of a regression also acc, gold_bpb (bits per byte of the
+    true endings), chance (mean of 1 / endings; of a word 0) and <accuracy>_centred ((acc - chance) / (1 - chance)). Of
+    a choice task also margin (mean, nats per byte), near_ties (how many), normalisers (accuracy by each), and, where
+    labels have names, two ways to answer blindly: majority (the most frequent label) and, where one says yes,
+    always_positive. Of a word perplexity (e to the mean nats). A standard error is null where all is one cluster.
     """
     found: dict[str, Any] = {"protocol": protocol, "shots": shots, "items": len(table)}
     found["clusters"] = int(table["cluster"].nunique())
-    choice = task.kind == "choice"
-    for metric in dict.fromkeys((*task.metrics, *(("acc", "gold_bpb") if choice else ()))):
+    for metric in figures_of(task, "acc"):
         found |= _with_error(metric, task, protocol, table)
-    if choice:
+    if task.kind == "choice":
         found |= _of_choices(task, table) | {"normalisers": _by_normaliser(table)}
-        found |= {
-            f"{name}_centred": _centred(found[name], found["chance"]) for name in ("acc", "acc_norm") if name in found
-        }
+    if task.kind == "word":
+        found["perplexity"] = math.exp(table["gold_nats"].mean())
+    if task.kind != "regression":
+        found["chance"] = chance(task, table)
+        found |= {f"{name}_centred": centred(found[name], found["chance"]) for name in ACCURACIES if name in found}
     return rounded(found)
+
+
+def figures_of(task: Task, *more: str) -> tuple[str, ...]:
+    """The task's metrics, then, unless it is a regression, `more` of them and gold_bpb."""
+    return tuple(dict.fromkeys((*task.metrics, *((*more, "gold_bpb") if task.kind != "regression" else ()))))
+
+
+def chance(task: Task, table: pd.DataFrame) -> float:
+    """Accuracy of a blind guess among each question's own endings; 0 for a word, which has no others."""
+    if task.kind == "word":
+        return 0.0
+    return float((1 / table.filter(regex=r"^nats_\d+$").notna().sum(axis=1)).mean())
 
 
 def _with_error(metric: str, task: Task, protocol: str, table: pd.DataFrame) -> dict[str, float | None]:
     figure, cluster = statistic(metric, task, protocol, table), table["cluster"]
     if cluster.nunique() < 2:
         error = None
-    elif metric in ("acc", "acc_norm"):
+    elif metric in ACCURACIES:
         error = clustered_standard_error(figure.columns[0], cluster)
     elif metric == "gold_bpb":
         error = clustered_ratio_error(*figure.columns, cluster)
@@ -105,10 +121,8 @@ def _with_error(metric: str, task: Task, protocol: str, table: pd.DataFrame) -> 
 
 def _of_choices(task: Task, table: pd.DataFrame) -> dict[str, Any]:
     labels = table["label"].to_numpy(int)
-    endings = table.filter(regex=r"^nats_\d+$").notna().sum(axis=1)
-    found: dict[str, Any] = {"chance": float((1 / endings).mean()), "margin": float(table["margin"].mean())}
-    found["near_ties"] = int(table["near_tie"].sum())
-    blind = {"majority": int(np.bincount(labels).argmax())}
+    found: dict[str, Any] = {"margin": float(table["margin"].mean()), "near_ties": int(table["near_tie"].sum())}
+    blind = {"majority": int(np.bincount(labels).argmax())} if task.choices else {}
     if task.name in YES:
         blind["always_positive"] = YES[task.name]
     for name, answer in blind.items():
@@ -122,7 +136,8 @@ def _by_normaliser(table: pd.DataFrame) -> dict[str, float]:
     return {name: float(table[f"correct_{name}"].mean()) for name in NORMALISERS if f"correct_{name}" in table}
 
 
-def _centred(accuracy: float, chance: float) -> float:
+def centred(accuracy: Any, chance: float) -> Any:
+    """0 for a blind guess, 1 for all right: DCLM's CORE (arXiv 2406.11794) is the mean of this over tasks."""
     return (accuracy - chance) / (1 - chance)
 
 

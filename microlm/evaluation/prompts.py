@@ -3,8 +3,8 @@
 | protocol | what it is |
 |---|---|
 | completion | HellaSwag as build-nanogpt asks it: the raw `ctx`, each ending after one space |
-| lm-eval | HellaSwag and GLUE as lm-evaluation-harness 0.4.13 words them, double spaces included |
-| olmes | HellaSwag as OLMES does (arXiv 2406.08446): a title that ends in a full stop keeps one; lm-eval makes it two |
+| lm-eval | as lm-evaluation-harness 0.4.13 words it, double spaces included |
+| olmes | as OLMES does (arXiv 2406.08446), the answer's text scored; HellaSwag's titles end in one full stop, not two |
 | question | SNLI in lm-eval's words for MNLI |
 | infill | entailment as lm-eval asks XNLI: "premise, right? Yes, hypothesis", from "right?" on; texts as they are |
 | microlm | STS-B, which lm-eval has not: our own words |
@@ -13,16 +13,16 @@
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from microlm.errors import UserError
 from microlm.evaluation.formats import Row
 from microlm.evaluation.sources import Rows
 from microlm.evaluation.tasks import Task
+from microlm.evaluation.wordings import WORDINGS
 
 PROTOCOLS = ("completion", "lm-eval", "olmes", "question", "infill", "microlm")
 DELIMITER = " "  # between a context and an ending
-SCORES = tuple(map(str, range(6)))  # STS-B's endings
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Question:
             with it under olmes, as AI2's evaluation code does.
         unconditional: the context that PMI sets against `context`.
         stratum: what a fixed subset keeps the proportions of.
+        openings: what each ending has between `context` and itself, unscored; () where they all follow `context`.
     """
 
     task: str
@@ -50,6 +51,16 @@ class Question:
     characters: tuple[int, ...]
     unconditional: str
     stratum: tuple[str, ...]
+    openings: tuple[str, ...] = ()
+
+    def read(self) -> tuple["Question", ...]:
+        """The question as it is read: once, or once for each ending where each has a context of its own."""
+        if not self.openings:
+            return (self,)
+        return tuple(
+            replace(self, context=self.context + opening, endings=(ending,), characters=(size,), openings=())
+            for opening, ending, size in zip(self.openings, self.endings, self.characters)
+        )
 
 
 def _hellaswag_text(title: str) -> Callable[[str], str]:
@@ -65,49 +76,6 @@ def _hellaswag_text(title: str) -> Callable[[str], str]:
 _HELLASWAG: dict[str, Callable[[str], str]] = {
     "lm-eval": _hellaswag_text(r" \[title\]"),
     "olmes": _hellaswag_text(r"\.? \[title\]"),
-}
-
-
-@dataclass(frozen=True)
-class Wording:
-    """Templates over a row's columns; "{statement}" is the hypothesis with a full stop. One answer for each label."""
-
-    context: str
-    answers: tuple[str, ...]
-    unconditional: str = "Answer:"
-
-
-def _ask(question: str, *answers: str) -> Wording:
-    return Wording(f"{question}\nAnswer:", answers)
-
-
-def _infill(*openings: str) -> Wording:
-    return Wording("{premise}, right?", tuple(f"{opening}, {{hypothesis}}" for opening in openings), "right?")
-
-
-_PAIR = "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
-_TRUE_NEITHER_FALSE = _ask("{premise}\nQuestion: {statement} True, False or Neither?", "True", "Neither", "False")
-_WORDINGS: dict[tuple[str, str], Wording] = {
-    ("snli", "question"): _TRUE_NEITHER_FALSE,
-    ("snli", "infill"): _infill("Yes", "Also", "No"),
-    ("cola", "lm-eval"): _ask("{sentence}\nQuestion: Does this sentence make sense?", "no", "yes"),
-    ("sst2", "lm-eval"): _ask("{sentence}\nQuestion: Is this sentence positive or negative?", "negative", "positive"),
-    ("mrpc", "lm-eval"): _ask(_PAIR + "Question: Do both sentences mean the same thing?", "no", "yes"),
-    ("stsb", "microlm"): _ask(
-        _PAIR + "Question: From 0 (unrelated) to 5 (the same), how close in meaning are the sentences?", *SCORES
-    ),
-    ("qqp", "lm-eval"): _ask(
-        "Question 1: {question1}\nQuestion 2: {question2}\nQuestion: Do both questions ask the same thing?", "no", "yes"
-    ),
-    ("mnli", "lm-eval"): _TRUE_NEITHER_FALSE,
-    ("mnli", "infill"): _infill("Yes", "Also", "No"),
-    ("mnli_mismatched", "lm-eval"): _TRUE_NEITHER_FALSE,
-    ("mnli_mismatched", "infill"): _infill("Yes", "Also", "No"),
-    ("qnli", "lm-eval"): _ask("{question}\n{sentence}\nQuestion: Does this response answer the question?", "yes", "no"),
-    ("rte", "lm-eval"): _ask("{sentence1}\nQuestion: {sentence2} True or False?", "True", "False"),
-    ("wnli", "lm-eval"): _ask("{sentence1}\nQuestion: {sentence2} True or False?", "False", "True"),
-    ("cb", "lm-eval"): _ask("{premise}\nQuestion: {hypothesis}. True, False, or Neither?", "True", "False", "Neither"),
-    ("cb", "infill"): _infill("Yes", "No", "Also"),
 }
 
 
@@ -149,28 +117,27 @@ def _hellaswag_question(task: Task, protocol: str, row: Row) -> Question:
 
 
 def _worded_question(task: Task, protocol: str, row: Row) -> Question:
-    wording = _WORDINGS[task.name, protocol]
-    columns = {**row, "statement": _statement(row.get("hypothesis", ""))}
-    answers = [answer.format_map(columns) for answer in wording.answers]
-    text = row[task.cluster] if task.cluster else f"{task.name}:{row['id']}"
+    wording = WORDINGS[task.name, protocol]
+    columns = wording.made(row)
+    answers = [answer.format_map(columns) for answer in wording.answers] or columns["endings"]
+    counted = len(DELIMITER) if protocol == "olmes" else 0
+    text = columns[task.cluster] if task.cluster else ""
     return Question(
         task=task.name,
         id=row["id"],
-        cluster=hashlib.sha256(text.encode()).hexdigest()[:16],  # texts of a data set stay out of the results
+        # texts of a data set stay out of the results
+        cluster=hashlib.sha256((text or f"{task.name}:{row['id']}").encode()).hexdigest()[:16],
         label=row["label"],
         context=wording.context.format_map(columns),
         endings=tuple(DELIMITER + answer for answer in answers),
-        characters=tuple(map(len, answers)),
+        characters=tuple(len(answer) + counted for answer in answers),
         unconditional=wording.unconditional,
         stratum=(task.choices[row["label"]] if task.choices else str(round(row["label"])),),
+        openings=tuple(columns.get("openings", ())),
     )
 
 
-def _statement(hypothesis: str) -> str:
-    hypothesis = hypothesis.strip()
-    return hypothesis if hypothesis.endswith(".") else hypothesis + "."
-
-
 def true_ending(question: Question) -> str:
-    """The ending that the label names; of a regression, the nearest score (halves to the even one)."""
-    return question.endings[round(question.label)]
+    """The ending that the label names, opening included; of a regression, the nearest score (halves: the even one)."""
+    place = round(question.label)
+    return "".join(question.openings[place : place + 1]) + question.endings[place]

@@ -113,7 +113,9 @@ def combined(statistics: Sequence[Sums], signs: Sequence[float]) -> Sums:
     return Sums(tuple(column for statistic in statistics for column in statistic.columns), formula)
 
 
-def replicates(statistics: Sequence[Sums | RankCorrelation], cluster: ArrayLike, draws: int, seed: int) -> np.ndarray:
+def replicates(
+    statistics: Sequence[Sums | RankCorrelation], cluster: ArrayLike, draws: int, seed: int | tuple[int, ...]
+) -> np.ndarray:
     """Each statistic in each of `draws` resamples of the clusters [n] -> [statistics, draws].
 
     Raises:
@@ -153,7 +155,7 @@ def _kinds(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return sums[:, first[order]], counts[order]
 
 
-def _weights(counts: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+def _weights(counts: np.ndarray, draws: int, seed: int | tuple[int, ...]) -> Iterator[np.ndarray]:
     """How often each kind, of `counts` clusters, is drawn when as many clusters are drawn: [some draws, kinds]."""
     clusters, kinds = int(counts.sum()), len(counts)
     random = np.random.default_rng(seed)

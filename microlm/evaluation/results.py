@@ -20,6 +20,9 @@ from microlm.files import atomic_file, refuse_unsealed, sealed, sha256_bytes, wr
 from microlm.schema import parse
 
 FORMAT = "microlm result 1"
+NOT_AVAILABLE = "data not available"
+LEFT_OUT = "left out"
+IN_CORPUS = f"{LEFT_OUT}: its texts are in the corpus"  # the reason why models that were trained on them are not asked
 AGAIN = "score it again with microlm evaluate"
 # what two results must share to stand in one column, in the words that name it to a person
 SHARED = {
@@ -59,7 +62,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Result:
-    """Figures and table of one model on one task; or, where its data could not be had, why: then `table` is None.
+    """Figures and table of one model on one task; or, where it was not asked, why: then `table` is None.
 
     `data` says where the questions were read (see `run.provenance`). It is no part of the identity: the same rows are
     the same questions, wherever they lie.
@@ -70,6 +73,11 @@ class Result:
     table: pd.DataFrame | None = None
     unavailable: str = ""
     data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """What is said in few words of a result without figures."""
+        return LEFT_OUT if self.unavailable.startswith(LEFT_OUT) else NOT_AVAILABLE
 
 
 def model_slug(model: str) -> str:

@@ -17,6 +17,7 @@ from microlm import distributed
 from microlm.console import progress_bar
 from microlm.errors import UserError
 from microlm.evaluation.answers import answers
+from microlm.evaluation.backends import Measure, missed
 from microlm.evaluation.benchmarks import Benchmark
 from microlm.evaluation.encoding import Encoding, encode
 from microlm.evaluation.engine import backends_used, score
@@ -25,6 +26,7 @@ from microlm.evaluation.metrics import task_metrics
 from microlm.evaluation.models import Candidate
 from microlm.evaluation.prompts import Question, questions
 from microlm.evaluation.results import (
+    IN_CORPUS,
     Identity,
     Result,
     read_result,
@@ -53,20 +55,30 @@ class Material:
     data: dict[str, Any] = field(default_factory=dict)  # see `provenance`
 
     @property
+    def reads(self) -> tuple[Question, ...]:
+        """The questions as they are read: one whose endings have contexts of their own once for each."""
+        return tuple(read for question in self.questions for read in question.read())
+
+    @property
     def digest(self) -> str | None:
         """sha256 of all that is shown to a model."""
         if self.unavailable:
             return None
-        shown = [[q.id, q.label, q.context, *q.endings] for q in self.questions]
+        shown = [[q.id, q.label, q.context, *q.openings, *q.endings] for q in self.questions]
         return sha256_json([self.prefix, shown])
 
 
-def gather(wanted: Sequence[Benchmark], folder: Path | None, hub: bool) -> list[Material]:
-    """The questions of every benchmark; a limit that leaves none out is none. UserError for data that is damaged."""
-    return [_gather(benchmark, folder, hub) for benchmark in wanted]
+def gather(wanted: Sequence[Benchmark], folder: Path | None, hub: bool, corpus: str = "") -> list[Material]:
+    """The questions of every benchmark; a limit that leaves none out is none. UserError for data that is damaged.
+
+    Tasks whose own texts are in the source `corpus`, on which the model is trained, are left out.
+    """
+    return [_gather(benchmark, folder, hub, corpus) for benchmark in wanted]
 
 
-def _gather(benchmark: Benchmark, folder: Path | None, hub: bool) -> Material:
+def _gather(benchmark: Benchmark, folder: Path | None, hub: bool, corpus: str) -> Material:
+    if corpus and benchmark.task.in_corpus == corpus:
+        return Material(_within(benchmark, benchmark.task.published), unavailable=IN_CORPUS)
     try:
         rows = read_rows(benchmark.task, folder, hub)
     except DataNotAvailable as missing:
@@ -122,14 +134,14 @@ def evaluate(
         pmi: score the endings once more without the question, for normaliser `pmi`. Tasks whose endings are the same in
             every question get it in any case: it costs a question more.
     """
-    with progress_bar(sum(len(m.questions) for m in gathered), 0, "question", candidate.name) as bar:
+    with progress_bar(sum(len(m.reads) for m in gathered), 0, "question", candidate.name) as bar:
         for material in gathered:
             bar.set_description(f"{candidate.name}: {material.benchmark}")
             who = identity(candidate, material)
             there = read_result(result_path(out, who)) if stands(out, who) else None
             complete = there is not None and ("unconditional_0" in there.table or not pmi)
             if distributed.any_rank(distributed.is_first() and complete):
-                bar.update(len(material.questions))
+                bar.update(len(material.reads))
                 yield there, True
             elif material.unavailable:
                 yield _written(out, Result(who, unavailable=material.unavailable)), False
@@ -157,8 +169,11 @@ def score_benchmark(
     nats = _score(candidate, encoding, batch_tokens, progress)
     fixed_endings = len({question.endings for question in material.questions}) == 1
     bare = _without_question(candidate, material, batch_tokens) if pmi or fixed_endings else None
+    word = benchmark.task.kind == "word"
+    misses = _score(candidate, encoding, batch_tokens, measure=missed) if word else None
     lengths = [np.array([len(ending) for ending in item.endings]) for item in encoding.questions]
-    table = answers(material.questions, nats, lengths, bare, benchmark.protocol)
+    nats, lengths = (_of_questions(material, of_reads) for of_reads in (nats, lengths))
+    table = answers(material.questions, nats, lengths, bare, benchmark.protocol, misses)
     metrics = task_metrics(benchmark.task, benchmark.protocol, benchmark.shots, table)
     metrics |= {
         "truncated": encoding.truncated,
@@ -168,21 +183,30 @@ def score_benchmark(
     return Result(identity(candidate, material), metrics, table, data=material.data)
 
 
+def _of_questions(material: Material, of_reads: list[np.ndarray]) -> list[np.ndarray]:
+    """What was found of `Material.reads`, joined to one array [endings] a question."""
+    rest = iter(of_reads)
+    return [np.concatenate([next(rest) for _ in question.read()]) for question in material.questions]
+
+
 def _score(
     candidate: Candidate,
     encoding: Encoding,
     batch_tokens: int,
     progress: Callable[[int], object] | None = None,
+    measure: Measure | None = None,
 ) -> list[np.ndarray]:
     """`engine.score` of batches dealt to the processes; every process gets the nats of all."""
     model, name = candidate.model, candidate.name
-    return score(model, encoding.questions, batch_tokens, encoding.prefix, progress, name, together=True)
+    return score(
+        model, encoding.questions, batch_tokens, encoding.prefix, progress, name, together=True, measure=measure
+    )
 
 
 def _encode(candidate: Candidate, material: Material) -> Encoding:
     joint = material.benchmark.protocol not in APART
     return encode(
-        material.questions,
+        material.reads,
         candidate.tokenizer,
         candidate.model.context,
         candidate.start_token,
@@ -201,7 +225,7 @@ def _without_question(candidate: Candidate, material: Material, batch_tokens: in
     first: dict[tuple[str, ...], int] = {}
     places = [first.setdefault((q.unconditional, *q.endings), len(first)) for q in material.questions]
     distinct = {place: question for question, place in zip(material.questions, places)}
-    bare = [replace(distinct[place], context=distinct[place].unconditional) for place in range(len(first))]
+    bare = [replace(distinct[place], context=distinct[place].unconditional, openings=()) for place in range(len(first))]
     encoding = _encode(candidate, replace(material, questions=tuple(bare), prefix=""))
     nats = _score(candidate, encoding, batch_tokens)
     return [nats[place] for place in places]

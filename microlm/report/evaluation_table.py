@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from microlm.errors import UserError
+from microlm.evaluation.metrics import ACCURACIES
 from microlm.evaluation.published import Figure, worth_showing
 from microlm.evaluation.results import Result, same_protocol
 from microlm.evaluation.statistics import CONFIDENCE
 from microlm.evaluation.tasks import TASKS, task_named
 from microlm.report.grid import WIDTH, Grid, blocks, markdown
 
-NOT_AVAILABLE = "data not available"
 SECOND_HAND = "*"
 BLIND = {"majority": "(most frequent label)", "always_positive": "(always yes)"}
+CHANCE = "(guessing)"  # where the labels have no names, so that none can be the most frequent
 PER_BYTE = "gold_bpb"  # the one measure that is not a fraction
 
 
@@ -92,7 +93,7 @@ def _evaluation_grid(results: Sequence[Result], figures: Sequence[Figure], every
             _add_published(cells, figure)
     columns = sorted(cells, key=_order)
     models = dict.fromkeys([r.identity.model for r in results] + [f.model for f in figures])
-    rows = [name for name in (*models, *BLIND.values()) if any(name in cells[column] for column in columns)]
+    rows = [name for name in (*models, *BLIND.values(), CHANCE) if any(name in cells[column] for column in columns)]
     head = ["model", *(column.heading for column in columns)]
     return [head, *([name, *(cells[column].get(name, "") for column in columns)] for name in rows)]
 
@@ -111,7 +112,7 @@ def _columns(result: Result, every_metric: bool) -> list[Column]:
 
 def _cell(result: Result, metric: str) -> str:
     if result.table is None:
-        return NOT_AVAILABLE
+        return result.status
     error = result.metrics[f"{metric}_se"]
     return f"{100 * result.metrics[metric]:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
@@ -119,6 +120,8 @@ def _cell(result: Result, metric: str) -> str:
 def _blind_cells(results: Sequence[Result], metric: str) -> dict[str, str]:
     for result in results:  # of the same labels, so that the first that has any stands for all
         blind = {row: result.metrics.get(key, {}).get(metric) for key, row in BLIND.items()}
+        if metric in ACCURACIES and "majority" not in result.metrics:
+            blind[CHANCE] = result.metrics.get("chance")
         if result.table is not None:
             return {row: f"{100 * value:.2f}" for row, value in blind.items() if value is not None}
     return {}
@@ -141,8 +144,13 @@ def _notes(results: Sequence[Result], grid: Grid) -> list[str]:
     tasks = {result.identity.task: task_named(result.identity.task) for result in results}
     notes += [f"{name}: {task.note}." for name, task in tasks.items() if task.note]
     notes += dict.fromkeys(filter(None, (*map(_on_incomplete_data, results), *map(_on_truncation, results))))
-    absent = {result.identity.task: result.unavailable for result in results if result.table is None}
-    return notes + [f"{name}: {NOT_AVAILABLE}: {reason.removeprefix(f'{name}: ')}" for name, reason in absent.items()]
+    absent = {result.identity.task: result for result in results if result.table is None}
+    return notes + [_on_absence(name, result) for name, result in absent.items()]
+
+
+def _on_absence(name: str, result: Result) -> str:
+    reason = result.unavailable.removeprefix(f"{name}: ").removeprefix(f"{result.status}: ")
+    return f"{name}: {result.status}: {reason}"
 
 
 def _on_incomplete_data(result: Result) -> str:
@@ -196,7 +204,17 @@ def _comparison_grid(comparison: Mapping[str, Any]) -> Grid:
             cells.append(f"{100 * row['discordance']:.1f} %" if primary and "discordance" in row else "")
             detectable = entry["detectable"]
             grid.append([*cells, "" if detectable is None else f"{scale * detectable:.{digits}f}"])
+    if "centred_mean" in comparison:
+        grid.append(_centred_row(comparison["centred_mean"]))
     return grid
+
+
+def _centred_row(entry: Mapping[str, Any]) -> list[str]:
+    a, b, low, high = (f"{100 * entry[key]:+.2f}" for key in ("a", "b", "low", "high"))
+    difference = f"{100 * entry['difference']:+.2f} [{low}, {high}]"
+    detectable = "" if entry["detectable"] is None else f"{100 * entry['detectable']:.2f}"
+    name = f"centred mean of {len(entry['tasks'])} tasks"
+    return [name, "acc", a, b, difference, _p(entry["p"]), "", "", "", detectable]
 
 
 def comparison_sentences(comparison: Mapping[str, Any]) -> list[str]:
@@ -204,6 +222,9 @@ def comparison_sentences(comparison: Mapping[str, Any]) -> list[str]:
     a, b = (" + ".join(dict.fromkeys(comparison[side])) for side in "ab")
     said = [f"A is {a}, B is {b}; {comparison['draws']:,} draws of whole sources; p after Holm is of primary metrics."]
     said += [_on_task(row) for row in comparison["tasks"]]
+    if "centred_mean" in comparison:
+        tasks = ", ".join(comparison["centred_mean"]["tasks"])
+        said.append(f"Centred mean: (accuracy - chance) / (1 - chance), tasks alike, uncorrected by Holm: {tasks}.")
     if min(len(comparison[side]) for side in "ab") == 1:
         said.append("Without several seeds on both sides this speaks of these models, not of the recipes behind them.")
     return said + [f"Left out: {_column_name(row)}: {row['reason']}." for row in comparison["left_out"]]

@@ -12,14 +12,9 @@ import pyarrow as pa
 
 from microlm.errors import UserError
 from microlm.evaluation import ARMS, METRICS_DIRECTORY, MODELS, SCORES_DIRECTORY
-from microlm.evaluation.statistics import (
-    Interval,
-    mcnemar_exact,
-    paired_bootstrap,
-    paired_ratio_bootstrap,
-    smallest_detectable,
-)
+from microlm.evaluation.statistics import Interval, mcnemar_exact, paired_bootstrap, paired_ratio_bootstrap
 from microlm.files import check_sums, read_json
+from microlm.report.benchmarks import entries
 
 # the stage that makes each model's metrics/<name>.json, and each arm's curves
 MADE_BY = {"control": "pretrain", "continued": "continue", "student": "distill", "teacher": "teacher"}
@@ -149,12 +144,12 @@ def _difference(a: Scores, b: Scores, draws: int, seed: int) -> dict[str, float]
     found: dict[str, float] = {}
     for key, (text, split) in YARDSTICKS.items():
         if text in a.metrics:
-            found |= _entries(key, _bits_per_byte(a.windows_of(split), b.windows_of(split), draws, seed))
+            found |= entries(key, _bits_per_byte(a.windows_of(split), b.windows_of(split), draws, seed))
     gold = [(score.items["gold_nats"] / np.log(2), score.items["gold_bytes"]) for score in (a, b)]
     right = [score.items["correct_token"] for score in (a, b)]
     source = a.items["cluster"]
-    found |= _entries("gold_bpb", paired_ratio_bootstrap(*gold, source, draws, seed))
-    found |= _entries("acc_norm", paired_bootstrap(*right, source, draws, seed))
+    found |= entries("gold_bpb", paired_ratio_bootstrap(*gold, source, draws, seed))
+    found |= entries("acc_norm", paired_bootstrap(*right, source, draws, seed))
     return found | {"acc_norm_mcnemar_p": round(mcnemar_exact(*right), 6)}
 
 
@@ -167,12 +162,6 @@ def _bits_per_byte(a: pd.DataFrame, b: pd.DataFrame, draws: int, seed: int) -> I
     block = np.arange(windows) // min(WINDOWS_PER_BLOCK, max(1, windows // FEWEST_BLOCKS))
     bits = [(table["nats"] / np.log(2), table["bytes"]) for table in (a, b)]
     return paired_ratio_bootstrap(*bits, block, draws, seed)
-
-
-def _entries(name: str, interval: Interval) -> dict[str, float]:
-    values = {"": interval.mean, "_low": interval.low, "_high": interval.high}
-    values["_detectable"] = smallest_detectable(interval.standard_error)
-    return {name + key: round(value, 6) for key, value in values.items()}
 
 
 def _verdict(difference: Mapping[str, float]) -> str:

@@ -18,11 +18,12 @@ MEASURES = {
     "ood_bpb": "outside text, bits per byte",
     "gold_bpb": "true endings, bits per byte",
     "acc_norm": "HellaSwag acc_norm",
+    "centred_mean": "centred mean of all accuracies",
 }
 
 _BENCHMARKS = (
-    "Benchmarks: 100 x the metric ± one standard error, with task, metric, protocol, exemplars and questions; majority "
-    "is what naming the most frequent label scores."
+    "Benchmarks: 100 x the metric ± one standard error, with task, metric, protocol, exemplars and questions; blind is "
+    "what naming the most frequent label scores, or guessing where labels have no names."
 )
 
 Summary = Mapping[str, Any]
@@ -42,7 +43,7 @@ def report_text(summary: Summary) -> str:
         _wrapped(notes),
         *blocks(_difference_rows(summary)),
         *blocks(benchmark_table(summary["benchmarks"], MODELS)),
-        _wrapped(f"{_BENCHMARKS} {remarks(summary['benchmarks'])}"),
+        _wrapped(_notes(summary)),
     ]
     said = [_wrapped(sentence, bullet="- ") for sentence in sentences(summary)]
     return "\n\n".join(parts) + "\n\nWhat this allows one to say\n" + "\n".join(said) + "\n"
@@ -51,8 +52,16 @@ def report_text(summary: Summary) -> str:
 def markdown(summary: Summary) -> str:
     """The tables and the first sentence, for README.md."""
     grids = _model_rows(summary), _difference_rows(summary), benchmark_table(summary["benchmarks"], MODELS)
-    notes = f"{_BENCHMARKS} {remarks(summary['benchmarks'])}".strip()
-    return "\n\n".join((*map(in_markdown, grids), notes, sentences(summary)[0])) + "\n"
+    return "\n\n".join((*map(in_markdown, grids), _notes(summary), sentences(summary)[0])) + "\n"
+
+
+def _notes(summary: Summary) -> str:
+    tasks = summary["centred_mean_tasks"]
+    mean = (
+        f"Centred mean: (accuracy - chance) / (1 - chance), 0 for a guess and 1 for all right, averaged over "
+        f"{len(tasks)} task{'s' * (len(tasks) > 1)}: {', '.join(tasks)}; its interval is over their questions."
+    )
+    return f"{_BENCHMARKS} {mean} {remarks(summary['benchmarks'])}".strip()
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -186,12 +195,13 @@ def _model_rows(summary: Summary) -> list[list[str]]:
     head = ["model", "parameters", "tokens trained", "validation bits per byte", "HellaSwag acc_norm ± s.e."]
     if "ood_bpb" in summary["student"]:  # shorter words, so that all stands in one line of a terminal
         head = [*head[:2], "tokens", "validation bits/byte", "outside", head[-1]]
-    rows = [head]
+    rows = [[*head, "centred mean"]]
     for name in MODELS:
         row = summary[name]
         accuracy = f"{row['acc_norm']:.4f} ± {row['acc_norm_se']:.4f}"
         bits = [f"{row[key]:.4f}" for key in ("val_bpb", "ood_bpb") if key in row]
-        rows.append([name, amount(row["parameters"]), _tokens(row), *bits, accuracy])
+        cells = [amount(row["parameters"]), _tokens(row), *bits, accuracy, f"{row['centred_mean']:.4f}"]
+        rows.append([name, *cells])
     return rows
 
 
@@ -202,10 +212,14 @@ def _difference_rows(summary: Summary) -> list[list[str]]:
             continue  # there is no outside text
         cells = []
         for a, b in COMPARISONS:
-            d = summary[f"{a}_minus_{b}"]
-            cells.append(f"{d[key]:+.4f} [{d[key + '_low']:+.4f}, {d[key + '_high']:+.4f}]")
+            cells.append(_with_interval(summary[f"{a}_minus_{b}"], key, "+"))
         rows.append([label, *cells])
     return rows
+
+
+def _with_interval(row: Summary, key: str, sign: str) -> str:
+    mean, low, high = (f"{row[key + end]:{sign}.4f}" for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def _tokens(row: Summary) -> str:
