@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from microlm.config import Config, ConfigError, load_config
-from microlm.errors import plain
+from microlm.errors import UserError, plain
+from microlm.starts.request import check_start
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
@@ -170,7 +171,8 @@ def test_missing_key_is_named(tmp_path: Path, keys: Keys) -> None:
     except ConfigError as error:
         assert keys[-1] in str(error)
     else:
-        assert keys[-2] == "corpus"  # the only block whose keys may have a default
+        # the only blocks whose keys may have a default, or name changes alone
+        assert keys[-2] == "corpus" or keys[2:4] == ("start", "fresh")
 
 
 @pytest.mark.parametrize(
@@ -342,3 +344,97 @@ def test_exponents_are_numbers_however_dvc_writes_them(tmp_path: Path) -> None:
     text = path.read_text().replace("clip_norm: 1.0", "clip_norm: 1e-05")
     path.write_text(text)
     assert load_config(path).at.pretrain.clip_norm == 1e-5
+
+
+LAPTOP = {**ONE_SCALE, "start": "auto"}
+
+
+def test_a_start_in_the_students_own_shape_has_its_own_settings(tmp_path: Path) -> None:
+    own = PARAMS["scales"]["laptop"]["start"]["fresh"]
+    for start, changed in (("auto", False), ("pruned", False), ("fresh", True), ("embedding", True)):
+        config = load_config(written(tmp_path, LAPTOP | {"start": start}))
+        assert config.start_kind == ("pruned" if start == "auto" else start)
+        for block, change in own.items():
+            for key, value in change.items():
+                assert getattr(getattr(config.at, block), key) == (
+                    value if changed else PARAMS["scales"]["laptop"][block][key]
+                )
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("start",), "cut", "start: 'cut' is not one of auto, fresh, embedding, pruned"),
+        (("scales", "laptop", "start", "layers"), [1, "2"], "scales.laptop.start.layers: [1, '2'] is not"),
+        (("scales", "laptop", "start", "layers"), 0, "scales.laptop.start.layers: 0 leaves no layer; keep at least 1"),
+        (("scales", "laptop", "start", "heads"), 0, "scales.laptop.start.heads: 0 is out of range"),
+        (
+            ("scales", "laptop", "start", "fresh"),
+            None,
+            "scales.laptop.start.fresh: must hold blocks of keys and values",
+        ),
+        (("scales", "laptop", "start", "fresh", "modl"), {}, "scales.laptop.start.fresh.'modl': unknown block"),
+        (
+            ("scales", "laptop", "start", "fresh", "batch", "seq_len"),
+            64,
+            "scales.laptop.start.fresh.batch.seq_len: is the same for every start; remove it here",
+        ),
+        (
+            ("scales", "laptop", "start", "fresh", "pretrain", "tokens"),
+            "many",
+            "scales.laptop.start.fresh.pretrain.tokens: 'many' is not a whole number",
+        ),
+        (
+            ("scales", "laptop", "start", "fresh", "pretrain", "token"),
+            9,
+            "scales.laptop.start.fresh.pretrain.token: unknown key",
+        ),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(keys: Keys, value: Any, said: str, tmp_path: Path) -> None:
+    lines = complaint(written(tmp_path, with_value(keys, value, LAPTOP)))
+    assert len(lines) == 1 and said in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    ("start", "changes", "said"),
+    [
+        ("pruned", {"start.layers": 31}, "start.layers: 31 is more than the teacher's 30; lower it"),
+        ("pruned", {"start.layers": [0, 30]}, "start.layers: 30 is none of the teacher's 0 to 29"),
+        ("pruned", {"start.layers": [-1]}, "out of range"),
+        ("pruned", {"start.layers": [3, 3]}, "start.layers: [3, 3] must ascend, each layer once"),
+        ("pruned", {"start.layers": [3, 1]}, "start.layers: [3, 1] must ascend, each layer once"),
+        ("pruned", {"start.hidden_size": 640}, "start.hidden_size: 640 is more than the teacher's 576; lower it"),
+        ("pruned", {"start.hidden_size": 500}, "start.hidden_size: 500 is not a multiple of the 9 heads"),
+        ("pruned", {"start.heads": 4}, "start.heads: 4 is not a multiple of 3, the queries that share a head"),
+        ("pruned", {"start.heads": 12}, "start.heads: 12 is more than the teacher's 9; lower it"),
+        ("pruned", {"start.intermediate_size": 2000}, "start.intermediate_size: 2000 is more than the teacher's 1536"),
+        ("pruned", {"corpus.tokenizer": "gpt2"}, "corpus.tokenizer: gpt2 is not the teacher's"),
+        ("embedding", {"corpus.tokenizer": "gpt2"}, "corpus.tokenizer: gpt2 is not the teacher's"),
+        ("embedding", {"model.hidden_size": 640}, "model.hidden_size: 640 is more than the teacher's 576"),
+        ("fresh", {"model.hidden_size": 640, "corpus.tokenizer": "gpt2", "start.layers": 31}, ""),
+    ],
+)
+def test_a_start_that_its_teacher_cannot_give_is_refused_before_weights_are_read(
+    start: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    params = LAPTOP | {"start": start}
+    for key, value in changes.items():
+        params = with_value(("scales", "laptop", *key.split(".")), value, params)
+    if not said:
+        check_start(load_config(written(tmp_path, params)))
+        return
+    with pytest.raises(UserError) as caught:
+        check_start(load_config(written(tmp_path, params)))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert "scales.laptop." in str(caught.value)
+
+
+def test_a_teacher_of_another_family_cannot_be_cut(tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text('{"model_type": "gpt_neox"}')
+    teacher = ("scales", "laptop", "teacher", "model")
+    params = with_value(teacher, str(tmp_path / "teacher"), LAPTOP | {"start": "pruned"})
+    with pytest.raises(UserError, match="of architecture 'gpt_neox', and only llama, mistral, qwen2, qwen3, olmo2"):
+        check_start(load_config(written(tmp_path, params)))
+    check_start(load_config(written(tmp_path, params | {"start": "fresh"})))
