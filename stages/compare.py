@@ -35,11 +35,11 @@ def _compare(config: Config) -> None:
     distillation = {key: getattr(config, key) for key in ("init", "objective", "alpha", "temperature")}
     draws, seed = config.at.evaluation.bootstrap_draws, config.seed
     summary = summarize(scores, training, distillation, draws, seed)
+    summary["benchmarks"] = benchmark_rows(MODELS, draws, seed)
     order = [(task, of.protocol, of.shots) for of in config.at.evaluation.benchmarks for task in of.tasks]
     summary["centred_mean_tasks"], rows = centred_mean_rows(MODELS, COMPARISONS, order, draws, seed)
     for name, row in rows.items():
         summary[name] |= row
-    summary["benchmarks"] = benchmark_rows(MODELS, draws, seed)
     questions = config.at.continuation.hellaswag_items
     items = {"control": config.at.pretrain.hellaswag_items, "continued": questions, "student": questions}
     draw_figures(items, outside="outside_windows" in summary)
