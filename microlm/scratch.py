@@ -13,7 +13,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from microlm import distributed
 from microlm.errors import UserError
 from microlm.files import remove_directory, sha256_file, sha256_json
 
@@ -37,6 +36,8 @@ def scratch(stage: str, inputs: Any) -> Iterator[Path]:
     Args:
         inputs: JSON of all that the result depends on.
     """
+    from microlm import distributed  # and with it torch, without which stages that import this can encode
+
     directory = scratch_root() / f"{stage}-{sha256_json(inputs)[:16]}"
     if not distributed.is_first():
         distributed.wait_for_all()

