@@ -128,6 +128,7 @@ def _parse_scale(name: str, block: Any, found: list[str]) -> tuple[ScaleConfig |
         return (parse(ScaleConfig, block, f"scales.{name}.", found),) * 2
     where, changes = f"scales.{name}.start.{OVERRIDES}.", start.get(OVERRIDES)
     block = {**block, "start": {key: value for key, value in start.items() if key != OVERRIDES}}
+    before = len(found)
     pruned = parse(ScaleConfig, block, f"scales.{name}.", found)
     if not isinstance(changes, dict) or not all(isinstance(change, dict) for change in changes.values()):
         found.append(f"{where.rstrip('.')}: must hold blocks of keys and values, or {{}}, not {shown(changes)}")
@@ -139,7 +140,7 @@ def _parse_scale(name: str, block: Any, found: list[str]) -> tuple[ScaleConfig |
         for fixed in FIXED.get(key, ()):  # one cache and one set of questions serve every start
             if fixed in change:
                 found.append(f"{where}{key}.{fixed}: is the same for every start; remove it here")
-    if pruned is None or any(line.startswith(where) for line in found):
+    if len(found) > before:  # what is wrong in both is said once
         return pruned, None
     changed = {key: {**block[key], **change} for key, change in changes.items()}
     return pruned, parse(ScaleConfig, block | changed, where, found)
