@@ -197,7 +197,7 @@ def _run(
                 "epochs": round(plan.steps * config.at.batch.rows / len(batches.windows), 3),
                 "train_loss": last["train_loss"],
                 "val_loss": last["val_loss"],
-                **{key: last[key] for key in ("val_bpb", "ood_bpb") if key in last},
+                **{key: last[key] for key in ("val_bpb", "ood_bpb") if last[key] is not None},
                 "hellaswag_acc_norm": hellaswag["acc_norm"],
                 "tokens_per_s": round(history.trained_tokens / max(history.elapsed_s, 1e-9), 1),
                 "elapsed_s": round(time.perf_counter() - began, 1),

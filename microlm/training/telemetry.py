@@ -55,8 +55,8 @@ class History:
                 "log10_train": math.log10(train),
                 "log10_val": math.log10(seen.val_nats),
                 "val_bpb": seen.val_bpb,
+                "ood_bpb": seen.ood_bpb,  # blank where there is none: DVC asks every curve for its columns
             }
-            | ({} if seen.ood_bpb is None else {"ood_bpb": seen.ood_bpb})
         )
         self.hellaswag.append({"step": step, **seen.hellaswag})
         self.log += [f"{step} val {seen.val_nats:.6f}", f"{step} hella {seen.hellaswag['acc_norm']:.6f}"]
