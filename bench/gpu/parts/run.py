@@ -27,6 +27,7 @@ from microlm.pipeline import arms
 from microlm.pipeline.labels import METRICS as TEACHER_METRICS
 from microlm.pipeline.labels import label
 from microlm.pipeline.selection import select_windows
+from microlm.pipeline.start import make_start
 from microlm.runtime import Runtime
 
 MICRO_BATCH = 1  # which of the sizes makes a step of its own here: few tokens ask for small steps
@@ -37,7 +38,7 @@ OVERHEAD_S, SHORTEST_S = 90.0, 5.0  # of labels, compilation and scores, while f
 def run(setting: Setting) -> Figures:
     experiment = Experiment(setting)
     yield "steps", experiment.decide
-    yield "control", partial(experiment.arm, "control", arms.pretrain)
+    yield "control", experiment.control
     yield "teacher", experiment.label
     yield "continued", partial(experiment.arm, "continued", arms.continue_control)
     for objective in ("rkl", "fkl"):
@@ -74,6 +75,11 @@ class Experiment:
         select_windows(self.config, self.setting.runtime)
         said = read_json(TEACHER_METRICS, "teacher")
         return {"tokens_per_s": said["tokens_per_s"], "val_bpb": said["val"]["bpb"], "elapsed_s": said["elapsed_s"]}
+
+    def control(self) -> dict[str, Any]:
+        """Stages `start` and `pretrain`."""
+        make_start(self.config, self.setting.runtime)
+        return self.arm("control", arms.pretrain)
 
     def arm(self, name: str, train: Callable[[Config, Runtime], None], objective: str = "rkl") -> dict[str, Any]:
         """Train it, then score it."""
@@ -112,4 +118,4 @@ def _configured(setting: Setting, shards: TokenShards) -> Config:
     pretrain = replace(at.pretrain, windows="all", **seen)
     continuation = replace(at.continuation, windows="cached", **seen)
     at = replace(at, batch=batch, teacher=teacher, pretrain=pretrain, continuation=continuation, evaluation=evaluation)
-    return replace(setting.config, init="control", alpha=0.5, alpha_schedule="constant", at=at)
+    return replace(setting.config, start="fresh", init="control", alpha=0.5, alpha_schedule="constant", at=at)
