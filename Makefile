@@ -54,9 +54,9 @@ verify: $(STAMP)
 study: $(STAMP)
 	python -m stages.study
 
-# Files of tests are dealt to processes; waiting threads give their core to the others.
+# Files of tests are dealt to processes, the longest first; waiting threads give their core to the others.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)
 	MICROLM_SOAK=1 MICROLM_CUDA_TESTS_ON=$${MICROLM_CUDA_TESTS_ON:-cpu} python -m pytest -q $(SOAK)

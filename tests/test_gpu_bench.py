@@ -15,10 +15,12 @@ import pytest
 
 from bench.gpu import table
 from bench.gpu.book import CUT, FAILED, MEASURED, NOT_RUN, STARTED, Book
+from bench.gpu.command import run
 from bench.gpu.device import Card, refuse_unfit
 from bench.gpu.parts import PARTS
 from microlm.errors import UserError
 from tests.clones import ROOT
+from tests.workspace import inside
 
 # what a bare machine with a GPU lacks; found by nobody, as if it were not installed
 BARE = """
@@ -50,6 +52,16 @@ def bench(*arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT) 
     return subprocess.run(
         command, cwd=cwd, env=env or os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command, in this process, says on stderr before it ends with 1."""
+    with inside(ROOT), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bench.gpu", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run()
+    assert ended.value.code == 1
+    return capsys.readouterr().err.strip()
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -97,13 +109,12 @@ def test_steps_do_not_recompile_after_their_warm_up(rehearsal):
     assert {figures["recompilations"] for figures in steps.values()} == {0}
 
 
-def test_the_rehearsal_leaves_nothing_among_the_cards_figures(rehearsal):
+def test_the_rehearsal_leaves_nothing_among_the_cards_figures(rehearsal, capsys):
     assert rehearsal[1].is_file()
     told = subprocess.run(["git", "status", "--porcelain", "bench/gpu"], cwd=ROOT, capture_output=True, text=True)
     assert ".json" not in told.stdout
-    refused = bench("--rehearse", "--file", "bench/gpu/rehearsal.json")
-    assert refused.returncode == 1
-    assert refused.stderr.strip().splitlines()[-1].startswith("error: --file: ")
+    told = refused(capsys, "--rehearse", "--file", "bench/gpu/rehearsal.json")
+    assert told.splitlines()[-1].startswith("error: --file: ")
 
 
 def test_parts_can_be_run_alone_and_what_others_measured_stays(rehearsal, tmp_path):
@@ -213,12 +224,9 @@ def test_a_card_names_its_file():
     assert Card("NVIDIA H100 80GB HBM3", "9.0", 2**36, True, "2.11", "13").file_name == "nvidia-h100-80gb-hbm3.json"
 
 
-def test_unknown_parts_are_told_in_one_line():
-    ended = bench("--rehearse", "--parts", "matrix,nothing")
-    assert ended.returncode == 1
-    assert (
-        ended.stderr.strip() == f"error: --parts: 'nothing' is no part; choose from {', '.join(p.name for p in PARTS)}"
-    )
+def test_unknown_parts_are_told_in_one_line(capsys):
+    told = refused(capsys, "--rehearse", "--parts", "matrix,nothing")
+    assert told == f"error: --parts: 'nothing' is no part; choose from {', '.join(p.name for p in PARTS)}"
 
 
 @pytest.mark.parametrize("absent", ["tqdm", "torch", "transformers"])

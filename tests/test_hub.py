@@ -10,29 +10,41 @@ from microlm import hub
 from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
+from microlm.evaluation.models import PACKAGED, load_candidate
 from microlm.gguf_llama import read_gguf_llama
 from microlm.hub import HubLanguageModel, load_teacher
 from microlm.pipeline.labels import refuse_impossible
 from microlm.pipeline.teachers import refuse_misfit
 from microlm.scale import TeacherConfig
 from microlm.teacher.cache import CacheIdentity
+from tests.workspace import inside
 
 TEXT = "The Great Wall of China is a series of fortifications built across the historical northern borders of China."
 CONFIG = load_config()
 
 
 @pytest.fixture(scope="module")
-def packaged(parts):
-    member = hub.PACKAGED_TEACHER
-    patch = pytest.MonkeyPatch()
-    patch.setattr(hub, "part_file", lambda name, path: parts / name / path)
-    yield TeacherConfig("packaged", None, "cache", "full", 64, [1.0], 10, 1), parts / member[0] / member[1]
-    patch.undo()
+def packaged(parts, tmp_path_factory):
+    member, top = hub.PACKAGED_TEACHER, tmp_path_factory.mktemp("top")
+    (top / "data").mkdir()
+    (top / "data" / "parts").symlink_to(parts)
+    with inside(top):
+        yield TeacherConfig("packaged", None, "cache", "full", 64, [1.0], 10, 1), parts / member[0] / member[1]
 
 
 @pytest.fixture(scope="module")
-def smollm2(packaged):
-    return load_teacher(packaged[0], torch.float32)
+def candidate(packaged):
+    """As the evaluator reads it, which is as a teacher."""
+    return load_candidate(PACKAGED, None, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def smollm2(candidate):
+    return candidate.model
+
+
+def test_no_token_is_put_before_what_the_packaged_teacher_reads(candidate):
+    assert candidate.begin == ()
 
 
 def test_the_packaged_teacher_predicts_english(smollm2, parts):

@@ -7,6 +7,9 @@ if __name__ == "__main__":
         from bench.gpu import unpack
 
         unpack.put_wheels_on_path()
+        import torch  # noqa: F401 - without which transformers complains in words of its own
+        import transformers  # noqa: F401 - which the parts import each by itself, later
+
         from bench.gpu.command import run
     except ModuleNotFoundError as absent:
         sys.exit(
