@@ -1,6 +1,6 @@
 """Compare the models -> metrics/summary.json, plots/*.png and the report; --show prints the last report again.
 
---markdown prints its tables as README.md has them.
+--markdown and --benchmarks print its tables as README.md has them.
 """
 
 import sys
@@ -12,19 +12,25 @@ from microlm.files import read_json, write_json
 from microlm.report.benchmarks import benchmark_rows, centred_mean_rows
 from microlm.report.figures import draw_figures
 from microlm.report.summary import COMPARISONS, MADE_BY, read_scores, summarize
-from microlm.report.table import markdown, report_text
+from microlm.report.table import benchmarks_markdown, markdown, report_text
 
 SUMMARY = METRICS_DIRECTORY / "summary.json"
+SHOWN = {
+    "--show": lambda summary: "\n" + plain(report_text(summary)),
+    "--markdown": markdown,
+    "--benchmarks": benchmarks_markdown,
+}
 
 
 def main() -> None:
-    if sys.argv[1:] not in ([], ["--show"], ["--markdown"]):
-        raise UserError("stages.compare: takes one option or none: python -m stages.compare [--show | --markdown]")
+    asked = sys.argv[1:] or ["--show"]
+    if len(asked) > 1 or asked[0] not in SHOWN:
+        raise UserError(f"stages.compare: takes one option or none: python -m stages.compare [{' | '.join(SHOWN)}]")
     if not sys.argv[1:]:
         _compare(load_config())
     summary = read_json(SUMMARY, "compare")
     try:
-        print(markdown(summary) if "--markdown" in sys.argv else "\n" + plain(report_text(summary)))
+        print(SHOWN[asked[0]](summary))
     except (KeyError, TypeError) as error:
         raise UserError(f"{SUMMARY} lacks {error}; make it again with: dvc repro -f -s compare") from None
 

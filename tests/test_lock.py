@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from microlm.files import read_json
 from microlm.probe.table import markdown as probe_markdown
-from microlm.report.table import markdown
+from microlm.report.table import benchmarks_markdown, markdown
 from microlm.study.grid import read_grid, read_yaml
 from microlm.study.report import report_text, rows_of
 from microlm.study.results import STUDY_SCALE, results_path
@@ -197,9 +197,13 @@ def test_docs_show_the_committed_probe() -> None:
     )
 
 
-def test_readme_shows_the_committed_results():
+@pytest.mark.parametrize(
+    ("block", "option", "shown"),
+    [("results", "--markdown", markdown), ("benchmarks", "--benchmarks", benchmarks_markdown)],
+)
+def test_readme_shows_the_committed_results(block: str, option: str, shown: Callable[[dict[str, Any]], str]) -> None:
     readme = (ROOT / "README.md").read_text()
-    shown = readme.split("<!-- results:begin -->\n")[1].split("<!-- results:end -->")[0]
-    assert shown == markdown(read_json(ROOT / "metrics" / "summary.json", "compare")), (
-        "put what `python -m stages.compare --markdown` prints between the markers in README.md"
+    there = readme.split(f"<!-- {block}:begin -->\n")[1].split(f"<!-- {block}:end -->")[0]
+    assert there == shown(read_json(ROOT / "metrics" / "summary.json", "compare")), (
+        f"put what `python -m stages.compare {option}` prints between the markers in README.md"
     )

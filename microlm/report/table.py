@@ -50,9 +50,15 @@ def report_text(summary: Summary) -> str:
 
 
 def markdown(summary: Summary) -> str:
-    """The tables and the first sentence, for README.md."""
-    grids = _model_rows(summary), _difference_rows(summary), benchmark_table(summary["benchmarks"], MODELS)
-    return "\n\n".join((*map(in_markdown, grids), _notes(summary), sentences(summary)[0])) + "\n"
+    """The models, their differences and the first sentence: what README.md opens with."""
+    grids = _model_rows(summary), _difference_rows(summary)
+    return "\n\n".join((*map(in_markdown, grids), sentences(summary)[0])) + "\n"
+
+
+def benchmarks_markdown(summary: Summary) -> str:
+    """Every benchmark, for README.md."""
+    table = in_markdown(benchmark_table(summary["benchmarks"], MODELS))
+    return f"{table}\n\n{_notes(summary)}\n"
 
 
 def _notes(summary: Summary) -> str:
