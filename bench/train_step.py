@@ -1,12 +1,12 @@
-"""A training step at the laptop's shape: ours, ours with distillation from a cache, and two opponents.
+"""A training step of the laptop's student: ours, ours with distillation from a cache, and two opponents.
 
-`transformers` is the same shape as `Qwen3ForCausalLM` in bf16 autocast (float32 where this machine has no bf16), with
+`transformers` is the same shape as its own class there in bf16 autocast (float32 where this machine has no bf16), with
 `F.cross_entropy` on full float32 logits, and the same tokens. `linear-ce` and `chunked-ce` are our step with PyTorch's
 own head and loss in place of ours: `F.linear_cross_entropy` (PyTorch 2.13) as it is called, and in chunks. Each variant
 runs in a process of its own, so that compilation, memory and its peak are its own; rounds alternate, and the ratio is
 of medians.
 
-    python -m bench.train_step [--rounds 3] [--steps 6]
+    python -m bench.train_step [--rounds 3] [--steps 6] [--start fresh]
 """
 
 import argparse
@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear_cross_entropy
 
-from microlm.architecture import ModelShape
+from microlm.architecture import ModelShape, config_of
 from microlm.config import Config, load_config
 from microlm.files import write_json
 from microlm.model import StudentLM
 from microlm.objective.fused_head import Objective, fused_head_loss
+from microlm.plan.sizes import VOCABULARIES, parameter_count, student_shape
 from microlm.runtime import Runtime, peak_memory_bytes, set_up
 from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, TeacherCache, manifest_of
 from microlm.training.optimizer import Optimizers
@@ -41,7 +42,8 @@ Head = Callable[[Tensor, Tensor, Tensor, np.ndarray], Tensor]
 
 
 def shape_of(config: Config) -> ModelShape:
-    return ModelShape(n_vocab=VOCABULARY, padded_vocab=VOCABULARY, **vars(config.at.model))
+    """Of the start that params.yaml names: the laptop's is cut out of its teacher."""
+    return student_shape(config, VOCABULARIES["smollm2"])
 
 
 def random_cache(directory: Path, config: Config) -> TeacherCache:
@@ -106,23 +108,11 @@ def step_under(config: Config, runtime: Runtime, head: Head) -> Callable[[], Non
 
 
 def transformers_step(config: Config, runtime: Runtime) -> Callable[[], None]:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape, batch = shape_of(config), config.at.batch
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCABULARY,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads,
-            head_dim=shape.head_dim,
-            max_position_embeddings=shape.context,
-            tie_word_embeddings=True,
-            use_cache=False,
-        )
-    ).train()
+    batch = config.at.batch
+    settings = config_of(shape_of(config), eot_id=0) | {"use_cache": False}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).train()
     optimizers = Optimizers(model, config.at.pretrain)
     tokens = torch.randint(
         0, VOCABULARY, (batch.micro_batch_rows, batch.seq_len + 1), generator=torch.Generator().manual_seed(0)
@@ -141,8 +131,8 @@ def transformers_step(config: Config, runtime: Runtime) -> Callable[[], None]:
     return step
 
 
-def measure(variant: str, steps: int, directory: Path) -> dict[str, float]:
-    config = load_config()
+def measure(variant: str, steps: int, start: str, directory: Path) -> dict[str, float]:
+    config = load_config(start=start)
     runtime = set_up(config.at.runtime)
     cache = random_cache(directory, config) if variant == "distill" else None
     if variant == "transformers":
@@ -177,17 +167,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--start", default="auto", help="as in params.yaml")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
         with tempfile.TemporaryDirectory() as directory:
-            print(json.dumps(measure(arguments.variant, arguments.steps, Path(directory))))
+            print(json.dumps(measure(arguments.variant, arguments.steps, arguments.start, Path(directory))))
         return
-    config = load_config()
+    config = load_config(start=arguments.start)
     runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(arguments.rounds):
         for variant in VARIANTS:
             command = [sys.executable, "-m", "bench.train_step", "--variant", variant, "--steps", str(arguments.steps)]
+            command += ["--start", arguments.start]
             ended = subprocess.run(command, capture_output=True, text=True, check=True)
             runs[variant].append(json.loads(ended.stdout.splitlines()[-1]))
     step_s = {v: statistics.median(r["step_s"] for r in rows) for v, rows in runs.items()}
@@ -199,10 +191,8 @@ def main() -> None:
             f"peak {peak[variant] / 2**30:.2f} GiB"
         )
     shape = shape_of(config)
-    matrices = StudentLM(shape).parameter_count()  # tied: the embedding's rows are the head's
-    flops = (
-        6 * matrices * tokens + 12 * shape.layers * shape.heads * shape.head_dim * config.at.batch.seq_len * tokens // 2
-    )
+    matrices = parameter_count(shape)  # tied: the embedding's rows are the head's
+    flops = 6 * matrices * tokens + 12 * shape.layers * shape.query_width * config.at.batch.seq_len * tokens // 2
     runtime = set_up(config.at.runtime)
     ratios = {
         "speed, ours / transformers": step_s["transformers"] / step_s["ours"],

@@ -3,12 +3,8 @@
 The members differ in where they norm and what has a bias; names of tensors and arithmetic are otherwise the same.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from microlm.errors import UserError
 
@@ -46,13 +42,6 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
-
-    def slowed(self, frequencies: Tensor) -> Tensor:
-        """Kept where the wavelength is short, divided by `factor` where it is long, and between the two in between."""
-        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = kept.clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 @dataclass(frozen=True)
@@ -101,11 +90,6 @@ class ModelShape:
     @property
     def output_bias(self) -> bool:
         return self.attention_bias and not self.kind.always_biased
-
-    def frequencies(self) -> Tensor:
-        """Radians that each pair of a head's dimensions turns by at each position, float64 [head_dim / 2]."""
-        plain = self.rope_theta ** -(torch.arange(0, self.head_dim, 2).double() / self.head_dim)
-        return plain if self.rope_scaling is None else self.rope_scaling.slowed(plain)
 
 
 def shape_of(config: dict[str, Any], n_vocab: int, context: int, name: str) -> ModelShape:

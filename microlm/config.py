@@ -88,16 +88,18 @@ class Config:
         return found
 
 
-def load_config(path: str | Path = PARAMS, scale: str | None = None) -> Config:
-    """Read and check the whole file: every scale, not just the chosen one. `scale`: another than the file chooses.
+def load_config(path: str | Path = PARAMS, **instead: str) -> Config:
+    """Read and check the whole file: every scale, not just the chosen one.
+
+    Args:
+        instead: top-level values in place of the file's, e.g. another scale.
 
     Raises:
         ConfigError: one line for each thing that is wrong, naming file, key and mend.
     """
     raw = _read_yaml(Path(path))
     found: list[str] = []
-    if scale is not None:
-        raw["scale"] = scale
+    raw |= instead
     scales = raw.pop("scales", None)
     if not isinstance(scales, dict) or not scales:
         raise ConfigError(f"{path}: scales: must hold one block for each scale, e.g. laptop")

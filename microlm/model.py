@@ -10,6 +10,7 @@ weight on the way; norms compute in float32.
 Shapes: B rows, T positions, D hidden size, H heads of queries, K of keys and values, E head_dim, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -171,7 +172,7 @@ class StudentLM(nn.Module):
         if not shape.tied:
             self.lm_head = Linear(shape.hidden_size, shape.padded_vocab, bias=False)
         self._training_block: Callable[..., Tensor] = Block.__call__
-        angles = torch.arange(shape.context).double()[:, None] * shape.frequencies()[None, :]
+        angles = torch.arange(shape.context).double()[:, None] * _frequencies(shape)[None, :]
         angles = torch.cat((angles, angles), dim=-1)
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # [context, E]
         self.register_buffer("sin", angles.sin().float(), persistent=False)
@@ -287,3 +288,15 @@ class StudentLM(nn.Module):
                 nn.init.normal_(parameter, std=INIT_STD, generator=generator)
             else:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+
+
+def _frequencies(shape: ModelShape) -> Tensor:
+    """Radians that each pair of a head's dimensions turns by at each position, float64 [E / 2]."""
+    plain = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2).double() / shape.head_dim)
+    slow = shape.rope_scaling
+    if slow is None:
+        return plain
+    # kept where the wavelength is short, divided by the factor where it is long, and between the two in between
+    turns = slow.original_max_position_embeddings * plain / (2 * math.pi)
+    kept = ((turns - slow.low_freq_factor) / (slow.high_freq_factor - slow.low_freq_factor)).clamp(0, 1)
+    return plain * (kept + (1 - kept) / slow.factor)
