@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from microlm import distributed
+from microlm import architecture, distributed
 from microlm import model as model_module
 from microlm.config import Config, load_config
 from microlm.console import banner
@@ -56,7 +56,7 @@ SHARDS, CACHE, MODELS = Path("data/shards"), Path("data/teacher"), Path("models"
 PLOTS, METRICS = Path("plots"), Path("metrics")
 CROSS_ENTROPY = "cross-entropy"
 CODE = (
-    *(model_module, batches_module, cache_module, feed, loop, muon, optimizer, replica, losses),
+    *(architecture, model_module, batches_module, cache_module, feed, loop, muon, optimizer, replica, losses),
     *(capped_tail, definition, dense_tail, divergences, fused_head, on_policy, sampling, schedule),
     *(table_tail, tails, vocabulary_blocks, records, capture, live, projected, projection),
 )
