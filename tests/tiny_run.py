@@ -198,7 +198,7 @@ def _fill(directory: Path) -> None:
     (directory / "tests").mkdir(parents=True)
     shutil.copytree(ROOT / "tests" / "fixtures", directory / "tests" / "fixtures")
     (directory / "params.yaml").write_text(tiny_parameters())
-    teacher = _context.Process(target=_write_teacher, args=(directory / TEACHER,))
+    teacher = _context.Process(target=write_teacher_of_bytes, args=(directory / TEACHER,))
     teacher.start()
     teacher.join()
     write_questions(directory / "data" / "parts")
@@ -212,12 +212,12 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer("bytes", byte_level_definition(vocab, [], {END_OF_TEXT: 256}, BYTE_LEVEL), "the tests")
 
 
-def _write_teacher(directory: Path) -> None:
-    from tests.tiny_teacher import CONTEXT, tiny_llama  # torch and transformers, which this process can do without
+def write_teacher_of_bytes(directory: Path, context: int = 256) -> None:
+    from tests.tiny_teacher import tiny_llama  # torch and transformers, which this process can do without
 
     tokenizer = byte_tokenizer()
-    tiny_llama(tokenizer, padded=320).save_pretrained(directory, safe_serialization=True)
-    tokenizer.save(directory, model_max_length=CONTEXT)
+    tiny_llama(tokenizer, padded=320, context=context).save_pretrained(directory, safe_serialization=True)
+    tokenizer.save(directory, model_max_length=context)
 
 
 def write_questions(parts: Path, count: int = QUESTIONS) -> None:

