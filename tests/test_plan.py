@@ -59,7 +59,7 @@ def locked_sizes() -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "path", ["data/shards", "data/teacher", "models/control", "models/continued", "models/student"]
+    "path", ["data/shards", "data/teacher", "models/start", "models/control", "models/continued", "models/student"]
 )
 def test_bytes_are_those_of_the_laptop_run(path: str) -> None:
     assert laptop()["bytes"][path] == pytest.approx(locked_sizes()[path], rel=WITHIN)

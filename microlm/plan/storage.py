@@ -40,6 +40,7 @@ def storage(
         "data/shards": _shards(config.at.corpus.shard_tokens, corpus, vocabulary),
         "data/outside": token_dtype(vocabulary.size).itemsize * outside_tokens(config.at),
         "data/teacher": cache_bytes(cache_plan(config, vocabulary, windows)),
+        "models/start": weights + vocabulary.file_bytes,
         "models/control": weights + moments + vocabulary.file_bytes,
         "models/continued": weights + vocabulary.file_bytes,
         "models/student": weights + vocabulary.file_bytes,
