@@ -85,7 +85,7 @@ def assert_loads_in_transformers(directory: Path) -> None:
 def test_headline_scale_runs_to_its_report_on_the_cpu(tmp_path: Path, parts: Path) -> None:
     clone = started(tmp_path, parts)
     clone.dvc("exp", "run", "check", *overrides())
-    for stage in ("fetch", "tokenize", "outside", "pretrain", "teacher", "select", "distill", "continue_"):
+    for stage in ("fetch", "tokenize", "outside", "start", "pretrain", "teacher", "select", "distill", "continue_"):
         clone.run(sys.executable, "-m", f"stages.{stage}")
     for name in ("control", "continued", "student", "teacher"):
         clone.run(sys.executable, "-m", "stages.evaluate", name)
@@ -110,7 +110,7 @@ def test_headline_scale_with_one_narrow_layer_starts(tmp_path: Path, parts: Path
     narrow = {"model.layers": "1", "model.hidden_size": "32", "model.heads": "1", "model.head_dim": "32"}
     narrow |= {"model.intermediate_size": "64"}
     clone.dvc("exp", "run", "check", *overrides(**narrow))
-    for stage in ("fetch", "tokenize", "outside", "pretrain"):
+    for stage in ("fetch", "tokenize", "outside", "start", "pretrain"):
         clone.run(sys.executable, "-m", f"stages.{stage}")
     manifest = read_json(tmp_path / "data/shards/manifest.json", "tokenize")
     assert manifest["tokenizer"]["n_vocab"] == 50_280

@@ -96,11 +96,12 @@ def test_labelling_costs_what_the_summary_says_but_for_attention() -> None:
 
 
 def test_live_teacher_costs_what_the_ledger_measured() -> None:
-    # arithmetic at one utilisation of both models, and a step's measured seconds, in which a machine's matrix unit
-    # serves the larger model better: 6.09 was measured without one, 3.42 with it
+    # arithmetic at one utilisation of both models, and measured seconds: a machine's matrix unit serves the larger
+    # model better, and a short capture waits for its kernels to be compiled
     ledger, met = measured("ledger"), laptop()["break_even"]
     assert 1 / 3 < met["live_over_cached"] / ledger["step"]["live_over_cached"] < 3
-    assert met["students"] == ledger["break_even"]["students"]
+    assert 1 / 3 < met["epochs"] / ledger["break_even"]["epochs"] < 3
+    assert abs(met["students"] - ledger["break_even"]["students"]) <= 2
 
 
 # --- against the code -----------------------------------------------------------------------------------------------

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from microlm import hub
-from microlm.architecture import ModelShape
+from microlm.architecture import ModelShape, config_of
 from microlm.config import load_config
 from microlm.errors import UserError
 from microlm.files import write_json
@@ -294,7 +293,7 @@ def test_the_stage_refuses_without_control_or_teacher(tmp_path, monkeypatch):
 def write_control(folder: Path, model: StudentLM) -> None:
     folder.mkdir(parents=True)
     save_file({name: weight.contiguous() for name, weight in model.state_dict().items()}, folder / "model.safetensors")
-    write_json(folder / "config.json", hub._qwen3_config(model.shape, 0))
+    write_json(folder / "config.json", config_of(model.shape, 0))
 
 
 def write_both_splits(folder: Path) -> None:

@@ -172,7 +172,7 @@ def keys(pipeline: Pipeline, **changed: Any) -> dict[str, str]:
         ({"init": "scratch"}, {"distill", "continue", "evaluate@student", "evaluate@continued"}),
         (
             {"seed": 2},
-            {"pretrain", "select", "distill", "continue"}
+            {"start", "pretrain", "select", "distill", "continue"}
             | {f"evaluate@{m}" for m in ("control", "continued", "student")},
         ),
         ({"scales.study.probe.windows": 7}, set()),
