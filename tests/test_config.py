@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import math
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from ruamel.yaml import YAML
 
 from microlm.config import Config, ConfigError, load_config
 from microlm.errors import UserError, plain
-from microlm.starts.request import check_start
+from microlm.starts.request import check_start, known_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
@@ -438,3 +439,17 @@ def test_a_teacher_of_another_family_cannot_be_cut(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="of architecture 'gpt_neox', and only llama, mistral, qwen2, qwen3, olmo2"):
         check_start(load_config(written(tmp_path, params)))
     check_start(load_config(written(tmp_path, params | {"start": "fresh"})))
+
+
+def test_a_teachers_older_config_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    """Neither rope_parameters nor num_key_value_heads: as Llama's own files were published."""
+    (tmp_path / "teacher").mkdir()
+    old = {"model_type": "llama", "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
+    old |= {"num_attention_heads": 6, "max_position_embeddings": 64, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(old))
+    shape = known_shape(str(tmp_path / "teacher"), 90)
+    assert (shape.kv_heads, shape.rope_theta, shape.head_dim, shape.tied) == (6, 5e5, 8, False)
+    teacher = ("scales", "laptop", "teacher", "model")
+    params = with_value(teacher, str(tmp_path / "teacher"), LAPTOP | {"start": "pruned"})
+    with pytest.raises(UserError, match=r"start.layers: 8 is none of the teacher's 0 to 2"):
+        check_start(load_config(written(tmp_path, params)))

@@ -1,6 +1,5 @@
 """Whether a start can be had from a teacher: refused from shapes alone, before weights are read."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -28,8 +27,12 @@ PACKAGED = {
     "tie_word_embeddings": True,
 }
 PACKAGED_TOKENIZER = "smollm2"
-COUNTS = {"layers": "num_hidden_layers", "hidden_size": "hidden_size", "heads": "num_attention_heads"}
-COUNTS |= {"intermediate_size": "intermediate_size"}
+COUNTS = {  # of `start`, and what config.json calls them
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+}
 
 
 def check_start(config: Config) -> None:
@@ -124,10 +127,14 @@ def _layer_problems(layers: list[int], has: int) -> list[str]:
 
 
 def _known(teacher: str) -> Mapping[str, Any] | None:
+    """Its config.json as transformers reads it: older files leave out what a newer release spells otherwise."""
     if teacher == "packaged":
         return PACKAGED
-    path = Path(teacher) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+    if not (Path(teacher) / "config.json").is_file():
         return None  # on the hub, or not there: who loads it says which
+    from transformers import AutoConfig  # seconds, and only for a teacher of one's own
+
+    try:
+        return AutoConfig.from_pretrained(teacher).to_dict()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # who loads it says what is wrong with it
