@@ -135,6 +135,6 @@ def _known(teacher: str) -> Mapping[str, Any] | None:
     from transformers import AutoConfig  # seconds, and only for a teacher of one's own
 
     try:
-        return AutoConfig.from_pretrained(teacher).to_dict()
+        return AutoConfig.from_pretrained(teacher, revision=None, local_files_only=True).to_dict()
     except (OSError, ValueError, KeyError, TypeError):
         return None  # who loads it says what is wrong with it
