@@ -1,4 +1,4 @@
-"""Run a grid of study/grid.yaml through the DVC queue -> study/results.csv, STUDY.md. Run again, it goes on."""
+"""Run a grid of study/<name>.yaml through the DVC queue -> study/results.csv, STUDY.md. Run again, it goes on."""
 
 import argparse
 import signal
@@ -10,10 +10,10 @@ from microlm.config import load_config
 from microlm.errors import UserError, run_stage
 from microlm.runtime import available_cores
 from microlm.study.driver import Study
-from microlm.study.grid import read_grid, read_yaml
+from microlm.study.grid import FIRST, FOLDER, read_grid, read_yaml
 from microlm.study.recheck import Recheck
 from microlm.study.report import rows_of, write_report
-from microlm.study.results import STUDY_SCALE, results_path
+from microlm.study.results import results_path
 from microlm.study.sections import markdown
 
 ROOT = Path(".")
@@ -26,8 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     parser = Parser(prog="python -m stages.study", description=__doc__)
-    parser.add_argument("--grid", default="pruned", help="a grid of study/grid.yaml: pruned (default) or full")
-    parser.add_argument("--scale", default=STUDY_SCALE, help=f"a scale of params.yaml (default {STUDY_SCALE})")
+    parser.add_argument("--study", default=FIRST, help="a file of study/, without .yaml (default: grid, the first)")
+    parser.add_argument("--grid", help="a grid of that file (default: its first)")
+    parser.add_argument("--scale", help="a scale of params.yaml (default: the file's own)")
     parser.add_argument("--jobs", type=int, help="runs at once (default: cores / runtime.threads)")
     parser.add_argument("--list", action="store_true", help="print the runs and what each overrides; run nothing")
     parser.add_argument("--report", action="store_true", help="write the report of what is there; run nothing")
@@ -41,19 +42,23 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: the workers too
     load_config()  # all that is wrong in params.yaml, before its copies are
     params = read_yaml(ROOT / "params.yaml")
-    grid = read_grid(asked.grid, asked.scale, params)
+    known = sorted(path.stem for path in (ROOT / FOLDER).glob("*.yaml"))
+    if asked.study not in known:
+        choice = ", ".join(known)
+        raise UserError(f"stages.study: --study {asked.study}: there is no such file in study/; choose of {choice}")
+    grid = read_grid(asked.grid, asked.scale, params, ROOT / FOLDER / f"{asked.study}.yaml")
     if asked.markdown:
-        print(markdown(rows_of(grid, results_path(grid.scale, ROOT))), end="")
+        print(markdown(rows_of(grid, results_path(grid, ROOT))), end="")
         return
     if asked.accept:
-        print(f"study: {Recheck(ROOT, grid, params).accept(_jobs(asked.jobs, asked.scale, params))}")
+        print(f"study: {Recheck(ROOT, grid, params).accept(_jobs(asked.jobs, grid.scale, params))}")
         return
     study = Study(ROOT, grid, params)
     if asked.list:
         for task in study.tasks:
             print(f"{task.runs[0].slug}: {' '.join(task.runs[0].overrides)}")
         return
-    failed = [] if asked.report else study.run(_jobs(asked.jobs, asked.scale, params))
+    failed = [] if asked.report else study.run(_jobs(asked.jobs, grid.scale, params))
     if asked.report or len(failed) < len(study.tasks):
         print(f"study: {write_report(ROOT, grid)}")
     if failed:

@@ -14,7 +14,7 @@ from microlm.probe.table import markdown as probe_markdown
 from microlm.report.table import benchmarks_markdown, markdown
 from microlm.study.grid import read_grid, read_yaml
 from microlm.study.report import report_text, rows_of
-from microlm.study.results import STUDY_SCALE, results_path
+from microlm.study.results import results_path
 from microlm.study.sections import markdown as study_markdown
 from tests.clones import ROOT, Clone
 
@@ -179,8 +179,8 @@ def test_no_output_turns_the_run_cache_off(name: str) -> None:
 
 
 def test_readme_and_report_show_the_committed_study() -> None:
-    grid = read_grid("pruned", STUDY_SCALE, read_yaml(ROOT / "params.yaml"))
-    rows = rows_of(grid, results_path(STUDY_SCALE, ROOT))
+    grid = read_grid("pruned", "study", read_yaml(ROOT / "params.yaml"))
+    rows = rows_of(grid, results_path(grid, ROOT))
     shown = (ROOT / "README.md").read_text().split("<!-- study:begin -->\n")[1].split("<!-- study:end -->")[0]
     assert shown == study_markdown(rows), "put what `python -m stages.study --markdown` prints into README.md"
     notes = (ROOT / "study" / "notes.md").read_text()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from microlm.errors import UserError
 from microlm.study.driver import Progress, Study, Task, next_task, tasks_of
 from microlm.study.grid import GRID, Grid, Run, read_grid, read_yaml, rendered, resolve
 from microlm.study.pipeline import Pipeline
-from microlm.study.results import add_rows, read_results
+from microlm.study.report import notes_path, report_path
+from microlm.study.results import add_rows, read_results, results_path
 from microlm.study.workspace import FOLDER, git, prepare, run
 from tests.clones import ROOT, Clone
 from tests.soak import LONG
@@ -81,6 +83,21 @@ def test_every_point_of_the_committed_grid_is_a_configuration(scale: str) -> Non
         assert re.fullmatch(r"[A-Za-z0-9.-]+", task.name)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "study").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_is_a_configuration_at_its_own_scale(path: Path) -> None:
+    grid = read_grid(None, None, PARAMS, path)
+    assert grid.runs and tasks_of(grid, PARAMS, Pipeline(ROOT, grid.scale))
+
+
+def test_studies_and_scales_never_share_a_record(tmp_path: Path) -> None:
+    first, other = committed(), replace(committed(), study="start", own_scale="laptop", scale="laptop")
+    grids = [first, replace(first, scale="gpt2-124m"), other, replace(other, scale="gpt2-124m")]
+    names = [results_path(grid).name for grid in grids]
+    assert names == ["results.csv", "results-gpt2-124m.csv", "results-start.csv", "results-start-gpt2-124m.csv"]
+    assert len({report_path(grid) for grid in grids}) == 4 and report_path(first) == Path("STUDY.md")
+    assert notes_path(other) != notes_path(first)
+
+
 def test_committed_grid_holds_what_the_study_promises() -> None:
     grid = committed()
     where = {run.slug: grid.sections.get(run.group, run.group) for run in grid.runs}
@@ -115,6 +132,7 @@ def test_ladder_goes_from_the_notebook_to_reverse_kl_and_each_rung_keeps_the_res
         st.floats(allow_nan=False, allow_infinity=False, width=32),
         st.sampled_from(["rkl", "gpt2-124m", "/a/b.json", "two words", "a=b", "x,y", "it's", "1e5", "true", "null"]),
         st.lists(st.floats(0.5, 4.0), min_size=1, max_size=3),
+        st.fixed_dictionaries({"tasks": st.just(["piqa", "copa"]), "items": st.one_of(st.none(), st.integers(1, 9))}),
     )
 )
 @settings(deadline=None)
@@ -263,6 +281,7 @@ def test_a_command_ends_with_its_process_not_with_what_that_left_running(tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["--study", "nope"], "there is no such file in study/; choose of grid, start"),
         (["--grid", "nope"], "'nope' is not a grid; choose one of"),
         (["--scale", "nope"], "'nope' is not a scale; choose one of"),
         (["--jobs", "4096"], "they would share"),

@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ from microlm.scale import BatchConfig, PretrainConfig
 from microlm.scratch import scratch
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
 from microlm.teacher.capture import capture
-from microlm.training.checkpoint import MOMENTS, PROGRESS, STATE, save_checkpoint
+from microlm.training import checkpoint
+from microlm.training.checkpoint import MOMENTS, PROGRESS, STATE, WORK_PER_SAVE, Pace, save_checkpoint
 from microlm.training.loop import Interrupted, Loss, Plan, train
 from microlm.training.optimizer import Optimizers, is_block_matrix, learning_rate_multiplier
 from microlm.training.telemetry import Evaluation, History
@@ -178,6 +180,23 @@ def test_training_learns(shards, tmp_path):
     losses = [float(line.split()[2]) for line in history.log if " train " in line]
     assert len(losses) == STEPS and losses[-1] < losses[0] - 0.1
     assert [row["step"] for row in history.loss] == [100, 104, 108, 112]
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)), min_size=1, max_size=40))
+def test_saving_takes_a_twentieth_of_the_training_and_a_kill_costs_no_more(points: list[tuple[float, float]]) -> None:
+    """Points of (seconds of training, seconds that a save would take there)."""
+    now, trained, saving, unsaved, last = 0.0, 0.0, [], 0.0, 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=lambda: now))
+        pace = Pace()
+        for work, cost in points:
+            now, trained, unsaved = now + work, trained + work, unsaved + work
+            if pace.is_due():
+                now += cost
+                pace.saved(cost)
+                saving, unsaved, last = [*saving, cost], 0.0, cost
+            assert unsaved < WORK_PER_SAVE * last or unsaved == 0
+    assert len(saving) >= 1 and sum(saving[:-1]) <= trained / WORK_PER_SAVE
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_refused(shards, tmp_path):

@@ -73,7 +73,9 @@ class ArmResult:
     within: tuple[float, float]  # mean ends of the runs' own intervals, over windows of text
     each: list[float]
     adjusted_p: float
-    outside: Estimate | None  # the difference on text of another kind, of the runs that were scored on it
+    # of the runs that were scored on text of another kind: the difference there, and that on HellaSwag's true endings
+    outside: Estimate | None
+    endings: Estimate | None
 
     @property
     def verdict(self) -> str:
@@ -89,20 +91,25 @@ def arm_results(rows: pd.DataFrame) -> list[ArmResult]:
     groups = list(rows.groupby(["label", "init"], sort=False))
     estimates = [estimate(part[AGAINST_CONTINUED]) for _, part in groups]
     adjusted = holm([found.p for found in estimates])
-    return [
-        ArmResult(
-            arm,
-            init,
-            part["student_val_bpb"].mean(),
-            part["continued_val_bpb"].mean(),
-            found,
-            (part[f"{AGAINST_CONTINUED}_low"].mean(), part[f"{AGAINST_CONTINUED}_high"].mean()),
-            part[AGAINST_CONTINUED].tolist(),
-            p,
-            estimate(part[OUTSIDE].dropna()) if part[OUTSIDE].notna().any() else None,
+    results = []
+    for ((arm, init), part), found, p in zip(groups, estimates, adjusted):
+        scored = part[part[OUTSIDE].notna()]
+        endings = scored["student_gold_bpb"] - scored["continued_gold_bpb"]
+        results.append(
+            ArmResult(
+                arm,
+                init,
+                part["student_val_bpb"].mean(),
+                part["continued_val_bpb"].mean(),
+                found,
+                (part[f"{AGAINST_CONTINUED}_low"].mean(), part[f"{AGAINST_CONTINUED}_high"].mean()),
+                part[AGAINST_CONTINUED].tolist(),
+                p,
+                None if scored.empty else estimate(scored[OUTSIDE]),
+                None if scored.empty else estimate(endings),
+            )
         )
-        for ((arm, init), part), found, p in zip(groups, estimates, adjusted)
-    ]
+    return results
 
 
 @dataclass(frozen=True)

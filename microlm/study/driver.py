@@ -78,7 +78,7 @@ class Study:
         pipeline = Pipeline(root, grid.scale)
         self.code = sha256_json(pipeline.code())[:12]
         self.tasks = tasks_of(grid, params, pipeline)
-        self.csv = results_path(grid.scale, root)
+        self.csv = results_path(grid, root)
         self.runs, self.jobs = len(grid.runs), 1
 
     def remaining(self) -> list[Task]:

@@ -1,4 +1,4 @@
-"""study/grid.yaml -> runs: what each overrides in params.yaml, checked as configuration before anything is queued."""
+"""study/<name>.yaml -> runs: what each overrides in params.yaml, checked as configuration before anything is queued."""
 
 import difflib
 import itertools
@@ -16,7 +16,9 @@ from microlm.config import Config, ConfigError, load_config
 from microlm.errors import UserError
 from microlm.files import sha256_json
 
-GRID = Path("study/grid.yaml")
+FOLDER = Path("study")
+FIRST = "grid"  # the study that has STUDY.md
+GRID = FOLDER / f"{FIRST}.yaml"
 _GROUP_KEYS = {"about", "section", "settings", "cases", "ladder", "each"}
 _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)\Z)[A-Za-z_][\w./-]*", re.I)  # a word that -S reads as itself
 
@@ -52,6 +54,8 @@ class Grid:
     runs: Sequence[Run]
     left_out: Mapping[str, str]  # groups of other grids that this one has not
     sections: Mapping[str, str] = field(default_factory=dict)  # where the report shows a group, if not under its name
+    study: str = FIRST  # name of its file
+    own_scale: str = "study"  # that of its file
 
     def unique(self) -> dict[str, list[Run]]:
         """Runs by digest: what two groups share is run once and counted in both."""
@@ -67,6 +71,8 @@ def rendered(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
         return "[" + ",".join(map(rendered, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{rendered(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, str) and not _PLAIN.fullmatch(value):
         return "'" + value.replace("'", "\\'") + "'"
     return str(value)
@@ -77,14 +83,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return files.read_yaml(path, f"take it from Git again: git checkout {path}", "seeds: [1, 2, 3]")
 
 
-def read_grid(name: str, scale: str, params: Mapping[str, Any], path: Path = GRID) -> Grid:
-    """The runs of grid `name` at a scale of params.yaml (`params`: its content)."""
+def read_grid(name: str | None, scale: str | None, params: Mapping[str, Any], path: Path = GRID) -> Grid:
+    """The runs of grid `name` at a scale of params.yaml (`params`: its content); None: the file's first, its own."""
     raw = read_yaml(path)
     grids, groups, seeds = (raw.get(key) for key in ("grids", "groups", "seeds"))
     if not isinstance(grids, dict) or not isinstance(groups, dict):
         raise UserError(f"{path}: must hold `grids` (name: [group, ...]) and `groups`")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise UserError(f"{path}: seeds: must be a list of whole numbers, e.g. [1, 2, 3]")
+    name, own_scale = name or next(iter(grids), ""), str(raw.get("scale", Grid.own_scale))
+    scale = scale or own_scale
     if name not in grids:
         raise UserError(f"{path}: {name!r} is not a grid; choose one of {', '.join(grids)}")
     if scale not in params["scales"]:
@@ -96,7 +104,7 @@ def read_grid(name: str, scale: str, params: Mapping[str, Any], path: Path = GRI
     chosen = {group: about[group] for group in grids[name]}
     left_out = {group: text for group, text in about.items() if group not in chosen}
     sections = {group: str(body["section"]) for group, body in groups.items() if "section" in body}
-    return Grid(name, scale, chosen, runs, left_out, sections)
+    return Grid(name, scale, chosen, runs, left_out, sections, path.stem, own_scale)
 
 
 def _refuse_bad_group(name: str, body: Any, path: Path) -> None:

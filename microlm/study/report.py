@@ -9,26 +9,29 @@ from microlm.files import atomic_file
 from microlm.report.table import amount
 from microlm.study import costs, sections
 from microlm.study.figure import draw_arms
-from microlm.study.grid import Grid
-from microlm.study.results import COLUMNS, FOLDER, STUDY_SCALE, read_results, results_path
-
-NOTES = FOLDER / "notes.md"
+from microlm.study.grid import FIRST, FOLDER, Grid
+from microlm.study.results import COLUMNS, marked, read_results, results_path
 
 
-def report_path(scale: str, root: Path = Path(".")) -> Path:
-    return root / ("STUDY.md" if scale == STUDY_SCALE else f"STUDY-{scale}.md")
+def report_path(grid: Grid, root: Path = Path(".")) -> Path:
+    """STUDY.md of the first study; a later one's lies beside its grid."""
+    return root / (FOLDER if grid.study != FIRST else "") / f"{marked('STUDY', grid)}.md"
+
+
+def notes_path(grid: Grid, root: Path = Path(".")) -> Path:
+    return root / FOLDER / ("notes.md" if grid.study == FIRST else f"notes-{grid.study}.md")
 
 
 def write_report(root: Path, grid: Grid) -> Path:
     """Write STUDY.md and its figure from what results.csv holds of the grid. UserError if that is nothing."""
-    rows = rows_of(grid, results_path(grid.scale, root))
+    rows = rows_of(grid, results_path(grid, root))
     if rows.empty:
-        raise UserError(f"{results_path(grid.scale)} holds no run of grid {grid.name}; make some with: make study")
-    figure = results_path(grid.scale, root).with_suffix(".png").name.replace("results", "study")
-    draw_arms(rows, root / FOLDER / figure)
-    notes = root / NOTES
-    text = report_text(rows, grid, f"{FOLDER}/{figure}", notes.read_text(encoding="utf-8") if notes.exists() else "")
-    path = report_path(grid.scale, root)
+        raise UserError(f"{results_path(grid)} holds no run of grid {grid.name}; make some with: {command(grid)}")
+    path, figure = report_path(grid, root), root / FOLDER / f"{marked('study', grid)}.png"
+    draw_arms(rows, figure)
+    notes = notes_path(grid, root)
+    shown = figure.relative_to(path.parent).as_posix()
+    text = report_text(rows, grid, shown, notes.read_text(encoding="utf-8") if notes.exists() else "")
     with atomic_file(path, "w") as file:
         file.write(text)
     return path
@@ -52,7 +55,7 @@ def report_text(rows: pd.DataFrame, grid: Grid, figure: str, notes: str = "") ->
     """
     parts = [
         "# Does distillation pay for a small student? The study",
-        f"Generated from `{results_path(grid.scale)}` by `python -m stages.study --report`, which overwrites edits.",
+        f"Generated from `{results_path(grid)}` by `{said(grid)} --report`, which overwrites edits.",
         *_asked(rows),
         *_grid(rows, grid),
         *sections.arms(rows, figure),
@@ -65,6 +68,15 @@ def report_text(rows: pd.DataFrame, grid: Grid, figure: str, notes: str = "") ->
         *_elsewhere(grid),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def said(grid: Grid) -> str:
+    """The command that runs the grid's study, whose options come after it."""
+    return "python -m stages.study" + f" --study {grid.study}" * (grid.study != FIRST)
+
+
+def command(grid: Grid) -> str:
+    return "make study" if grid.study == FIRST else said(grid)
 
 
 def _asked(rows: pd.DataFrame) -> list[str]:
@@ -89,7 +101,8 @@ def _grid(rows: pd.DataFrame, grid: Grid) -> list[str]:
         seeds = len({run.seed for run in runs})
         body.append([group, about, str(len(runs)), str(seeds), str(sum(run.slug in there for run in runs))])
     total, missing = len(grid.runs), len(grid.runs) - len(there)
-    state = "All of it is here." if not missing else f"{missing} of {total} points are not here yet: run `make study`."
+    absent = f"{missing} of {total} points are not here yet: run `{command(grid)}`."
+    state = absent if missing else "All of it is here."
     codes = sorted(set(rows["code"]))
     lines = [
         "## The grid",
@@ -102,18 +115,31 @@ def _grid(rows: pd.DataFrame, grid: Grid) -> list[str]:
         lines.append(f"Left out of this grid, kept for a larger machine: {kept}.")
     if len(codes) > 1:
         counts = ", ".join(f"{code} ({(rows['code'] == code).sum()})" for code in codes)
-        lines.append(f"The rows come from {len(codes)} versions of the code: {counts}. `make study` makes them one.")
+        lines.append(
+            f"The rows come from {len(codes)} versions of the code: {counts}. `{command(grid)}` makes them one."
+        )
     return lines
 
 
 def _elsewhere(grid: Grid) -> list[str]:
     return [
         "## To run it",
-        "```sh\nmake study                                              # this grid; interrupted, it goes on\n"
-        "python -m stages.study --list                           # the runs and what each overrides\n"
-        "python -m stages.study --grid full                      # all of study/grid.yaml, at this scale\n"
-        "python -m stages.study --grid full --scale gpt2-124m    # the same at 124M parameters, on a GPU\n```",
+        *_commands(grid),
         "Runs go through the DVC queue in a clone under `.resume/study/repository`, where `dvc exp show` and `dvc "
         "queue status` show them; their models are in the DVC cache. To free it, remove that clone and run `dvc gc "
         "--workspace --dry`, then the same without `--dry`: it drops what the workspace does not use.",
     ]
+
+
+def _commands(grid: Grid) -> list[str]:
+    lines = {
+        command(grid): "this grid; interrupted, it goes on",
+        f"{said(grid)} --list": "the runs and what each overrides",
+    }
+    if grid.study == FIRST:
+        lines |= {
+            f"{said(grid)} --grid full": "all of study/grid.yaml, at this scale",
+            f"{said(grid)} --grid full --scale gpt2-124m": "the same at 124M parameters, on a GPU",
+        }
+    width = max(map(len, lines)) + 4
+    return ["```sh\n" + "".join(f"{asked:<{width}}# {does}\n" for asked, does in lines.items()) + "```"]

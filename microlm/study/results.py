@@ -1,4 +1,4 @@
-"""study/results.csv: one row for each run of a group, the only record of the study.
+"""study/results.csv: one row for each run of a group, the only record of a study.
 
 A row stands for its run as long as the settings it resolved to and the code it ran under are those of today.
 """
@@ -15,11 +15,9 @@ from microlm.config import Config
 from microlm.errors import UserError
 from microlm.evaluation import MODELS
 from microlm.files import atomic_file
-from microlm.study.grid import Run
+from microlm.study.grid import FIRST, FOLDER, Grid, Run
 from microlm.study.queue import metrics_of
 
-FOLDER = Path("study")
-STUDY_SCALE = "study"
 LABELS = ("run", "group", "label", "scale", "init", "objective", "windows", "overrides", "settings", "code")
 SCORES = ("val_bpb", "nats", "acc_norm", "gold_bpb")
 PAIRS = ("student_minus_continued", "student_minus_control")
@@ -49,8 +47,15 @@ COLUMNS = (*RECORDED, *OUTSIDE)
 Row = dict[str, Any]
 
 
-def results_path(scale: str, root: Path = Path(".")) -> Path:
-    return root / FOLDER / ("results.csv" if scale == STUDY_SCALE else f"results-{scale}.csv")
+def results_path(grid: Grid, root: Path = Path(".")) -> Path:
+    """study/results.csv of the first study at its own scale; other studies and scales are named in it."""
+    return root / FOLDER / f"{marked('results', grid)}.csv"
+
+
+def marked(stem: str, grid: Grid) -> str:
+    """`stem`, and the grid's study and scale where they are not the first study's and its file's own."""
+    other = grid.study * (grid.study != FIRST), grid.scale * (grid.scale != grid.own_scale)
+    return "-".join((stem, *filter(None, other)))
 
 
 def read_metrics(directory: Path, commit: str) -> dict[str, dict[str, Any]]:

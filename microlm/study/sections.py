@@ -77,7 +77,7 @@ def _against_continued(rows: pd.DataFrame) -> list[str]:
     ]
     outside = any(result.outside for result in results)
     if outside:
-        head.append("outside, over seeds")
+        head += ["outside, over seeds", "true endings, over seeds"]
     body = [
         [
             result.arm,
@@ -88,7 +88,7 @@ def _against_continued(rows: pd.DataFrame) -> list[str]:
             str(result.difference),
             f"[{result.within[0]:+.4f}, {result.within[1]:+.4f}]",
             "-" if math.isnan(result.adjusted_p) else f"{result.adjusted_p:.3f}",
-            *([str(result.outside or "-")] if outside else []),
+            *([str(result.outside or "-"), str(result.endings or "-")] if outside else []),
         ]
         for result in results
     ]
@@ -96,8 +96,8 @@ def _against_continued(rows: pd.DataFrame) -> list[str]:
         table(head, body),
         f"Bits per byte of validation text, means over seeds; {_spans(rows['alpha'], 'alpha')}. `within a run`: mean "
         f"ends of the runs' own intervals. p: t test over seeds, corrected by Holm for {len(results)} comparisons."
-        + " `outside`: student - continued on text of another kind than the corpus, uncorrected."
-        * outside,
+        + " `outside`, `true endings`: student - continued on text of another kind than the corpus, and on HellaSwag's "
+        "true endings, uncorrected." * outside,
         *_said_of_arms(results),
     ]
 

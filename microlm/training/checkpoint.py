@@ -3,6 +3,7 @@
 Batches are a pure function of the step and nothing draws random numbers, so that this is all there is to save.
 """
 
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,6 +25,25 @@ from microlm.training.optimizer import Optimizers
 from microlm.training.telemetry import History
 
 STATE, WEIGHTS, MOMENTS, PROGRESS = "state", "model.safetensors", "optimizer.safetensors", "progress.json"
+WORK_PER_SAVE = 20  # seconds of training that a second of saving has to protect: saving costs a twentieth at most
+
+
+class Pace:
+    """When the next checkpoint is due. The state of a small training costs little to save, and that of a large one as
+    much as several of its steps: the first save, whose cost nobody knows yet, is due at once.
+    """
+
+    def __init__(self) -> None:
+        self._last_s, self._since = 0.0, time.perf_counter()
+
+    def is_due(self) -> bool:
+        """The same in every process: what the first one's clock says."""
+        due = time.perf_counter() - self._since >= WORK_PER_SAVE * self._last_s
+        return distributed.any_rank(distributed.is_first() and due)
+
+    def saved(self, seconds: float) -> None:
+        """A save that took `seconds` is through."""
+        self._last_s, self._since = seconds, time.perf_counter()
 
 
 def save_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers, step: int, history: History) -> None:

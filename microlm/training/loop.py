@@ -17,7 +17,7 @@ from microlm.errors import UserError
 from microlm.model import StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.scale import OptimizationConfig
-from microlm.training.checkpoint import restore_checkpoint, save_checkpoint
+from microlm.training.checkpoint import Pace, restore_checkpoint, save_checkpoint
 from microlm.training.feed import Feed
 from microlm.training.optimizer import Optimizers, learning_rate_multiplier
 from microlm.training.replica import Replica
@@ -82,12 +82,16 @@ def _train(
     step_tokens = batches.config.batch_tokens
     replica, feed = Replica(model), feed_for(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
     announce_expected_time(replica, feed, loss, plan, optimizers, start)
-    bar = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.arm)
+    bar, pace = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.arm), Pace()
     with stop_requests() as stopping, bar:
         for step in range(start, plan.steps + 1):
             if step % plan.optimization.evaluate_every == 0 or step == plan.steps:
                 if step > start:  # before evaluating: an evaluation that dies must not cost the steps before it
-                    save(directory, model, optimizers, plan, batches, step, history)
+                    refuse_infinite_weights(model, plan, batches, step)
+                    if pace.is_due():
+                        began = time.perf_counter()
+                        save_checkpoint(directory, model, optimizers, step, history)
+                        pace.saved(time.perf_counter() - began)
                 unseen = None if history.pending else batches.of_step(step)  # no step yet tells the training loss
                 history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
             if step == plan.steps:
@@ -100,7 +104,8 @@ def _train(
             bar.set_postfix_str(f"loss {cross_entropy:.3f}, lr {optimizers.learning_rate:.1e}", refresh=False)
             bar.update(step_tokens)
             if distributed.any_rank(stopping()):
-                save(directory, model, optimizers, plan, batches, step + 1, history)
+                refuse_infinite_weights(model, plan, batches, step + 1)
+                save_checkpoint(directory, model, optimizers, step + 1, history)
                 raise Interrupted(
                     f"{plan.arm}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
                     "run the same command again to go on"
@@ -158,22 +163,13 @@ def per_token(nats: float, feed: Feed) -> float:
     return distributed.sum_over_ranks(torch.tensor(nats, dtype=torch.float64)).item() / feed.config.batch_tokens
 
 
-def save(
-    directory: Path,
-    model: StudentLM,
-    optimizers: Optimizers,
-    plan: Plan,
-    batches: Batches,
-    step: int,
-    history: History,
-) -> None:
-    """A checkpoint of `step` steps. An update can leave what no loss has shown yet: that never replaces a good one."""
+def refuse_infinite_weights(model: StudentLM, plan: Plan, batches: Batches, step: int) -> None:
+    """An update can leave what no loss has shown yet: that is never saved, and nothing is measured on it."""
     if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
         raise UserError(
             f"{plan.arm}: the update of step {step} left weights that are not finite (windows "
             f"{batches.of_step(step - 1)[:8].tolist()} ...); nothing was saved. Lower the learning rates in params.yaml"
         )
-    save_checkpoint(directory, model, optimizers, step, history)
 
 
 def announce_expected_time(
