@@ -235,7 +235,7 @@ class _AddedOnCpu:
 
     def __call__(self, z: Tensor, _: Tensor, weight: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor) -> None:
         hidden_gradient += torch.mm(z, weight, out=self._partial)
-        weight_gradient.copy_(torch.mm(self._hidden_T, z).T)
+        _pass("copy_transposed")(weight_gradient, torch.mm(self._hidden_T, z))
 
 
 def _added_on_cuda(z: Tensor, hidden: Tensor, weight: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor) -> None:

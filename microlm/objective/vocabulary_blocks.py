@@ -101,9 +101,14 @@ def write_tempered_gradient(
     z.copy_(plain + torch.exp(exact * scale - log_tail[:, None]) * tail_weight[:, None])
 
 
+def copy_transposed(target: Tensor, source: Tensor) -> None:
+    """target <- source.T, in the precision of `target`. Eager, PyTorch reads the columns one number at a time."""
+    target.copy_(source.T)
+
+
 EAGER: dict[str, Callable[..., Any]] = {
     kernel.__name__: kernel
-    for kernel in (update_statistics, update_group_statistics, write_gradient, write_tempered_gradient)
+    for kernel in (update_statistics, update_group_statistics, write_gradient, write_tempered_gradient, copy_transposed)
 }
 KERNELS = dict(EAGER)
 compiling = False
