@@ -112,7 +112,8 @@ def summarize(
     summary["teacher"] |= _teacher_cost(summary, training["teacher"])
     for a, b in COMPARISONS:
         summary[f"{a}_minus_{b}"] = _difference(scores[a], scores[b], draws, seed)
-    summary["verdict"] = _verdict(summary["student_minus_continued"])
+    difference = summary["student_minus_continued"]
+    summary["verdict"] = {key: _verdict(difference, key) for key in YARDSTICKS if key in difference}
     return summary
 
 
@@ -164,9 +165,9 @@ def _bits_per_byte(a: pd.DataFrame, b: pd.DataFrame, draws: int, seed: int) -> I
     return paired_ratio_bootstrap(*bits, block, draws, seed)
 
 
-def _verdict(difference: Mapping[str, float]) -> str:
-    if difference["val_bpb_high"] < 0:
+def _verdict(difference: Mapping[str, float], yardstick: str) -> str:
+    if difference[f"{yardstick}_high"] < 0:
         return "distillation better than continuation"
-    if difference["val_bpb_low"] > 0:
+    if difference[f"{yardstick}_low"] > 0:
         return "continuation better than distillation"
     return "no difference shown"
