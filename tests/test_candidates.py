@@ -34,6 +34,16 @@ def loaded(name: object) -> Candidate:
     return load_candidate(str(name), None, torch.float32)
 
 
+def test_a_student_whose_matrices_are_cast_once_gives_the_bits_of_one_that_casts_in_every_pass() -> None:
+    path = Path("models/student")
+    once, always = load_candidate(str(path), None, torch.bfloat16).model, hub.load_student(path, torch.bfloat16)
+    tokens = torch.arange(40).view(2, 20)
+    assert once.head_weight.dtype == torch.bfloat16 and always.head_weight.dtype == torch.float32
+    with torch.inference_mode():
+        assert torch.equal(once.hidden(tokens), always.eval().hidden(tokens))
+        assert torch.equal(once.logits(once.hidden(tokens)), always.logits(always.hidden(tokens)))
+
+
 @pytest.mark.parametrize(
     ("task", "protocol", "shots"),
     [("hellaswag", "completion", 0), ("hellaswag", "lm-eval", 0), ("rte", "lm-eval", 2), ("cb", "infill", 0)],

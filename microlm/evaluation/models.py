@@ -19,6 +19,7 @@ from microlm.errors import UserError
 from microlm.evaluation.encoding import BatchEncoder
 from microlm.files import sha256_bytes, sha256_file
 from microlm.language_model import LanguageModel
+from microlm.model import Linear, StudentLM
 from microlm.scale import TeacherConfig
 
 if TYPE_CHECKING:  # a second that a model of ours does not need
@@ -86,7 +87,7 @@ def load_candidate(name: str, revision: str | None, dtype: torch.dtype) -> Candi
         )
     directory = Path(name)
     if directory.is_dir() and hub.is_ours(directory):
-        model, ours = hub.load_language_model(directory, dtype), _tokenizer_of(directory)
+        model, ours = _cast_once(hub.load_language_model(directory, dtype)), _tokenizer_of(directory)
         return Candidate(name, model, ours, ours.eot_id, sha256_file(directory / hub.WEIGHTS), ours.fingerprint)
     if not directory.is_dir() and (directory.exists() or name.startswith((".", os.sep)) or name.count("/") > 1):
         raise UserError(f"{name}: is no model directory; name a folder with config.json, or a hub id such as gpt2")
@@ -129,9 +130,17 @@ def load_pipeline_model(name: str, config: Config, dtype: torch.dtype) -> Candid
         weights = hub.teacher_fingerprint(config.at.teacher, model)
     else:
         tokenizer = load_tokenizer(SHARDS_DIRECTORY / "tokenizer")
-        model = hub.load_language_model(Path("models") / name, dtype)
+        model = _cast_once(hub.load_language_model(Path("models") / name, dtype))
         weights = sha256_file(Path("models") / name / hub.WEIGHTS)
     return Candidate(name, model, tokenizer, tokenizer.eot_id, weights, tokenizer.fingerprint)
+
+
+def _cast_once(model: LanguageModel) -> LanguageModel:
+    """A student's matrices in the dtype of its activations, to which each forward pass casts them otherwise."""
+    for module in model.modules() if isinstance(model, StudentLM) else ():
+        if isinstance(module, (Linear, torch.nn.Embedding)):
+            module.weight = torch.nn.Parameter(module.weight.to(model.activation_dtype), requires_grad=False)
+    return model
 
 
 def _tokenizer_of(directory: Path) -> Tokenizer:
