@@ -30,7 +30,7 @@ def main() -> None:
         _compare(load_config())
     summary = read_json(SUMMARY, "compare")
     try:
-        print(SHOWN[asked[0]](summary))
+        print(SHOWN[asked[0]](summary).rstrip("\n"))
     except (KeyError, TypeError) as error:
         raise UserError(f"{SUMMARY} lacks {error}; make it again with: dvc repro -f -s compare") from None
 

@@ -13,7 +13,7 @@ from microlm.files import read_json
 from microlm.probe.table import markdown as probe_markdown
 from microlm.report.table import benchmarks_markdown, markdown
 from microlm.study.grid import read_grid, read_yaml
-from microlm.study.report import report_text, rows_of
+from microlm.study.report import report_path, rows_of, whole_report
 from microlm.study.results import results_path
 from microlm.study.sections import markdown as study_markdown
 from tests.clones import ROOT, Clone
@@ -23,6 +23,7 @@ STAGES: dict[str, dict[str, Any]] = {
     for pipeline in ("dvc.yaml", "measure/dvc.yaml")
     for name, stage in YAML(typ="safe", pure=True).load((ROOT / pipeline).read_text())["stages"].items()
 }
+SHOWN_IN = {"grid": "README.md", "start": "docs/distillation.md"}  # the table of each study
 UP_TO_DATE = "Data and pipelines are up to date."
 
 # What a stage may import without naming it: an edit to these changes no number, or changes it through a named input.
@@ -178,15 +179,14 @@ def test_no_output_turns_the_run_cache_off(name: str) -> None:
     assert [path for path, said in kept if said.get("cache") is not False] == []
 
 
-def test_readme_and_report_show_the_committed_study() -> None:
-    grid = read_grid("pruned", "study", read_yaml(ROOT / "params.yaml"))
-    rows = rows_of(grid, results_path(grid, ROOT))
-    shown = (ROOT / "README.md").read_text().split("<!-- study:begin -->\n")[1].split("<!-- study:end -->")[0]
-    assert shown == study_markdown(rows), "put what `python -m stages.study --markdown` prints into README.md"
-    notes = (ROOT / "study" / "notes.md").read_text()
-    assert (ROOT / "STUDY.md").read_text() == report_text(rows, grid, "study/study.png", notes), (
-        "make STUDY.md again with: python -m stages.study --report"
-    )
+@pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "study").glob("*.yaml")))
+def test_docs_and_report_show_the_committed_study(study: str) -> None:
+    grid = read_grid(None, None, read_yaml(ROOT / "params.yaml"), ROOT / "study" / f"{study}.yaml")
+    rows, page = rows_of(grid, results_path(grid, ROOT)), ROOT / SHOWN_IN[study]
+    shown = page.read_text().split(f"<!-- {study}:begin -->\n")[1].split(f"<!-- {study}:end -->")[0]
+    asked = f"python -m stages.study --study {study}"
+    assert shown == study_markdown(rows), f"put what `{asked} --markdown` prints into {page.name}"
+    assert report_path(grid, ROOT).read_text() == whole_report(rows, grid, ROOT), f"make it again: {asked} --report"
 
 
 def test_docs_show_the_committed_probe() -> None:

@@ -27,14 +27,21 @@ def write_report(root: Path, grid: Grid) -> Path:
     rows = rows_of(grid, results_path(grid, root))
     if rows.empty:
         raise UserError(f"{results_path(grid)} holds no run of grid {grid.name}; make some with: {command(grid)}")
-    path, figure = report_path(grid, root), root / FOLDER / f"{marked('study', grid)}.png"
-    draw_arms(rows, figure)
-    notes = notes_path(grid, root)
-    shown = figure.relative_to(path.parent).as_posix()
-    text = report_text(rows, grid, shown, notes.read_text(encoding="utf-8") if notes.exists() else "")
-    with atomic_file(path, "w") as file:
-        file.write(text)
-    return path
+    draw_arms(rows, figure_path(grid, root))
+    with atomic_file(report_path(grid, root), "w") as file:
+        file.write(whole_report(rows, grid, root))
+    return report_path(grid, root)
+
+
+def figure_path(grid: Grid, root: Path = Path(".")) -> Path:
+    return root / FOLDER / f"{marked('study', grid)}.png"
+
+
+def whole_report(rows: pd.DataFrame, grid: Grid, root: Path = Path(".")) -> str:
+    """`report_text` with the grid's own figure and notes."""
+    figure, notes = figure_path(grid, root), notes_path(grid, root)
+    shown = figure.relative_to(report_path(grid, root).parent).as_posix()
+    return report_text(rows, grid, shown, notes.read_text(encoding="utf-8") if notes.exists() else "")
 
 
 def rows_of(grid: Grid, path: Path) -> pd.DataFrame:

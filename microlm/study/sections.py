@@ -39,8 +39,24 @@ def arms(rows: pd.DataFrame, figure: str) -> list[str]:
 
 
 def markdown(rows: pd.DataFrame) -> str:
-    """For README.md: a row for each arm, a column for each start, with student minus continued over seeds."""
-    found = {(result.arm, result.init): result for result in arm_results(section(rows, "arms"))}
+    """For the docs: a row for each arm, with student minus continued over seeds.
+
+    The columns are the yardsticks where the runs were scored on several, else the starts.
+    """
+    results = arm_results(section(rows, "arms"))
+    if any(result.outside for result in results):
+        several = len({result.init for result in results}) > 1
+        lines = (
+            [
+                f"`{r.arm}`" + f" from {r.init}" * several,
+                str(r.difference),
+                str(r.outside or "-"),
+                str(r.endings or "-"),
+            ]
+            for r in results
+        )
+        return table(["student - continued", "validation", "outside", "true endings"], lines) + "\n"
+    found = {(result.arm, result.init): result for result in results}
     starts = [start for start in ("control", "scratch") if any(init == start for _, init in found)]
     body = []
     for arm in dict.fromkeys(arm for arm, _ in found):
