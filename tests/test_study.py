@@ -89,7 +89,7 @@ def test_every_later_study_is_a_configuration_at_its_own_scale(path: Path) -> No
     assert grid.runs and tasks_of(grid, PARAMS, Pipeline(ROOT, grid.scale))
 
 
-def test_studies_and_scales_never_share_a_record(tmp_path: Path) -> None:
+def test_studies_and_scales_never_share_a_record() -> None:
     first, other = committed(), replace(committed(), study="start", own_scale="laptop", scale="laptop")
     grids = [first, replace(first, scale="gpt2-124m"), other, replace(other, scale="gpt2-124m")]
     names = [results_path(grid).name for grid in grids]
