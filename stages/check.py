@@ -9,14 +9,16 @@ from microlm.corpus.outside_source import refuse_unfit
 from microlm.errors import run_stage
 from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.files import atomic_file
-from microlm.starts.request import check_start
+from microlm.models.start_request import check_start
 
 
 def main() -> None:
     config = load_config()
-    configured_benchmarks(config)
-    check_start(config)
-    refuse_unfit(config)
+    at = config.at
+    with config.naming_keys():
+        configured_benchmarks(at.evaluation.benchmarks)
+        check_start(config.start_kind, at.start, at.model.hidden_size, at.teacher.model, at.corpus.tokenizer)
+        refuse_unfit(at.evaluation.outside, at.corpus)
     with atomic_file("data/params.ok", "w") as file:
         file.write("params.yaml was accepted\n")
 

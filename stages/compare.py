@@ -7,14 +7,15 @@ import sys
 
 from microlm.config import Config, load_config
 from microlm.errors import UserError, plain, run_stage
-from microlm.evaluation import METRICS_DIRECTORY, MODELS
+from microlm.evaluation import MODELS
 from microlm.files import read_json, write_json
-from microlm.report.benchmarks import benchmark_rows, centred_mean_rows
-from microlm.report.figures import draw_figures
+from microlm.report.benchmark_table import benchmark_rows, centred_mean_rows
+from microlm.report.curve_figures import draw_figures
 from microlm.report.summary import COMPARISONS, MADE_BY, read_scores, summarize
-from microlm.report.table import benchmarks_markdown, markdown, report_text
+from microlm.report.summary_table import benchmarks_markdown, markdown, report_text
+from microlm.runtime.paths import METRICS
 
-SUMMARY = METRICS_DIRECTORY / "summary.json"
+SUMMARY = METRICS / "summary.json"
 SHOWN = {
     "--show": lambda summary: "\n" + plain(report_text(summary)),
     "--markdown": markdown,
@@ -37,7 +38,7 @@ def main() -> None:
 
 def _compare(config: Config) -> None:
     scores = read_scores()
-    training = {name: read_json(METRICS_DIRECTORY / f"{name}.json", MADE_BY[name]) for name in MODELS}
+    training = {name: read_json(METRICS / f"{name}.json", MADE_BY[name]) for name in MODELS}
     distillation = {key: getattr(config, key) for key in ("init", "objective", "alpha", "temperature")}
     draws, seed = config.at.evaluation.bootstrap_draws, config.seed
     summary = summarize(scores, training, distillation, draws, seed)

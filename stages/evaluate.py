@@ -11,25 +11,25 @@ from typing import Any
 
 import pandas as pd
 
-from microlm import distributed
 from microlm.config import Config, load_config
-from microlm.console import progress_bar
 from microlm.corpus.batches import evenly_spaced, window_count
-from microlm.corpus.shards import SHARDS_DIRECTORY
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.errors import UserError
-from microlm.evaluation import METRICS_DIRECTORY, MODELS, SCORES_DIRECTORY
+from microlm.evaluation import MODELS
 from microlm.evaluation.benchmarks import configured_benchmarks
-from microlm.evaluation.models import Candidate, load_pipeline_model
-from microlm.evaluation.results import model_slug
+from microlm.evaluation.candidates import Candidate, load_pipeline_model
+from microlm.evaluation.results.store import model_slug
 from microlm.evaluation.run import evaluate, gather, refuse_overlong_shots
-from microlm.evaluation.validation import ValidationLoss, loss_on
-from microlm.evaluation.yardsticks import held_out
+from microlm.evaluation.scoring.held_out_loss import ValidationLoss, loss_on
+from microlm.evaluation.scoring.yardsticks import held_out
 from microlm.files import atomic_directory, write_json, write_sums
-from microlm.launcher import run_shared_stage
-from microlm.runtime import set_up
-from microlm.scratch import scratch
-from microlm.teacher.projected import native_loss
+from microlm.runtime import distributed
+from microlm.runtime.device import set_up
+from microlm.runtime.launcher import run_shared_stage
+from microlm.runtime.paths import METRICS, SCORES, SHARDS
+from microlm.runtime.resume import resumable
+from microlm.runtime.terminal import progress_bar
+from microlm.teacher.projected_teacher import native_loss
 from microlm.teacher.projection import Projection
 
 
@@ -38,15 +38,15 @@ def main() -> None:
         raise UserError(f"stages.evaluate: name one of {', '.join(MODELS)}, e.g. python -m stages.evaluate student")
     name, config, started = sys.argv[1], load_config(), time.monotonic()
     runtime = set_up(config.at.runtime)
-    candidate = load_pipeline_model(name, config, runtime.dtype)
+    candidate = load_pipeline_model(name, config.at.teacher, runtime.dtype)
     candidate.model.to(runtime.device)
     metrics: dict[str, Any] = {"model": name, "parameters": candidate.parameters}
     # a benchmark that an interrupted run finished is taken from here: each says which weights and questions it is of
-    with scratch(f"evaluate@{name}", candidate.weights) as done:
+    with resumable(f"evaluate@{name}", candidate.weights) as done:
         metrics["tasks"], losses = _benchmarks(candidate, config, done), _losses(candidate, config)
         if not distributed.is_first():
             return
-        with atomic_directory(SCORES_DIRECTORY / name) as folder:
+        with atomic_directory(SCORES / name) as folder:
             for file in (done / model_slug(name)).iterdir():
                 shutil.copy(file, folder)
             pd.concat(map(_rows, losses, losses.values())).to_parquet(folder / "windows.parquet", index=False)
@@ -55,14 +55,16 @@ def main() -> None:
         name_of = {"val": "validation"}.get(split, split)
         metrics[name_of] = {"nats": loss.nats, "bpb": loss.bpb, "windows": len(loss.windows), "tokens": loss.tokens}
     elapsed = {"elapsed_s": round(time.monotonic() - started, 1)}
-    write_json(METRICS_DIRECTORY / "evaluation" / f"{name}.json", metrics | elapsed)
+    write_json(METRICS / "evaluation" / f"{name}.json", metrics | elapsed)
 
 
 def _benchmarks(candidate: Candidate, config: Config, out: Path) -> dict[str, Any]:
     """Figures by task, protocol and number of shots."""
     at = config.at.evaluation
     folder = Path(at.data) if at.data else None
-    gathered = gather(configured_benchmarks(config), folder, at.hub, config.at.corpus.source)
+    with config.naming_keys():
+        asked = configured_benchmarks(at.benchmarks)
+    gathered = gather(asked, folder, at.hub, config.at.corpus.source)
     refuse_overlong_shots(candidate, gathered)
     found: dict[str, Any] = {}
     for result, _ in evaluate(candidate, gathered, out, at.batch_tokens):
@@ -74,7 +76,7 @@ def _benchmarks(candidate: Candidate, config: Config, out: Path) -> dict[str, An
 
 def _losses(candidate: Candidate, config: Config) -> dict[str, ValidationLoss]:
     """On evenly spaced windows of each text that is held out, the same ones for every model."""
-    at, tokenizer = config.at, load_tokenizer(SHARDS_DIRECTORY / "tokenizer")
+    at, tokenizer = config.at, load_tokenizer(SHARDS / "tokenizer")
     seq_len, rows = at.batch.seq_len, max(1, at.evaluation.batch_tokens // at.batch.seq_len)
     native = candidate.vocabulary != tokenizer.fingerprint
     projection = Projection(candidate.tokenizer, tokenizer, candidate.model.context) if native else None

@@ -1,20 +1,17 @@
 """What the teacher's cache cost and saves, on this machine -> metrics/ledger.json."""
 
-from pathlib import Path
-
 from microlm.config import load_config
 from microlm.errors import run_stage
 from microlm.files import write_json
-from microlm.pipeline.ledger import ledger, summary
-from microlm.runtime import set_up
-
-METRICS = Path("metrics/ledger.json")
+from microlm.research.ledger import ledger, summary
+from microlm.runtime.device import set_up
+from microlm.runtime.paths import METRICS
 
 
 def main() -> None:
     config = load_config()
     entries = ledger(config, set_up(config.continuation_runtime))
-    write_json(METRICS, entries)
+    write_json(METRICS / "ledger.json", entries)
     print(summary(entries))
 
 

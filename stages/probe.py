@@ -8,9 +8,9 @@ import sys
 from microlm.config import load_config
 from microlm.errors import UserError, run_stage
 from microlm.files import read_json
-from microlm.probe.run import METRICS, probe
-from microlm.probe.table import markdown
-from microlm.runtime import set_up
+from microlm.research.probe.run import METRICS, probe
+from microlm.research.probe.table import markdown
+from microlm.runtime.device import set_up
 
 
 def main() -> None:

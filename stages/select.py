@@ -2,8 +2,8 @@
 
 from microlm.config import load_config
 from microlm.errors import run_stage
-from microlm.pipeline.selection import select_windows
-from microlm.runtime import set_up
+from microlm.pipeline.select import select_windows
+from microlm.runtime.device import set_up
 
 
 def main() -> None:

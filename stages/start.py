@@ -3,7 +3,7 @@
 from microlm.config import load_config
 from microlm.errors import run_stage
 from microlm.pipeline.start import make_start
-from microlm.runtime import set_up
+from microlm.runtime.device import set_up
 
 
 def main() -> None:

@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 from microlm.config import load_config
 from microlm.errors import UserError, run_stage
-from microlm.runtime import available_cores
-from microlm.study.driver import Study
-from microlm.study.grid import FIRST, FOLDER, read_grid, read_yaml
-from microlm.study.recheck import Recheck
-from microlm.study.report import rows_of, write_report
-from microlm.study.results import results_path
-from microlm.study.sections import markdown
+from microlm.research.study.driver import Study
+from microlm.research.study.grid import FIRST, FOLDER, read_grid, read_yaml
+from microlm.research.study.recheck import Recheck
+from microlm.research.study.report import rows_of, write_report
+from microlm.research.study.results import results_path
+from microlm.research.study.sections import markdown
+from microlm.runtime.device import available_cores
 
 ROOT = Path(".")
 

@@ -1,9 +1,9 @@
 """The teacher, once, over the windows that students will see: data/teacher and metrics/teacher.json."""
 
 from microlm.config import load_config
-from microlm.launcher import run_shared_stage
-from microlm.pipeline.labels import label
-from microlm.runtime import set_up
+from microlm.pipeline.capture import label
+from microlm.runtime.device import set_up
+from microlm.runtime.launcher import run_shared_stage
 
 
 def main() -> None:

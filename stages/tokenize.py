@@ -5,20 +5,18 @@ import signal
 import time
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from microlm.config import load_config
-from microlm.corpus import encoding, hub, shards, sources, tokenizer, writing
+from microlm.corpus import encoding, sources, tokenizer, writing
 from microlm.errors import run_stage
 from microlm.files import write_json
-from microlm.scratch import code_digest, scratch
+from microlm.runtime.paths import METRICS, SHARDS
+from microlm.runtime.resume import resumable, stage_code
 
-METRICS = Path("metrics/tokenize.json")
 CHECKED_DOCUMENTS = 500
-CODE = (encoding, hub, shards, sources, tokenizer, writing)
 
 
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -36,8 +34,8 @@ def main() -> None:
     started = time.perf_counter()
     encoder = tokenizer.build_tokenizer(corpus.tokenizer)
     source = sources.describe(corpus)
-    inputs = [asdict(corpus), source, encoder.fingerprint, code_digest(*CODE)]
-    with scratch("tokenize", inputs) as directory, tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    inputs = [asdict(corpus), source, encoder.fingerprint, stage_code("tokenize")]
+    with resumable("tokenize", inputs) as directory, tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
         def progress(n_documents: int, n_tokens: int, n_bytes: int) -> None:
             bar.set_postfix(documents=n_documents, tokens=n_tokens, refresh=False)
@@ -52,8 +50,8 @@ def main() -> None:
         rest = sources.batches(corpus, start=writer.position)
         workers = os.cpu_count() or 1 if threads == "auto" else threads
         writer.write(encoding.encoded(rest, encoder, corpus.validation_fraction, workers), progress)
-        metrics = summary(writer.publish(shards.SHARDS_DIRECTORY, source))
-        write_json(METRICS, {**metrics, "elapsed_s": round(time.perf_counter() - started, 1)})
+        metrics = summary(writer.publish(SHARDS, source))
+        write_json(METRICS / "tokenize.json", {**metrics, "elapsed_s": round(time.perf_counter() - started, 1)})
     train, val = (metrics[split]["tokens"] for split in ("train", "val"))
     print(f"tokenize: {metrics['documents']:,} documents, {train:,} training and {val:,} validation tokens")
 

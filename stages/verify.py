@@ -11,18 +11,19 @@ from typing import NoReturn
 
 import numpy as np
 
-from microlm import hub
 from microlm.config import load_config
-from microlm.console import banner, progress_bar
 from microlm.corpus.batches import cached_windows
-from microlm.corpus.shards import SHARDS_DIRECTORY, TokenShards
+from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.errors import UserError, run_stage
-from microlm.pipeline.labels import CACHE
-from microlm.pipeline.teachers import load_labelling_teacher
-from microlm.runtime import set_up
+from microlm.models.teacher_source import teacher_source
+from microlm.pipeline.capture import CACHE
+from microlm.research.verify import refuse_other_tokenizer, refuse_other_weights, replay
+from microlm.runtime.device import set_up
+from microlm.runtime.paths import SHARDS
+from microlm.runtime.terminal import banner, progress_bar
 from microlm.teacher.cache import TeacherCache, cache_identity
-from microlm.teacher.verify import refuse_other_tokenizer, refuse_other_weights, replay
+from microlm.teacher.loading import load_labelling_teacher
 
 
 class Arguments(argparse.ArgumentParser):
@@ -49,20 +50,22 @@ def main() -> None:
         raise UserError(
             f"params.yaml: scales.{config.scale}.teacher.source: live writes no records, so there are none to verify"
         )
-    shards = TokenShards(SHARDS_DIRECTORY, "train")
+    shards = TokenShards(SHARDS, "train")
     windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
-    identity = cache_identity(config, shards)
+    identity = cache_identity(config.at.teacher, config.at.batch.seq_len, shards)
     if given.teacher or given.replay_only:
         identity = replace(identity, weights_sha256=None)
     cache = TeacherCache(CACHE, identity, windows)
     asked = replace(config.at.teacher, model=given.teacher, revision=None) if given.teacher else config.at.teacher
     config = replace(config, at=replace(config.at, teacher=asked))
     runtime = replace(set_up(config.at.runtime), dtype=cache.dtype)
-    tokenizer = load_tokenizer(SHARDS_DIRECTORY / "tokenizer")
-    model, projection = load_labelling_teacher(config, replace(identity, teacher=asked.model), runtime, tokenizer)
+    tokenizer = load_tokenizer(SHARDS / "tokenizer")
+    with config.naming_keys():
+        source, of_teacher = teacher_source(asked), replace(identity, teacher=asked.model)
+        model, projection = load_labelling_teacher(source, of_teacher, runtime, tokenizer)
     refuse_other_tokenizer(cache, projection, CACHE, asked.model)
     if not given.replay_only:
-        refuse_other_weights(cache, hub.teacher_fingerprint(asked, model), CACHE, asked.model)
+        refuse_other_weights(cache, source.fingerprint(model), CACHE, asked.model)
     chosen = np.sort(np.random.default_rng(given.seed).choice(windows, min(given.windows, len(windows)), replace=False))
     with progress_bar(len(chosen) * identity.seq_len, 0, "tok", "verify") as bar:
         found = replay(model, cache, shards, chosen, asked.batch_rows, bar.update, projection)

@@ -12,9 +12,9 @@ from hypothesis import settings
 from microlm.corpus.parts import PARTS, fetch_parts
 from microlm.errors import UserError
 from microlm.files import read_json
-from microlm.objective import vocabulary_blocks
-from tests import shared  # noqa: F401
-from tests.soak import SOAKING, SURVIVED
+from microlm.runtime import compilation
+from tests.support import shared  # noqa: F401
+from tests.support.soak import SOAKING, SURVIVED
 
 # a busy machine is no failure: no test asserts a time
 settings.register_profile("microlm", deadline=None)
@@ -46,8 +46,7 @@ def _no_module_leaves_anything_to_the_next() -> Iterator[None]:
     before = Path.cwd()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary_blocks, "KERNELS", dict(vocabulary_blocks.EAGER))
-        patch.setattr(vocabulary_blocks, "compiling", False)
+        patch.setattr(compilation, "enabled", False)
         yield
     assert Path.cwd() == before
 

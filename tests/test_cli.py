@@ -10,8 +10,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from microlm.evaluation.tasks import TASKS
-from tests.tiny_candidates import FIXTURES, Said, command, evaluate, finished, microlm, repository, save_tiny_student
+from microlm.evaluation.tasks.task import TASKS
+from tests.support.tiny_candidates import (
+    FIXTURES,
+    Said,
+    command,
+    evaluate,
+    finished,
+    microlm,
+    repository,
+    save_tiny_student,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

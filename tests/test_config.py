@@ -17,9 +17,9 @@ from ruamel.yaml import YAML
 
 from microlm.config import Config, ConfigError, load_config
 from microlm.errors import UserError, plain
-from microlm.starts.request import check_start, known_shape
+from microlm.models.start_request import check_start, known_shape
+from tests.support.clones import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PARAMS = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
 # read in a third of the time
 ONE_SCALE = {**PARAMS, "scale": "laptop", "scales": {"laptop": PARAMS["scales"]["laptop"]}}
@@ -397,6 +397,12 @@ def test_a_start_that_cannot_be_is_refused(keys: Keys, value: Any, said: str, tm
     assert len(lines) == 1 and said in lines[0], lines
 
 
+def checked_start(config: Config) -> None:
+    at = config.at
+    with config.naming_keys():
+        check_start(config.start_kind, at.start, at.model.hidden_size, at.teacher.model, at.corpus.tokenizer)
+
+
 @pytest.mark.parametrize(
     ("start", "changes", "said"),
     [
@@ -423,10 +429,10 @@ def test_a_start_that_its_teacher_cannot_give_is_refused_before_weights_are_read
     for key, value in changes.items():
         params = with_value(("scales", "laptop", *key.split(".")), value, params)
     if not said:
-        check_start(load_config(written(tmp_path, params)))
+        checked_start(load_config(written(tmp_path, params)))
         return
     with pytest.raises(UserError) as caught:
-        check_start(load_config(written(tmp_path, params)))
+        checked_start(load_config(written(tmp_path, params)))
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert "scales.laptop." in str(caught.value)
 
@@ -437,8 +443,8 @@ def test_a_teacher_of_another_family_cannot_be_cut(tmp_path: Path) -> None:
     teacher = ("scales", "laptop", "teacher", "model")
     params = with_value(teacher, str(tmp_path / "teacher"), LAPTOP | {"start": "pruned"})
     with pytest.raises(UserError, match="of architecture 'gpt_neox', and only llama, mistral, qwen2, qwen3, olmo2"):
-        check_start(load_config(written(tmp_path, params)))
-    check_start(load_config(written(tmp_path, params | {"start": "fresh"})))
+        checked_start(load_config(written(tmp_path, params)))
+    checked_start(load_config(written(tmp_path, params | {"start": "fresh"})))
 
 
 def test_a_teachers_older_config_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
@@ -452,4 +458,4 @@ def test_a_teachers_older_config_is_read_as_transformers_reads_it(tmp_path: Path
     teacher = ("scales", "laptop", "teacher", "model")
     params = with_value(teacher, str(tmp_path / "teacher"), LAPTOP | {"start": "pruned"})
     with pytest.raises(UserError, match=r"start.layers: 8 is none of the teacher's 0 to 2"):
-        check_start(load_config(written(tmp_path, params)))
+        checked_start(load_config(written(tmp_path, params)))

@@ -14,17 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from microlm.errors import UserError, run_stage
-from microlm.files import (
-    atomic_directory,
-    atomic_file,
-    read_json,
-    sha256_bytes,
-    sha256_file,
-    sha256_json,
-    write_json,
-)
+from microlm.files import atomic_directory, atomic_file, read_json, sha256_bytes, sha256_file, sha256_json, write_json
+from tests.support.clones import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 json_values = st.recursive(

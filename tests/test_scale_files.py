@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tests.clones import ROOT
+from tests.support.clones import ROOT
 
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 SCRIPTS = sorted((ROOT / "scale").glob("*.sbatch"))

@@ -25,9 +25,10 @@ from microlm.corpus.parts import (
     read_manifest,
     validation_arrow,
 )
-from microlm.corpus.shards import SHARDS_DIRECTORY, TokenShards
+from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError, run_stage
 from microlm.files import atomic_directory, sealed, sha256_bytes, sha256_file, sha256_json, write_json
+from microlm.runtime.paths import SHARDS
 
 LARGEST_HALF = 60_000_000  # bytes
 HELLASWAG = validation_arrow("hellaswag/none")
@@ -114,7 +115,7 @@ def _write_half(folder: Path, files: list[Packed], half: str, digest: str) -> No
 
 def _shards(root: Path) -> list[Packed]:
     """data/shards with its tokenizer, checked."""
-    directory = root / SHARDS_DIRECTORY
+    directory = root / SHARDS
     for split in ("train", "val"):
         TokenShards(directory, split)
     files = sorted(path for path in directory.rglob("*") if path.is_file())

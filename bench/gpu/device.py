@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from microlm.errors import UserError
-from microlm.runtime import peak_memory_bytes
+from microlm.runtime.device import peak_memory_bytes
 
 REHEARSE = "python -m bench.gpu --rehearse"
 

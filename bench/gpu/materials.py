@@ -8,14 +8,14 @@ import torch
 
 from bench.gpu.setting import Setting
 from bench.gpu.tiny import write_shards
-from microlm import hub
 from microlm.config import Config
 from microlm.corpus.batches import Batches, window_count
 from microlm.corpus.shards import TokenShards
 from microlm.files import write_json
-from microlm.hub_model import HubLanguageModel
-from microlm.language_model import LanguageModel
-from microlm.scale import TeacherConfig
+from microlm.models.interface import LanguageModel
+from microlm.models.teacher_source import teacher_source
+from microlm.models.transformers_model import TransformersModel
+from microlm.parameters import TeacherConfig
 from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, TeacherCache, manifest_of
 
 # 1.18B parameters (allenai/OLMo-1B-hf's config.json; its norms have no gains)
@@ -86,7 +86,7 @@ def smollm2(setting: Setting) -> LanguageModel:
     """The packaged teacher of the bundle, the rehearsal's own where there is none. In the workspace."""
     named = "data/tiny-teacher" if setting.rehearsal else "packaged"
     config = TeacherConfig(named, None, "cache", "full", top_k=1, temperatures=[1.0], windows=1, batch_rows=1)
-    return hub.load_teacher(config, setting.runtime.dtype).to(setting.device)
+    return teacher_source(config).load(setting.runtime.dtype).to(setting.device)
 
 
 def olmo_1b(setting: Setting) -> LanguageModel:
@@ -99,4 +99,4 @@ def olmo_1b(setting: Setting) -> LanguageModel:
         config = OlmoConfig(vocab_size=vocab, max_position_embeddings=max(2048, context), **shape, use_cache=False,
                             tie_word_embeddings=True, eos_token_id=None, attn_implementation="sdpa")  # fmt: skip
         network = OlmoForCausalLM(config).to(setting.runtime.dtype)
-    return HubLanguageModel(network.requires_grad_(False), vocab).eval()
+    return TransformersModel(network.requires_grad_(False), vocab).eval()

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from bench.gpu.book import Book
-from microlm.architecture import ModelShape
 from microlm.config import Config
 from microlm.errors import UserError
-from microlm.plan.estimate import config_of_scale
-from microlm.runtime import Runtime, set_up
+from microlm.models.architecture import ModelShape
+from microlm.research.plan.estimate import config_of_scale
+from microlm.runtime.device import Runtime, set_up
 
 Figures = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 """Keys, each with what measures it: one that fails costs the others nothing."""

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from microlm.corpus.definition import ALPHABET, BYTE_LEVEL, END_OF_TEXT, byte_level_definition
 from microlm.corpus.parts import EVALUATION, PARTS_DIRECTORY, validation_arrow
-from microlm.corpus.shards import FORMAT, HEADER, MAGIC, SHARDS_DIRECTORY, VERSION, token_dtype
+from microlm.corpus.shards import FORMAT, HEADER, MAGIC, VERSION, token_dtype
 from microlm.corpus.tokenizer import Tokenizer
+from microlm.corpus.tokenizer_definition import ALPHABET, BYTE_LEVEL, END_OF_TEXT, byte_level_definition
 from microlm.files import sealed, sha256_file, sha256_json, write_json, write_sums
+from microlm.runtime.paths import SHARDS
 
 DOCUMENTS = Path("tests/fixtures/documents.jsonl")  # of scale `smoke`
 TEACHER = Path("data/tiny-teacher")
@@ -33,9 +34,9 @@ def lay_out(workspace: Path, root: Path) -> None:
     held = len(documents) // 10
     splits = {"val": np.concatenate(documents[:held]), "train": np.concatenate(documents[held:])}
     described = {key: getattr(tokenizer, key) for key in ("name", "fingerprint", "n_vocab", "eot_id")}
-    write_shards(workspace / SHARDS_DIRECTORY, described, splits)
-    tokenizer.save(workspace / SHARDS_DIRECTORY / "tokenizer")
-    write_sums(workspace / SHARDS_DIRECTORY / "tokenizer")
+    write_shards(workspace / SHARDS, described, splits)
+    tokenizer.save(workspace / SHARDS / "tokenizer")
+    write_sums(workspace / SHARDS / "tokenizer")
     _write_teacher(workspace / TEACHER, tokenizer)
     _write_questions(workspace / PARTS_DIRECTORY, texts)
 
@@ -55,7 +56,10 @@ def write_shards(directory: Path, tokenizer: dict[str, object], splits: dict[str
 
 
 def _write_teacher(directory: Path, tokenizer: Tokenizer) -> None:
-    from tests.tiny_teacher import CONTEXT, tiny_llama  # with it transformers, which only a rehearsal needs here
+    from tests.support.tiny_teacher import (  # with it transformers, which only a rehearsal needs here
+        CONTEXT,
+        tiny_llama,
+    )
 
     tiny_llama(tokenizer, padded=320).save_pretrained(directory, safe_serialization=True)
     tokenizer.save(directory, model_max_length=CONTEXT)

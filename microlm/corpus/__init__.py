@@ -1,1 +1,1 @@
-"""Text to tokens: packaged parts, sources of documents, tokenizers, shards of tokens, batches of windows."""
+"""Text to tokens: packaged parts, sources of documents, tokenizers, shards, windows. No model."""

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm.corpus.shards import OUTSIDE_DIRECTORY, SHARDS_DIRECTORY, TokenShards
+from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
-from microlm.scale import BatchConfig
+from microlm.parameters import BatchConfig
+from microlm.runtime.paths import OUTSIDE, SHARDS
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def window_count(shards: TokenShards, seq_len: int) -> int:
     """Whole windows in the split, each with the token that follows it."""
     count = (shards.n_tokens - 1) // seq_len
     if count < 1:
-        folder = OUTSIDE_DIRECTORY if shards.split == "outside" else SHARDS_DIRECTORY
+        folder = OUTSIDE if shards.split == "outside" else SHARDS
         raise UserError(
             f"{folder}: the {shards.split} split has {shards.n_tokens} tokens, fewer than one window of "
             f"batch.seq_len={seq_len}; give more text or a shorter seq_len"

@@ -21,7 +21,7 @@ from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.corpus.writing import COUNTS, SplitWriter
 from microlm.errors import UserError
 from microlm.files import atomic_directory, sealed, write_json
-from microlm.scale import ScaleConfig
+from microlm.parameters import ScaleConfig
 
 HEAD = 64  # tokens by which a document is known again
 CHUNK_TOKENS = 1 << 24

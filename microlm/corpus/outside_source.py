@@ -1,11 +1,10 @@
 """Where text of another kind than the corpus comes from (`evaluation.outside`), and what of it cannot be meant."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from microlm.config import Config
-from microlm.errors import UserError
-from microlm.scale import CorpusConfig, HubText
+from microlm.errors import ParameterError
+from microlm.parameters import CorpusConfig, HubText
 
 if TYPE_CHECKING:
     from microlm.corpus import sources
@@ -21,14 +20,12 @@ def as_corpus(wanted: list[str] | HubText, corpus: CorpusConfig) -> CorpusConfig
     return replace(corpus, source="files", paths=wanted)
 
 
-def refuse_unfit(config: Config) -> None:
+def refuse_unfit(wanted: Literal["packaged"] | list[str] | HubText | None, corpus: CorpusConfig) -> None:
     """UserError where no file matches, a file lacks the column, or the text is the corpus itself. Asks no network."""
-    wanted, corpus = config.at.evaluation.outside, config.at.corpus
-    where = f"params.yaml: scales.{config.scale}.{KEY}"
     mend = "name text of another kind, or set it to null"
     read_from = (corpus.source, corpus.dataset, corpus.subset)
     if isinstance(wanted, HubText) and ("hub", wanted.dataset, wanted.subset) == read_from:
-        raise UserError(f"{where}: {wanted.dataset} ({wanted.subset}) is the corpus itself; {mend}")
+        raise ParameterError(f"{KEY}: {wanted.dataset} ({wanted.subset}) is the corpus itself; {mend}")
     if not isinstance(wanted, list):
         return
     from microlm.corpus import sources  # which needs `datasets`, for seconds
@@ -36,7 +33,7 @@ def refuse_unfit(config: Config) -> None:
     files = {path.resolve(): path for path in sources.matching_files(wanted, KEY)}
     read = sources.matching_files(corpus.paths or []) if corpus.source == "files" else []
     if both := sorted(str(files[path.resolve()]) for path in read if path.resolve() in files):
-        raise UserError(f"{where}: {both[0]} is in the corpus itself; {mend}")
+        raise ParameterError(f"{KEY}: {both[0]} is in the corpus itself; {mend}")
     next(sources.batches(as_corpus(wanted, corpus), keys=keys()))
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from microlm.errors import UserError
 from microlm.files import atomic_directory, read_json, sha256_file, temporary_directory, write_json
-from microlm.scale import ScaleConfig
+from microlm.parameters import ScaleConfig
 
 PARTS_DIRECTORY = Path("data/parts")
 FORMAT = "microlm-parts"

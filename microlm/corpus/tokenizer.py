@@ -21,7 +21,7 @@ import tiktoken
 import tokenizers
 
 from microlm.corpus import parts as packaged
-from microlm.corpus.definition import (
+from microlm.corpus.tokenizer_definition import (
     BYTE_LEVEL,
     DIGITS,
     END_OF_TEXT,

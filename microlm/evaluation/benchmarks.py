@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from microlm.config import Config
-from microlm.errors import UserError
-from microlm.evaluation.few_shot import check_shots
-from microlm.evaluation.prompts import check_protocol
-from microlm.evaluation.tasks import Task, task_named
+from microlm.errors import ParameterError, UserError
+from microlm.evaluation.tasks.exemplars import check_shots
+from microlm.evaluation.tasks.prompts import check_protocol
+from microlm.evaluation.tasks.task import Task, task_named
+from microlm.parameters import BenchmarkConfig
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ def benchmarks(tasks: Sequence[str], protocol: str | None, shots: Sequence[int],
     return found
 
 
-def configured_benchmarks(config: Config) -> list[Benchmark]:
-    """Those of params.yaml. UserError naming the key."""
+def configured_benchmarks(blocks: Sequence[BenchmarkConfig]) -> list[Benchmark]:
+    """Those of `evaluation.benchmarks`. ParameterError naming the one that is wrong."""
     found = []
-    for number, block in enumerate(config.at.evaluation.benchmarks):
+    for number, block in enumerate(blocks):
         try:
             found += benchmarks(block.tasks, block.protocol, [block.shots], block.items)
         except UserError as error:
-            raise UserError(f"params.yaml: scales.{config.scale}.evaluation.benchmarks[{number}]: {error}") from None
+            raise ParameterError(f"evaluation.benchmarks[{number}]: {error}") from None
     return found

@@ -13,19 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from microlm import distributed
-from microlm.console import progress_bar
 from microlm.errors import UserError
-from microlm.evaluation.answers import answers
-from microlm.evaluation.backends import Measure, missed
 from microlm.evaluation.benchmarks import Benchmark
-from microlm.evaluation.encoding import Encoding, encode
-from microlm.evaluation.engine import backends_used, score
-from microlm.evaluation.few_shot import few_shot
-from microlm.evaluation.metrics import task_metrics
-from microlm.evaluation.models import Candidate
-from microlm.evaluation.prompts import Question, questions
-from microlm.evaluation.results import (
+from microlm.evaluation.candidates import Candidate
+from microlm.evaluation.results.answers import answers
+from microlm.evaluation.results.metrics import task_metrics
+from microlm.evaluation.results.store import (
     IN_CORPUS,
     Identity,
     Result,
@@ -35,9 +28,16 @@ from microlm.evaluation.results import (
     stands,
     write_result,
 )
-from microlm.evaluation.sources import DataNotAvailable, Rows, read_rows
-from microlm.evaluation.tasks import stratified_subset
+from microlm.evaluation.scoring.backends import Measure, missed
+from microlm.evaluation.scoring.encoding import Encoding, encode
+from microlm.evaluation.scoring.engine import backends_used, score
+from microlm.evaluation.tasks.data import DataNotAvailable, Rows, read_rows
+from microlm.evaluation.tasks.exemplars import few_shot
+from microlm.evaluation.tasks.prompts import Question, questions
+from microlm.evaluation.tasks.task import stratified_subset
 from microlm.files import sha256_json
+from microlm.runtime import distributed
+from microlm.runtime.terminal import progress_bar
 
 # protocols that encode context and endings each by itself, without a begin-of-text token; all others are lm-eval's way
 APART = ("completion",)

@@ -1,1 +1,1 @@
-"""What is minimized: divergences, and the LM head fused with them."""
+"""What is minimized: divergences from partial records, and the LM head fused with them. No file, no parameter."""

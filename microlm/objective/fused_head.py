@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from microlm.objective.definition import Objective, SparseTeacher
-from microlm.objective.tails import TREATMENTS, DistillationTerm, RowStatistics
+from microlm.objective.tails import TAILS, DistillationTerm, RowStatistics
 from microlm.objective.vocabulary_blocks import EAGER, GROUP, LOWEST, AnyEntries, Entries, VocabularyBlocks, kernel
 
 
@@ -116,7 +116,7 @@ class _FusedHead(torch.autograd.Function):
             q_weight = q_weight + 2 * objective.z_loss / count * rows.log_normalizer
         term, total = None, nats.new_zeros(())
         if distilling:
-            term = TREATMENTS[tail](blocks, rows, teacher, cached, objective, objective.kd_weight / count)
+            term = TAILS[tail](blocks, rows, teacher, cached, objective, objective.kd_weight / count)
             total = term.total
             loss = loss + objective.kd_weight / count * total
         if wanted:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from microlm.corpus.batches import Batch
 from microlm.errors import UserError
-from microlm.language_model import LanguageModel
+from microlm.models.interface import LanguageModel
 from microlm.objective.sampling import Responses, generator_of, head_logits, sample_responses
-from microlm.scale import OnPolicyConfig
+from microlm.parameters import OnPolicyConfig
 
 
 @dataclass(frozen=True)

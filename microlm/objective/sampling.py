@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm.language_model import LanguageModel
+from microlm.models.interface import LanguageModel
 
 
 @runtime_checkable

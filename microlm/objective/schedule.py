@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from microlm.config import NOTEBOOK_TEMPERATURE, Config
 from microlm.objective.divergences import Divergence
 from microlm.objective.fused_head import Objective
+from microlm.parameters import NOTEBOOK_TEMPERATURE
 
 NOTEBOOK_MIX = (0.9, 0.1)  # a at the start and at the end (github.com/hachoj/rKLD_Research, src/train_KD.py)
 
@@ -76,13 +76,3 @@ class ObjectiveSchedule:
         rest = f"{1 - self.alpha.start:g}" if self.alpha.kind == "constant" else "(1 - alpha)"
         how = "on-policy" if self.name == "minillm" else f"{self.tail} tail, at temperature {self.temperature:g}"
         return f"{rest} cross-entropy + {weight} {named}, {how}"
-
-
-def objective_schedule(config: Config) -> ObjectiveSchedule:
-    """What params.yaml asks for."""
-    rates = config.at.pretrain if config.init == "scratch" else config.at.continuation
-    alpha = AlphaSchedule(
-        config.alpha_schedule, config.alpha, config.alpha_final, rates.warmup_fraction, rates.decay_fraction
-    )
-    parameter = {"jsd": config.beta, "skew_rkl": config.skew, "skew_fkl": config.skew}.get(config.objective)
-    return ObjectiveSchedule(config.objective, alpha, config.temperature, parameter, config.tail, rates.z_loss)

@@ -144,4 +144,4 @@ def _with_tail(
     return DistillationTerm(total, weight * log_q.exp() * (head_slope - center[:, None])), center
 
 
-TREATMENTS = {"lumped": _lumped, "capped": _capped, "table": _tabled}
+TAILS = {"lumped": _lumped, "capped": _capped, "table": _tabled}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microlm.runtime import compilation
+
 GROUP = 64  # neighbouring ids of which a row keeps the largest logit; a block holds whole groups
 LOWEST = -1e30  # below any logit, and finite, so that no difference of infinities arises
 COLUMNS = 256  # of which a block's width is a multiple, where it is not the whole vocabulary
@@ -110,22 +112,15 @@ EAGER: dict[str, Callable[..., Any]] = {
     kernel.__name__: kernel
     for kernel in (update_statistics, update_group_statistics, write_gradient, write_tempered_gradient, copy_transposed)
 }
-KERNELS = dict(EAGER)
-compiling = False
-
-
-def compile_kernels() -> None:
-    """Compile the passes over a block of logits: each becomes one read (and one write) of the block."""
-    global compiling
-    compiling = True
-    KERNELS.update({name: torch.compile(made) for name, made in EAGER.items()})  # evaluation brings other shapes
+_kernels: dict[tuple[str, bool], Callable[..., Any]] = {}
 
 
 def kernel(name: str, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """A pass by name; one that is not there yet is made, and compiled where the others are."""
-    if name not in KERNELS:
-        KERNELS[name] = torch.compile(make()) if compiling else make()
-    return KERNELS[name]
+    """A pass over a block by name: made once, and compiled to one read (and one write) where this process compiles."""
+    key = name, compilation.enabled
+    if key not in _kernels:
+        _kernels[key] = torch.compile(make()) if compilation.enabled else make()  # evaluation brings other shapes
+    return _kernels[key]
 
 
 class Entries:

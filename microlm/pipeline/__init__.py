@@ -1,1 +1,1 @@
-"""What the stages run: the parts above, assembled. Only this package and stages/ know paths."""
+"""What the stages of dvc.yaml run: the rooms above, assembled. Only this room and stages/ know where files lie."""

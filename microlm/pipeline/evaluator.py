@@ -11,16 +11,16 @@ import numpy as np
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import UserError
-from microlm.evaluation.answers import answers, curve_figures
-from microlm.evaluation.encoding import Encoded, encode
-from microlm.evaluation.engine import score
-from microlm.evaluation.prompts import questions
-from microlm.evaluation.sources import DataNotAvailable, read_rows
-from microlm.evaluation.tasks import stratified_subset, task_named
-from microlm.evaluation.validation import ValidationLoss, loss_on, validation_loss
-from microlm.model import StudentLM
-from microlm.scale import BatchConfig, OptimizationConfig
-from microlm.training.telemetry import Evaluation
+from microlm.evaluation.results.answers import answers, curve_figures
+from microlm.evaluation.scoring.encoding import Encoded, encode
+from microlm.evaluation.scoring.engine import score
+from microlm.evaluation.scoring.held_out_loss import ValidationLoss, loss_on, validation_loss
+from microlm.evaluation.tasks.data import DataNotAvailable, read_rows
+from microlm.evaluation.tasks.prompts import questions
+from microlm.evaluation.tasks.task import stratified_subset, task_named
+from microlm.models.student import StudentLM
+from microlm.parameters import BatchConfig, OptimizationConfig
+from microlm.training.history import Evaluation
 
 TASK, PROTOCOL = "hellaswag", "completion"
 

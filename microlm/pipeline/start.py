@@ -7,32 +7,34 @@ teacher's.
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from microlm import hub
-from microlm.architecture import ModelShape
 from microlm.config import Config
-from microlm.console import banner, progress_bar
 from microlm.corpus.batches import cached_windows, evenly_spaced, read_batch
-from microlm.corpus.shards import SHARDS_DIRECTORY, TokenShards
+from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
-from microlm.errors import UserError
-from microlm.evaluation.validation import validation_loss
+from microlm.errors import ParameterError
+from microlm.evaluation.scoring.held_out_loss import validation_loss
 from microlm.files import atomic_file, write_json
-from microlm.model import StudentLM
-from microlm.report.layers import draw_layers
-from microlm.runtime import Runtime
-from microlm.starts import START
-from microlm.starts.cut import Kept, cut
-from microlm.starts.embedding import principal_embedding
-from microlm.starts.importance import Importance, by_influence, by_loss, importance, most_important, tries
-from microlm.starts.request import embedding_problems, pruned_problems
+from microlm.models import model_files
+from microlm.models.architecture import ModelShape
+from microlm.models.importance import Importance, by_influence, by_loss, importance, most_important, tries
+from microlm.models.principal_embedding import principal_embedding
+from microlm.models.pruning import Kept, cut
+from microlm.models.start_request import embedding_problems, pruned_problems
+from microlm.models.student import StudentLM
+from microlm.models.teacher_source import teacher_source
+from microlm.objective.fused_head import token_nats
+from microlm.parameters import StartConfig
+from microlm.report.layer_figure import draw_layers
+from microlm.runtime.device import Runtime
+from microlm.runtime.paths import METRICS, PLOTS, SHARDS, START
+from microlm.runtime.terminal import banner, progress_bar
 
-METRICS, LAYERS = Path("metrics/start.json"), Path("plots/start.csv")
+LAYERS = PLOTS / "start.csv"
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round shapes
 
 Made = tuple[StudentLM, dict[str, Any], pd.DataFrame]
@@ -41,17 +43,18 @@ Made = tuple[StudentLM, dict[str, Any], pd.DataFrame]
 
 def make_start(config: Config, runtime: Runtime) -> None:
     """Write models/start, metrics/start.json, plots/start.csv and plots/start.png."""
-    began, tokenizer = time.perf_counter(), load_tokenizer(SHARDS_DIRECTORY / "tokenizer")
+    began, tokenizer = time.perf_counter(), load_tokenizer(SHARDS / "tokenizer")
     makers: dict[str, Callable[[Config, Runtime, Tokenizer], Made]] = {
         "fresh": _fresh,
         "embedding": _embedded,
         "pruned": _pruned,
     }
-    model, told, layers = makers[config.start_kind](config, runtime, tokenizer)
+    with config.naming_keys():
+        model, told, layers = makers[config.start_kind](config, runtime, tokenizer)
     model.set_activation_dtype(runtime.dtype).to(runtime.device)
     batch, at = config.at.batch, config.at.pretrain
     seen = validation_loss(
-        *(model, TokenShards(SHARDS_DIRECTORY, "val"), tokenizer.byte_lengths),
+        *(model, TokenShards(SHARDS, "val"), tokenizer.byte_lengths),
         *(batch.seq_len, at.validation_windows, batch.micro_batch_rows),
     )
     told = {"start": config.start_kind, "parameters": model.parameter_count(), **told}
@@ -63,11 +66,11 @@ def make_start(config: Config, runtime: Runtime) -> None:
             f"untrained {seen.bpb:.3f} bits/byte",
         ],
     )
-    hub.save_student(model, tokenizer, START)
+    model_files.save_student(model, tokenizer, START)
     with atomic_file(LAYERS, "w") as file:
         layers.to_csv(file, index=False, float_format="%.6f", lineterminator="\n")
     draw_layers(layers, LAYERS.with_suffix(".png"))
-    write_json(METRICS, told | {"elapsed_s": round(time.perf_counter() - began, 1)})
+    write_json(METRICS / "start.json", told | {"elapsed_s": round(time.perf_counter() - began, 1)})
 
 
 def fresh_student(config: Config, tokenizer: Tokenizer) -> StudentLM:
@@ -84,11 +87,11 @@ def _fresh(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
 
 def _embedded(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
     """A fresh student whose embedding holds the principal directions of the teacher's, at a fresh one's length."""
-    teacher, where = _teacher(config, tokenizer), f"params.yaml: scales.{config.scale}"
+    teacher = _teacher(config, tokenizer)
     theirs = teacher.network.get_input_embeddings().weight[: tokenizer.n_vocab].float()
     model, size = fresh_student(config, tokenizer), config.at.model.hidden_size
     if found := embedding_problems(size, theirs.shape[1]):
-        raise UserError(f"{where}.{found[0]}")
+        raise ParameterError(found[0])
     rows, share = principal_embedding(theirs, size)
     own = model.model.embed_tokens.weight.data
     own[: len(rows)] = rows * (own.square().mean() / rows.square().mean()).sqrt()
@@ -101,9 +104,9 @@ def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
     loaded, wanted = _teacher(config, tokenizer), config.at.start
     theirs, name = loaded.network.config.to_dict(), config.at.teacher.model
     if found := pruned_problems(wanted, theirs, name):
-        raise UserError("\n".join(f"params.yaml: scales.{config.scale}.{line}" for line in found))
-    teacher = hub.as_student(loaded, name).set_activation_dtype(runtime.dtype).to(runtime.device)
-    shards, seq_len = TokenShards(SHARDS_DIRECTORY, "train"), config.at.batch.seq_len
+        raise ParameterError("\n".join(found))
+    teacher = model_files.as_student(loaded, name).set_activation_dtype(runtime.dtype).to(runtime.device)
+    shards, seq_len = TokenShards(SHARDS, "train"), config.at.batch.seq_len
     labelled = cached_windows(shards, seq_len, config.at.teacher.windows)
     chosen = labelled[evenly_spaced(len(labelled), wanted.calibration_windows)]
     batch = read_batch(shards, chosen, seq_len)
@@ -115,15 +118,15 @@ def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
         layers = by_influence(scores.layers, wanted.layers)
     elif wanted.layers is not None:
         with progress_bar(tries(shape.layers, wanted.layers), 0, "try", "start: layers") as bar:
-            layers, losses = by_loss(teacher, batch, wanted.layers, bar.update)
-    student = cut(teacher.cpu(), _kept(scores, layers, config, shape))
+            layers, losses = by_loss(teacher, batch, wanted.layers, token_nats, bar.update)
+    student = cut(teacher.cpu(), _kept(scores, layers, wanted, shape))
     told = {"teacher_parameters": teacher.parameter_count(), "kept": student.parameter_count()}
     told["kept"] /= told["teacher_parameters"]
     return student, told | {"layers": list(layers)}, _table(scores.layers, layers, losses)
 
 
-def _kept(scores: Importance, layers: tuple[int, ...], config: Config, shape: ModelShape) -> Kept:
-    wanted, group = config.at.start, shape.heads // shape.kv_heads
+def _kept(scores: Importance, layers: tuple[int, ...], wanted: StartConfig, shape: ModelShape) -> Kept:
+    group = shape.heads // shape.kv_heads
     groups = (wanted.heads or shape.heads) // group
     return Kept(
         layers,
@@ -138,14 +141,14 @@ def _kept(scores: Importance, layers: tuple[int, ...], config: Config, shape: Mo
 
 def _teacher(config: Config, tokenizer: Tokenizer) -> Any:
     """The teacher of params.yaml, float32, on the CPU. UserError where it reads other tokens than the corpus has."""
-    at = config.at.teacher
-    if hub.teacher_tokenizer(at).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"params.yaml: scales.{config.scale}.teacher.model: {at.model} has another tokenizer than data/shards "
+    source = teacher_source(config.at.teacher)
+    if source.tokenizer().fingerprint != tokenizer.fingerprint:
+        raise ParameterError(
+            f"teacher.model: {source.name} has another tokenizer than data/shards "
             f"(corpus.tokenizer: {config.at.corpus.tokenizer}), and start: {config.start_kind} needs the same; choose "
             "a teacher and a corpus.tokenizer that go together, or start: fresh"
         )
-    return hub.load_teacher(at, torch.float32)
+    return source.load(torch.float32)
 
 
 def _count(model: torch.nn.Module) -> int:

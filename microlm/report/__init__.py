@@ -1,1 +1,1 @@
-"""What the runs say: one summary, one table with error bars, two figures."""
+"""What the runs say to people: the summary, tables, figures, the offline page. It computes nothing new."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from microlm.errors import UserError
-from microlm.evaluation.metrics import ACCURACIES
-from microlm.evaluation.published import Figure, worth_showing
-from microlm.evaluation.results import Result, same_protocol
-from microlm.evaluation.statistics import CONFIDENCE
-from microlm.evaluation.tasks import TASKS, task_named
-from microlm.report.grid import WIDTH, Grid, blocks, markdown
+from microlm.evaluation.results.metrics import ACCURACIES
+from microlm.evaluation.results.statistics import CONFIDENCE
+from microlm.evaluation.results.store import Result, same_protocol
+from microlm.evaluation.tasks.task import TASKS, task_named
+from microlm.report.published import Figure, worth_showing
+from microlm.report.text_table import WIDTH, Grid, blocks, markdown
 
 SECOND_HAND = "*"
 BLIND = {"majority": "(most frequent label)", "always_positive": "(always yes)"}

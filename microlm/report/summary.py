@@ -11,10 +11,11 @@ import pandas as pd
 import pyarrow as pa
 
 from microlm.errors import UserError
-from microlm.evaluation import ARMS, METRICS_DIRECTORY, MODELS, SCORES_DIRECTORY
-from microlm.evaluation.statistics import Interval, mcnemar_exact, paired_bootstrap, paired_ratio_bootstrap
+from microlm.evaluation import ARMS, MODELS
+from microlm.evaluation.results.statistics import Interval, mcnemar_exact, paired_bootstrap, paired_ratio_bootstrap
 from microlm.files import check_sums, read_json
-from microlm.report.benchmarks import entries
+from microlm.report.benchmark_table import entries
+from microlm.runtime.paths import METRICS, SCORES
 
 # the stage that makes each model's metrics/<name>.json, and each arm's curves
 MADE_BY = {"control": "pretrain", "continued": "continue", "student": "distill", "teacher": "teacher"}
@@ -41,7 +42,7 @@ class Scores:
         return self.windows[self.windows["split"] == split].reset_index(drop=True)
 
 
-def read_scores(data: Path = SCORES_DIRECTORY, metrics: Path = METRICS_DIRECTORY) -> dict[str, Scores]:
+def read_scores(data: Path = SCORES, metrics: Path = METRICS) -> dict[str, Scores]:
     """The scores of each model. UserError if one is absent, damaged, or about other questions or windows."""
     scores = {}
     for name in MODELS:
@@ -81,7 +82,7 @@ def _read_table(path: Path, stage: str) -> pd.DataFrame:
 def _require_same(scores: Mapping[str, Scores], first: str, other: str, table: str, keys: list[str]) -> None:
     a, b = (getattr(scores[name], table) for name in (first, other))
     if not set(keys) <= set(a) & set(b) or not a[keys].equals(b[keys]):
-        folders = " and ".join(str(SCORES_DIRECTORY / name) for name in (other, first))
+        folders = " and ".join(str(SCORES / name) for name in (other, first))
         raise UserError(
             f"{folders} are not about the same {table} and cannot be compared; "
             f"score both again with: dvc repro -f -s evaluate@{first} evaluate@{other}"

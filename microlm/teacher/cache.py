@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm import distributed, hub
-from microlm.config import Config
 from microlm.corpus.batches import Batch, cached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import read_json, refuse_unsealed, sealed, sha256_file, sha256_json, write_json
+from microlm.models.teacher_source import teacher_source
 from microlm.objective.definition import SparseTeacher
 from microlm.objective.divergences import temper
-from microlm.runtime import available_cores
-from microlm.scale import TeacherConfig
-from microlm.scratch import scratch_root
+from microlm.parameters import TeacherConfig
+from microlm.runtime import distributed
+from microlm.runtime.device import available_cores
+from microlm.runtime.resume import resume_root
 from microlm.teacher.records import Columns, RecordLayout
 
 FORMAT, VERSION = "microlm-teacher-cache", 3
@@ -99,17 +99,17 @@ class CacheIdentity:
         return fields
 
 
-def cache_identity(config: Config, shards: TokenShards) -> CacheIdentity:
-    """What the cache of this configuration and corpus has to say of itself."""
-    tokenizer, teacher = shards.manifest["tokenizer"], config.at.teacher
+def cache_identity(teacher: TeacherConfig, seq_len: int, shards: TokenShards) -> CacheIdentity:
+    """What the cache of this teacher's word on windows of this corpus has to say of itself."""
+    tokenizer = shards.manifest["tokenizer"]
     return CacheIdentity(
         teacher=teacher.model,
         revision=teacher.revision,
         tokenizer=tokenizer["fingerprint"],
         n_vocab=tokenizer["n_vocab"],
         corpus=shards.digest,
-        seq_len=config.at.batch.seq_len,
-        windows=len(cached_windows(shards, config.at.batch.seq_len, teacher.windows)),
+        seq_len=seq_len,
+        windows=len(cached_windows(shards, seq_len, teacher.windows)),
         top_k=teacher.top_k,
         temperatures=tuple(teacher.temperatures),
         record=teacher.record,
@@ -120,10 +120,8 @@ def cache_identity(config: Config, shards: TokenShards) -> CacheIdentity:
 
 def weights_at_hand(teacher: TeacherConfig) -> str | None:
     """Fingerprint of the teacher's weights where their files are here; a hub id's are pinned by its revision."""
-    if teacher.model != "packaged" and not any(Path(teacher.model).glob("*.safetensors")):
-        return None
     try:
-        return hub.teacher_fingerprint(teacher, None)
+        return teacher_source(teacher).fingerprint()
     except UserError:  # the packaged teacher was not fetched, and its cache came from elsewhere
         return None
 
@@ -306,7 +304,7 @@ def _verify(directory: Path, sizes: dict[str, int], sha256: dict[str, str | None
         if path.stat().st_size != expected:
             raise UserError(f"{path}: {path.stat().st_size} bytes long, expected {expected}; {REMAKE}")
     if distributed.local_rank() == 0:
-        memo = scratch_root() / f"verified-{sha256_json(str(directory.resolve()))[:16]}.json"
+        memo = resume_root() / f"verified-{sha256_json(str(directory.resolve()))[:16]}.json"
         known = _remembered(memo) if sum(sizes.values()) > TRUSTED_BYTES else {}
         new = {name: [*_identity_of(directory / name), sha256[name]] for name in sizes}
         unknown = [name for name in sizes if known.get(name) != new[name]]

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm import distributed
 from microlm.corpus.batches import Batch, evenly_spaced, read_batch
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import atomic_file
-from microlm.language_model import LanguageModel
+from microlm.models.interface import LanguageModel
+from microlm.runtime import distributed
 from microlm.teacher.cache import TABLE, CacheIdentity, is_finished, seal_file
-from microlm.teacher.projected import ProjectedRecorder, Read
+from microlm.teacher.projected_teacher import ProjectedRecorder, Read
 from microlm.teacher.projection import Projection
 from microlm.teacher.records import Labels
 
@@ -166,7 +166,7 @@ def capture(
 
     Several processes deal the blocks among them: one writer a block, the first one writes the table. Killed at any
     moment and called again, it leaves the same bytes as a call that was not. `directory` is the caller's alone (see
-    scratch.py). For a teacher whose source is live the table is all.
+    resume.py). For a teacher whose source is live the table is all.
 
     Args:
         progress: told the tokens of `dealt_blocks` done, those of blocks found on disk included.

@@ -1,1 +1,1 @@
-"""One loop for every arm; the loss alone differs."""
+"""One loop for every model; the loss alone differs. Which model, text and loss it gets is said in pipeline."""

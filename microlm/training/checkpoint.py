@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from microlm import distributed
 from microlm.errors import UserError
 from microlm.files import (
     atomic_directory,
@@ -21,8 +20,9 @@ from microlm.files import (
     sha256_file,
     write_json,
 )
+from microlm.runtime import distributed
+from microlm.training.history import History
 from microlm.training.optimizer import Optimizers
-from microlm.training.telemetry import History
 
 STATE, WEIGHTS, MOMENTS, PROGRESS = "state", "model.safetensors", "optimizer.safetensors", "progress.json"
 WORK_PER_SAVE = 20  # seconds of training that a second of saving has to protect: saving costs a twentieth at most

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm import distributed
 from microlm.corpus.batches import Batch, Batches
+from microlm.runtime import distributed
 
 Reader = Callable[[np.ndarray, int], Tensor | None]
 """(windows [B], step) -> records of the teacher's cache, uint8 [B * T, bytes of a record], or None."""

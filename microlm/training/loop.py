@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microlm import distributed
-from microlm.console import banner, duration, progress_bar
 from microlm.corpus.batches import Batch, Batches
 from microlm.errors import UserError
-from microlm.model import StudentLM
+from microlm.models.student import StudentLM
 from microlm.objective.fused_head import HeadLoss
-from microlm.scale import OptimizationConfig
+from microlm.parameters import OptimizationConfig
+from microlm.runtime import distributed
+from microlm.runtime.stop_requests import stop_requests
+from microlm.runtime.terminal import banner, duration, progress_bar
 from microlm.training.checkpoint import Pace, restore_checkpoint, save_checkpoint
 from microlm.training.feed import Feed
+from microlm.training.history import Evaluation, History
+from microlm.training.memory import memory_explained
 from microlm.training.optimizer import Optimizers, learning_rate_multiplier
 from microlm.training.replica import Replica
-from microlm.training.room import memory_explained
-from microlm.training.stopping import stop_requests
-from microlm.training.telemetry import Evaluation, History
 
 Loss = Callable[[Tensor, Tensor, Batch, int, float], HeadLoss]
 """(hidden [N, D], head weight [V, D], batch, tokens of the whole step, share of the training done) -> loss of this

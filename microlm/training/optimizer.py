@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from microlm import distributed
-from microlm.scale import OptimizationConfig
+from microlm.parameters import OptimizationConfig
+from microlm.runtime import distributed
 from microlm.training.muon import STATE, BatchedMuon
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from microlm import distributed
-from microlm.model import StudentLM
+from microlm.models.student import StudentLM
+from microlm.runtime import distributed
 
 # the rotary tables are equal everywhere and never change; before PyTorch 2.13 the argument had another name
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters

@@ -6,15 +6,15 @@ import numpy as np
 
 from bench.gpu.device import forget_peak, peak_bytes, synchronize
 from bench.gpu.setting import Figures, Setting
-from microlm.corpus.shards import SHARDS_DIRECTORY
 from microlm.corpus.tokenizer import load_tokenizer
-from microlm.evaluation.answers import answers, curve_figures
-from microlm.evaluation.encoding import encode
-from microlm.evaluation.engine import backends_used, score
-from microlm.evaluation.prompts import questions
-from microlm.evaluation.sources import read_rows
-from microlm.evaluation.tasks import task_named
-from microlm.model import StudentLM
+from microlm.evaluation.results.answers import answers, curve_figures
+from microlm.evaluation.scoring.encoding import encode
+from microlm.evaluation.scoring.engine import backends_used, score
+from microlm.evaluation.tasks.data import read_rows
+from microlm.evaluation.tasks.prompts import questions
+from microlm.evaluation.tasks.task import task_named
+from microlm.models.student import StudentLM
+from microlm.runtime.paths import SHARDS
 
 PROTOCOL = "completion"
 
@@ -25,7 +25,7 @@ def run(setting: Setting) -> Figures:
 
 def _measure(setting: Setting) -> dict[str, object]:
     """Twice: the first pass is the one that compiles and allocates. Random weights answer by chance."""
-    tokenizer, task = load_tokenizer(SHARDS_DIRECTORY / "tokenizer"), task_named("hellaswag")
+    tokenizer, task = load_tokenizer(SHARDS / "tokenizer"), task_named("hellaswag")
     model = StudentLM(setting.shape(tokenizer.n_vocab)).set_activation_dtype(setting.runtime.dtype).to(setting.device)
     asked = questions(task, PROTOCOL, read_rows(task, None, hub=False))
     began = time.perf_counter()

@@ -7,7 +7,7 @@ import torch
 from bench.gpu.device import seconds_of
 from bench.gpu.parts.steps import CROSS_ENTROPY, key_of
 from bench.gpu.setting import Figures, Setting
-from microlm.model import StudentLM
+from microlm.models.student import StudentLM
 from microlm.training.optimizer import Optimizers
 
 REPEATS = 5

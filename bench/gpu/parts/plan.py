@@ -6,9 +6,8 @@ from typing import Any
 
 from bench.gpu.parts.steps import CACHED, CROSS_ENTROPY, key_of
 from bench.gpu.setting import Figures, Setting
-from microlm.plan import memory
-from microlm.plan.measured import ASSUMED
-from microlm.plan.memory import Precision
+from microlm.research.plan.measured import ASSUMED
+from microlm.training.memory import Precision, training_memory
 
 ROWS = {CROSS_ENTROPY: False, CACHED: True}
 
@@ -28,7 +27,7 @@ def _step(setting: Setting, case: str, rows: int, distills: bool) -> dict[str, f
     batch = replace(config.at.batch, micro_batch_rows=rows)
     top_k = config.at.teacher.top_k if distills else 0
     device, precision = setting.device.type, Precision.of(config.at.runtime)
-    held = memory.training_memory(
+    held = training_memory(
         batch, precision, setting.shape(), config.at.pretrain.optimizer, 1, top_k, device
     )["total"]  # fmt: skip
     return {

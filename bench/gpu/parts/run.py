@@ -16,19 +16,20 @@ from bench.gpu.setting import Figures, Setting
 from bench.gpu.tiny import TEACHER
 from microlm.config import Config
 from microlm.corpus.batches import window_count
-from microlm.corpus.shards import SHARDS_DIRECTORY, TokenShards
+from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.evaluation.benchmarks import benchmarks
-from microlm.evaluation.models import load_pipeline_model
+from microlm.evaluation.candidates import load_pipeline_model
 from microlm.evaluation.run import evaluate, gather
-from microlm.evaluation.validation import validation_loss
+from microlm.evaluation.scoring.held_out_loss import validation_loss
 from microlm.files import read_json
-from microlm.pipeline import arms
-from microlm.pipeline.labels import METRICS as TEACHER_METRICS
-from microlm.pipeline.labels import label
-from microlm.pipeline.selection import select_windows
+from microlm.pipeline import training_stages
+from microlm.pipeline.capture import METRICS as TEACHER_METRICS
+from microlm.pipeline.capture import label
+from microlm.pipeline.select import select_windows
 from microlm.pipeline.start import make_start
-from microlm.runtime import Runtime
+from microlm.runtime.device import Runtime
+from microlm.runtime.paths import SHARDS
 
 MICRO_BATCH = 1  # which of the sizes makes a step of its own here: few tokens ask for small steps
 CURVE_WINDOWS, CURVE_ITEMS = 32, 40  # that the curves see at either end of a training
@@ -40,9 +41,9 @@ def run(setting: Setting) -> Figures:
     yield "steps", experiment.decide
     yield "control", experiment.control
     yield "teacher", experiment.label
-    yield "continued", partial(experiment.arm, "continued", arms.continue_control)
+    yield "continued", partial(experiment.arm, "continued", training_stages.continue_control)
     for objective in ("rkl", "fkl"):
-        yield f"student, {objective}", partial(experiment.arm, "student", arms.distill, objective=objective)
+        yield f"student, {objective}", partial(experiment.arm, "student", training_stages.distill, objective=objective)
 
 
 class Experiment:
@@ -50,7 +51,7 @@ class Experiment:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.shards = TokenShards(SHARDS_DIRECTORY, "train")
+        self.shards = TokenShards(SHARDS, "train")
         self.config = _configured(setting, self.shards)
 
     def decide(self) -> dict[str, float]:
@@ -79,28 +80,28 @@ class Experiment:
     def control(self) -> dict[str, Any]:
         """Stages `start` and `pretrain`."""
         make_start(self.config, self.setting.runtime)
-        return self.arm("control", arms.pretrain)
+        return self.arm("control", training_stages.pretrain)
 
     def arm(self, name: str, train: Callable[[Config, Runtime], None], objective: str = "rkl") -> dict[str, Any]:
         """Train it, then score it."""
         config, runtime = replace(self.config, objective=objective), self.setting.runtime
         train(config, runtime)
-        said = read_json(arms.METRICS / f"{name}.json", name)
+        said = read_json(training_stages.METRICS / f"{name}.json", name)
         trained = {key: said[key] for key in ("steps", "tokens", "tokens_per_s", "train_loss", "peak_memory_bytes")}
         return trained | self._scores(name, config)
 
     def _scores(self, name: str, config: Config) -> dict[str, Any]:
         """All of HellaSwag and of the validation text, as stage `evaluate` takes them."""
         runtime, batch_tokens = self.setting.runtime, self.setting.sizes.scoring_tokens
-        candidate = load_pipeline_model(name, config, runtime.dtype)
+        candidate = load_pipeline_model(name, config.at.teacher, runtime.dtype)
         candidate.model.to(runtime.device)
         began = time.perf_counter()
         out = Path("scores") / f"{name}-{config.objective}"
         asked = gather(benchmarks(["hellaswag"], "completion", [0], None), None, hub=False)
         ((result, _),) = evaluate(candidate, asked, out, batch_tokens)
         hellaswag_s = time.perf_counter() - began
-        seq_len, lengths = config.at.batch.seq_len, load_tokenizer(SHARDS_DIRECTORY / "tokenizer").byte_lengths
-        val = TokenShards(SHARDS_DIRECTORY, "val")
+        seq_len, lengths = config.at.batch.seq_len, load_tokenizer(SHARDS / "tokenizer").byte_lengths
+        val = TokenShards(SHARDS, "val")
         seen = validation_loss(candidate.model, val, lengths, seq_len, None, max(1, batch_tokens // seq_len))
         figures = {key: result.metrics[key] for key in ("acc_norm", "acc_norm_se", "gold_bpb", "items")}
         return {"val_bpb": seen.bpb, **figures, "hellaswag_s": hellaswag_s}

@@ -12,13 +12,12 @@ from bench.gpu.device import compilations, forget_peak, peak_bytes, synchronize
 from bench.gpu.setting import Figures, Setting
 from microlm.config import Config
 from microlm.corpus.batches import Batches
-from microlm.language_model import LanguageModel
-from microlm.model import StudentLM
-from microlm.objective.schedule import objective_schedule
-from microlm.pipeline import losses
-from microlm.plan.sizes import parameter_count
-from microlm.plan.work import forward_flops
-from microlm.teacher.live import LiveTeacher
+from microlm.models.interface import LanguageModel
+from microlm.models.student import StudentLM, parameter_count
+from microlm.pipeline.asked_objective import objective_schedule
+from microlm.research.plan.work import forward_flops
+from microlm.teacher.live_teacher import LiveTeacher
+from microlm.training import losses
 from microlm.training.loop import Loss, Plan, feed_for, take_step
 from microlm.training.optimizer import Optimizers
 from microlm.training.replica import Replica

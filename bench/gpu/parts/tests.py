@@ -15,7 +15,7 @@ NAMED = 3  # failures that are told by name; the rest are in the report's file
 
 
 def run(setting: Setting) -> Figures:
-    files = sorted((setting.root / "tests").glob(PATTERN))
+    files = sorted((setting.root / "tests" / "cuda").glob(PATTERN))
     started = {file.stem: _start(file, setting) for file in files}
     for name, process in started.items():
         yield name, partial(_outcome, name, process)

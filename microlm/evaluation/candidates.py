@@ -1,0 +1,150 @@
+"""A model to be evaluated, wherever it lies: in the pipeline, packaged, in a folder or on the hub."""
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
+from microlm.errors import UserError
+from microlm.evaluation.scoring.encoding import BatchEncoder
+from microlm.files import sha256_bytes, sha256_file
+from microlm.models import model_files
+from microlm.models.interface import LanguageModel
+from microlm.models.student import Linear, StudentLM
+from microlm.models.teacher_source import PackagedTeacher, teacher_source
+from microlm.parameters import TeacherConfig
+from microlm.runtime.paths import MODELS, SHARDS
+
+if TYPE_CHECKING:  # a second that a model of ours does not need
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGED = "packaged"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class WeightsNotAvailable(UserError):
+    """The hub cannot be reached, or has no such model: nothing is wrong with what was asked for."""
+
+
+class TransformersTokenizer:
+    """A Hugging Face tokenizer as the evaluator wants it: many texts to ids, no special token added.
+
+    `begin` holds the begin-of-text token of a tokenizer that puts one before every text by its own settings, and the
+    fingerprint with it; of others it is empty.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        rules = getattr(tokenizer, "backend_tokenizer", None)
+        said = rules.to_str() if rules is not None else repr(sorted(tokenizer.get_vocab().items()))
+        plain, begun = (tokenizer("a", add_special_tokens=asked)["input_ids"] for asked in (False, True))
+        bos = tokenizer.bos_token_id
+        self.begin = (bos,) if bos is not None and begun[:1] == [bos] != plain[:1] else ()
+        self.fingerprint = sha256_bytes(said.encode() + "".join(f"\nbegin {token}" for token in self.begin).encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [np.asarray(row, dtype=np.int64) for row in ids]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loaded model with all that scoring it takes, and what tells it from any other."""
+
+    name: str  # as it was asked for
+    model: LanguageModel
+    tokenizer: BatchEncoder
+    start_token: int | None  # what an empty context becomes
+    weights: str  # sha256, or the hub's commit
+    vocabulary: str  # the tokenizer's fingerprint
+    begin: tuple[int, ...] = ()  # ids before every text that is encoded as one with its ending
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def load_candidate(name: str, revision: str | None, dtype: torch.dtype) -> Candidate:
+    """`packaged`, a model directory of ours or of Hugging Face's, or a hub id.
+
+    Raises:
+        WeightsNotAvailable: a hub id's weights or tokenizer cannot be had.
+        UserError: weights or tokenizer are absent or damaged.
+    """
+    if name == PACKAGED:
+        packaged = PackagedTeacher()
+        ours = packaged.tokenizer()
+        return Candidate(name, packaged.load(dtype), ours, ours.eot_id, packaged.fingerprint(), ours.fingerprint)
+    directory = Path(name)
+    if directory.is_dir() and model_files.is_ours(directory):
+        model, ours = _cast_once(model_files.load_language_model(directory, dtype)), _tokenizer_of(directory)
+        return Candidate(name, model, ours, ours.eot_id, sha256_file(directory / model_files.WEIGHTS), ours.fingerprint)
+    if not directory.is_dir() and (directory.exists() or name.startswith((".", os.sep)) or name.count("/") > 1):
+        raise UserError(f"{name}: is no model directory; name a folder with config.json, or a hub id such as gpt2")
+    try:
+        model, tokenizer, commit = model_files.load_from_hub(name, revision, dtype)
+    except UserError as error:
+        if directory.is_dir() or not _cannot_be_had(error):
+            raise
+        raise WeightsNotAvailable(str(error)) from None
+    theirs = TransformersTokenizer(tokenizer)
+    start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    weights = commit or _safetensors_digest(directory)
+    return Candidate(name, model, theirs, start, weights, theirs.fingerprint, theirs.begin)
+
+
+def _cannot_be_had(error: UserError) -> bool:
+    """Told by the errors below: an id or file that is malformed is another matter, as is a full or forbidden disk."""
+    below = list(_causes(error))
+    ours = any(isinstance(cause, PermissionError) or getattr(cause, "errno", None) in FULL_DISK for cause in below)
+    malformed = any(isinstance(cause, ValueError) for cause in below)
+    return bool(below) and isinstance(below[0], OSError) and not ours and not malformed
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What `error` was raised from, also where that was hidden from the reader."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        yield below
+        error = below
+
+
+def load_pipeline_model(name: str, teacher: TeacherConfig, dtype: torch.dtype) -> Candidate:
+    """`control`, `continued`, `student` or `teacher`. The corpus's tokenizer is everybody's but, maybe, the teacher's.
+
+    Raises:
+        UserError: the weights are absent, damaged or unreachable.
+    """
+    if name == "teacher":
+        source = teacher_source(teacher)
+        tokenizer, model = source.tokenizer(), source.load(dtype)
+        weights = source.fingerprint(model)
+    else:
+        tokenizer = load_tokenizer(SHARDS / "tokenizer")
+        model = _cast_once(model_files.load_language_model(MODELS / name, dtype))
+        weights = sha256_file(MODELS / name / model_files.WEIGHTS)
+    return Candidate(name, model, tokenizer, tokenizer.eot_id, weights, tokenizer.fingerprint)
+
+
+def _cast_once(model: LanguageModel) -> LanguageModel:
+    """A student's matrices in the dtype of its activations, to which each forward pass casts them otherwise."""
+    for module in model.modules() if isinstance(model, StudentLM) else ():
+        if isinstance(module, (Linear, torch.nn.Embedding)):
+            module.weight = torch.nn.Parameter(module.weight.to(model.activation_dtype), requires_grad=False)
+    return model
+
+
+def _tokenizer_of(directory: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(directory)
+    except UserError as error:
+        raise UserError(f"{error}; or make the model again, which has its tokenizer beside its weights") from None
+
+
+def _safetensors_digest(directory: Path) -> str:
+    return sha256_bytes("".join(sha256_file(file) for file in sorted(directory.glob("*.safetensors"))).encode())

@@ -1,0 +1,1 @@
+"""What it means: answers, metrics with errors, resampling, comparison of models, results on disk. No model."""

@@ -1,0 +1,1 @@
+"""How it is scored: ids, shared prefixes, batches, the engine; bits per byte of held-out text. No accuracy."""

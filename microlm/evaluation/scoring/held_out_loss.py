@@ -1,0 +1,99 @@
+"""Validation loss of a model on whole windows, in nats per token and in bits per byte of text."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from microlm.corpus.batches import evenly_spaced, read_batch, window_count
+from microlm.corpus.shards import TokenShards
+from microlm.errors import UserError
+from microlm.models.interface import LanguageModel
+from microlm.objective.fused_head import token_nats
+from microlm.runtime import distributed
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Sums over each window; the text's end-of-text tokens cost nats and hold no bytes."""
+
+    windows: np.ndarray  # int64 [W]
+    window_nats: np.ndarray  # float64 [W]
+    window_bytes: np.ndarray  # int64 [W]
+    tokens: int
+
+    @property
+    def nats(self) -> float:
+        """Per token."""
+        return float(self.window_nats.sum() / self.tokens)
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte: comparable across tokenizers, unlike nats per token."""
+        return float(self.window_nats.sum() / math.log(2) / self.window_bytes.sum())
+
+
+def validation_loss(
+    model: LanguageModel,
+    shards: TokenShards,
+    byte_lengths: np.ndarray,
+    seq_len: int,
+    windows: int | None,
+    batch_rows: int,
+    progress: Callable[[int], object] = int,
+    together: bool = False,
+) -> ValidationLoss:
+    """Score `windows` evenly spaced windows of the split (None: all of them); see `loss_on`."""
+    available = window_count(shards, seq_len)
+    chosen = evenly_spaced(available, windows or available)
+    return loss_on(model, shards, byte_lengths, seq_len, chosen, batch_rows, progress, together)
+
+
+def loss_on(
+    model: LanguageModel,
+    shards: TokenShards,
+    byte_lengths: np.ndarray,
+    seq_len: int,
+    chosen: np.ndarray,
+    batch_rows: int,
+    progress: Callable[[int], object] = int,
+    together: bool = False,
+) -> ValidationLoss:
+    """Score the windows `chosen`, int64 [W].
+
+    Args:
+        byte_lengths: int [V], bytes of text behind each token.
+        progress: told the windows done.
+        together: whole batches are dealt to the processes, which all call this, and each gets all: the bits of one.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    device = next(model.parameters()).device
+    sums = np.zeros((2, len(chosen)))  # nats, bytes
+    was_training, starts = model.training, range(0, len(chosen), batch_rows)
+    model.eval()
+    with torch.inference_mode():
+        for start in distributed.dealt(starts) if together else starts:
+            batch = read_batch(shards, chosen[start : start + batch_rows], seq_len)
+            hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
+            targets = batch.targets.to(device).flatten()
+            nats = token_nats(hidden, model.head_weight, targets, model.n_vocab).view(batch.targets.shape)
+            here = slice(start, start + batch_rows)
+            sums[0, here] = nats.double().sum(-1).cpu().numpy()
+            sums[1, here] = byte_lengths[batch.targets.numpy()].sum(-1)
+            progress(len(batch.tokens))
+    model.train(was_training)
+    if together:
+        done = sum(len(chosen[start : start + batch_rows]) for start in distributed.dealt(starts))
+        progress(len(chosen) - done)  # those of the others
+        sums = distributed.sum_over_ranks(torch.from_numpy(sums)).numpy()  # each window is of one process, so exact
+    result = ValidationLoss(chosen, sums[0], sums[1].astype(np.int64), len(chosen) * seq_len)
+    if not np.isfinite(result.window_nats).all():
+        raise UserError(
+            f"the loss is not finite in {shards.split} window {chosen[~np.isfinite(result.window_nats)][0]}; "
+            "the weights hold NaN or infinity: lower the learning rate and train again"
+        )
+    return result

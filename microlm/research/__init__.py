@@ -1,0 +1,1 @@
+"""What is asked about the pipeline: probe (what a cache loses), ledger and plan (what it costs), the studies."""

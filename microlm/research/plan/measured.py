@@ -1,0 +1,54 @@
+"""What a GPU was measured to reach: the figures that `python -m bench.gpu` leaves in bench/gpu/<card>.json."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from microlm.errors import UserError
+
+MEASURED = Path(__file__).parents[3] / "bench" / "gpu"
+AGAIN = "delete it, or measure again: make gpu"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Of one GPU: 10^12 operations a second at its best, the share that a run reaches, and who says so."""
+
+    peak_tflops: float
+    utilisation: float
+    source: str
+
+
+# dense bfloat16 of an H100 SXM, by its maker's data sheet; the share is what llm.c and nanochat report at 124M
+ASSUMED = Rate(989.0, 0.4, "assumed, not measured")
+
+
+def measured_rates(folder: Path = MEASURED) -> dict[str, Rate]:
+    """By card, of those whose steps were timed. UserError where a file is damaged."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            peak, share = content.get("peak_tflops"), content.get("utilisation")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); {AGAIN}") from None
+        if peak is None or share is None:
+            continue
+        numbers = all(isinstance(value, int | float) and value > 0 for value in (peak, share))
+        if not numbers or share > 1:
+            raise UserError(f"{path}: peak_tflops {peak!r} and utilisation {share!r} are no rate; {AGAIN}")
+        found[path.stem] = Rate(float(peak), float(share), f"measured on this card: {path.parent.name}/{path.name}")
+    return found
+
+
+def rate_of(card: str | None, folder: Path = MEASURED) -> Rate:
+    """That of `card`; of the only card measured where None, and what is assumed where none or several were.
+
+    UserError where `card` was not measured.
+    """
+    known = measured_rates(folder)
+    if card is not None and card not in known:
+        raise UserError(f"--card: {card!r} was not measured; known: {', '.join(known) or 'none yet (make gpu)'}")
+    if card is not None:
+        return known[card]
+    return next(iter(known.values())) if len(known) == 1 else ASSUMED

@@ -1,0 +1,187 @@
+"""Every method at every k against the dense gradient, position by position and summed over a step.
+
+Two criteria, since methods fail in two ways. Position by position: how far a row's gradient is from the exact one. Over
+a step: the gradient of the LM head's weight summed over many positions, sum_n g_n h_n^T, in which the noise of an
+unbiased method averages out and a biased method's error stays.
+"""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Generator, Tensor
+
+from microlm.research.probe.closed_form_gradients import TERMS, RowGradient, Target, forward_upper_bound, terms
+from microlm.research.probe.dense_positions import DensePositions
+from microlm.research.probe.methods import METHODS, Method
+from microlm.research.probe.random_sketch import CountSketch, StepSums
+from microlm.research.probe.tail_shapes import TailModel
+
+KS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+CHUNK = 64  # positions whose distributions exist at once
+STEP_POSITIONS = 4096
+DIRECTIONS = ("forward", "reverse")
+BASIS = ("q", "q log q", *DIRECTIONS, "f", "q log f")
+OF_TERMS = [BASIS.index(term) for term in TERMS]
+BRACKET_NATS = 1e-3  # what rounding in the records may add to a bound
+# of a table's columns: `listed` are mean listed entries, `value` and `exact_value` nats, `bias_nats` their difference,
+# `lower_holds` and `upper_holds` shares of positions, `step_error` is over STEP_POSITIONS, `whole_error` over all
+MEANS = ("value", "cosine", "relative_error", "norm_ratio", "lower_holds", "upper", "upper_holds")
+COLUMNS = (
+    *("method", "origin", "k", "direction", "bytes", "listed", "exact_value", *MEANS),
+    *("bias_nats", "step_error", "whole_error"),
+)
+
+
+class Reference:
+    """The dense gradients of one chunk, and moments that give a method's error without a dense pass of its own.
+
+    But for its listed entries every row is a combination of a few dense rows: `BASIS`, of which two are the shape's.
+    """
+
+    def __init__(self, at: DensePositions, sketch: CountSketch) -> None:
+        self._at, self._sketch = at, sketch
+        exact = torch.stack([at.exact[direction][1] for direction in DIRECTIONS], 1)
+        self._fixed = torch.cat((terms(at, "student"), exact), 1)  # [N, 4, V]
+        self._fixed_gram = self._fixed @ self._fixed.mT
+        self._fixed_folded = sketch.fold(self._fixed)
+        self._take(self._fixed[:, :2], "student")
+
+    def _take(self, own: Tensor, shape: str) -> None:
+        self._shape, self._own = shape, own
+        across = own @ self._fixed.mT  # [N, 2, 4]
+        self._gram = torch.cat(
+            (torch.cat((self._fixed_gram, across.mT), 2), torch.cat((across, own @ own.mT), 2)), 1
+        )  # [N, 6, 6]
+        self._folded = torch.cat((self._fixed_folded, self._sketch.fold(own)), 1)
+
+    def folded(self, direction: str) -> Tensor:
+        """The exact gradient, folded, [N, BUCKETS]."""
+        return self._folded[:, BASIS.index(direction)]
+
+    def listed(self, target: Target) -> "Listed":
+        if target.shape != self._shape:
+            self._take(terms(self._at, target.shape), target.shape)
+        entries = torch.cat([_pick(rows, target.ids) for rows in (self._fixed, self._own)], 1)
+        entries *= target.listed[:, None]
+        return Listed(entries, self._gram - entries @ entries.mT)
+
+    def compare(self, row: RowGradient, listed: "Listed", target: Target, direction: str) -> tuple[Tensor, ...]:
+        """Cosine [N], relative error [N], ratio of norms [N] and folded error [N, BUCKETS] of a gradient."""
+        which = BASIS.index(direction)
+        unlisted = row.coefficients.new_zeros(len(row.value), len(BASIS))
+        unlisted[:, OF_TERMS] = row.coefficients
+        error = unlisted.clone()
+        error[:, which] -= 1
+        values = torch.where(target.listed, row.entries, 0.0)
+        wanted = listed.entries[:, which]
+        square = _quadratic(error, listed.rest) + (values - wanted).square().sum(-1)
+        inner = (unlisted[:, None] @ listed.rest)[:, 0, which] + (values * wanted).sum(-1)
+        norm = (_quadratic(unlisted, listed.rest) + values.square().sum(-1)).clamp_min(0).sqrt()
+        tiny = torch.finfo(norm.dtype).tiny
+        exact = self._gram[:, which, which].sqrt().clamp_min(tiny)
+        correction = values - (unlisted[:, None] @ listed.entries)[:, 0]
+        folded = (error[:, None] @ self._folded)[:, 0] + self._sketch.fold_entries(target.ids, correction)
+        return inner / (norm * exact).clamp_min(tiny), square.clamp_min(0).sqrt() / exact, norm / exact, folded
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The basis at a target's entries [N, 6, m], 0 where not listed, and the moments of all other tokens [N, 6, 6]."""
+
+    entries: Tensor
+    rest: Tensor
+
+
+def _pick(rows: Tensor, ids: Tensor) -> Tensor:
+    """rows [N, r, V] at ids [N, m] -> [N, r, m]."""
+    return rows.gather(2, ids[:, None].expand(-1, rows.shape[1], -1))
+
+
+def _quadratic(vector: Tensor, matrix: Tensor) -> Tensor:
+    return (vector[:, None] @ matrix @ vector[:, :, None])[:, 0, 0]
+
+
+class Probe:
+    """Sums over positions, chunk by chunk; `table` makes means of them."""
+
+    def __init__(
+        self,
+        vocabulary: int,
+        hidden_size: int,
+        seed: int,
+        tails: TailModel,
+        device: torch.device | str = "cpu",
+        ks: tuple[int, ...] = KS,
+        methods: tuple[Method, ...] = METHODS,
+    ) -> None:
+        self.positions = 0
+        self._tails = tails
+        self._sketch = CountSketch(vocabulary, hidden_size, seed, device)
+        self._draws = Generator(device).manual_seed(seed)
+        self._cells = [(method, k) for method in methods for k in method.ks or ks if k <= vocabulary]
+        self._sums: dict[tuple, Tensor] = {}
+        self._steps = StepSums()
+        self._in_step = self._full_steps = 0
+
+    def add(self, teacher: Tensor, student: Tensor, teacher_hidden: Tensor, student_hidden: Tensor) -> None:
+        """Logits [N, V] and hidden states [N, D] of both at N positions, at best `CHUNK` of them."""
+        log_p, log_q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
+        at = DensePositions(log_p, log_q, teacher_hidden, self._tails)
+        hidden, reference = self._sketch.project(student_hidden), Reference(at, self._sketch)
+        for direction, (value, _) in at.exact.items():
+            self._steps.add((direction,), reference.folded(direction), hidden)
+            self._count((direction,), value[:, None])
+        for method, k in self._cells:
+            target = method.keep(at, k, self._draws)
+            listed = reference.listed(target)
+            for direction, read in method.read.items():
+                row = read(target, at)
+                *numbers, folded = reference.compare(row, listed, target, direction)
+                bracket = _bracket(row.value, target, k, at, direction) if method.bracket else ()
+                key = (method.name, k, direction)
+                self._steps.add(key, folded, hidden)
+                self._count(key, torch.stack((target.listed.sum(-1), row.value, *numbers, *bracket), -1))
+        self.positions += len(teacher)
+        self._in_step += len(teacher)
+        if self._in_step >= STEP_POSITIONS:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self._steps.end_step()
+        self._in_step, self._full_steps = 0, self._full_steps + 1
+
+    def _count(self, key: tuple, numbers: Tensor) -> None:
+        self._sums[key] = self._sums.get(key, 0) + numbers.sum(0)
+
+    @torch.inference_mode()  # what is left of a step is added to sums that were made in it
+    def table(self) -> pd.DataFrame:
+        """One row a method, k and direction; see `COLUMNS`."""
+        full_steps = max(1, self._full_steps)  # what is left over is no whole step, unless it is all there is
+        if self._in_step:
+            self._steps.end_step()
+            self._in_step = 0
+        rows = []
+        for method, k in self._cells:
+            for direction in method.read:
+                key = (method.name, k, direction)
+                listed, *means = (self._sums[key] / self.positions).tolist()
+                exact = float(self._sums[(direction,)] / self.positions)
+                errors = self._steps.relative(key, (direction,), full_steps)
+                size = method.token_bytes(k, listed)
+                bias = means[0] - exact
+                means += [None] * (len(MEANS) - len(means))
+                rows.append((method.name, method.origin, k, direction, size, listed, exact, *means, bias, *errors))
+        return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _bracket(lower: Tensor, target: Target, k: int, at: DensePositions, direction: str) -> tuple[Tensor, ...]:
+    """[N] each: whether the lower bound holds; of forward KL also the upper bound, and whether it holds."""
+    exact = at.exact[direction][0]
+    holds = (lower <= exact + BRACKET_NATS).to(lower.dtype)
+    if direction == "reverse":  # a teacher that the cache allows may leave a token no mass: there is no upper bound
+        return (holds,)
+    log_p = target.log_p[:, :k]
+    tail = (1 - log_p.exp().sum(-1)).clamp_min(0)
+    upper = forward_upper_bound(log_p, tail, at.log_q.gather(-1, target.ids[:, :k]), at)
+    return holds, upper, (upper >= exact - BRACKET_NATS).to(upper.dtype)

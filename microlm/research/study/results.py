@@ -1,0 +1,169 @@
+"""study/results.csv: one row for each run of a group, the only record of a study.
+
+A row stands for its run as long as the settings it resolved to and the code it ran under are those of today.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from microlm.config import Config
+from microlm.errors import UserError
+from microlm.evaluation import MODELS
+from microlm.files import atomic_file
+from microlm.research.study.grid import FIRST, FOLDER, Grid, Run
+from microlm.research.study.queue import metrics_of
+
+LABELS = ("run", "group", "label", "scale", "init", "objective", "windows", "overrides", "settings", "code")
+SCORES = ("val_bpb", "nats", "acc_norm", "gold_bpb")
+PAIRS = ("student_minus_continued", "student_minus_control")
+ENDS = ("", "_low", "_high")
+NUMBERS = (
+    "alpha",
+    "seed",
+    "parameters",
+    "tokens",
+    *(f"{model}_{score}" for model in MODELS for score in SCORES),
+    *(f"{pair}_{score}{end}" for pair in PAIRS for score in ("val_bpb", "acc_norm") for end in ENDS),
+    "teacher_tokens",
+    "labelling_to_distilling_flops",
+    "student_elapsed_s",
+    "continued_elapsed_s",
+    "teacher_elapsed_s",
+)
+RECORDED = (*LABELS, *NUMBERS)
+"""What every file has."""
+OUTSIDE = (
+    *(f"{model}_ood_bpb" for model in MODELS),
+    *(f"{pair}_ood_bpb{end}" for pair in PAIRS for end in ENDS),
+)
+"""Last in a file, and only where some run was scored on text of another kind; blank cells of a row without are NaN."""
+COLUMNS = (*RECORDED, *OUTSIDE)
+
+Row = dict[str, Any]
+
+
+def results_path(grid: Grid, root: Path = Path(".")) -> Path:
+    """study/results.csv of the first study at its own scale; other studies and scales are named in it."""
+    return root / FOLDER / f"{marked('results', grid)}.csv"
+
+
+def marked(stem: str, grid: Grid) -> str:
+    """`stem`, and the grid's study and scale where they are not the first study's and its file's own."""
+    other = grid.study * (grid.study != FIRST), grid.scale * (grid.scale != grid.own_scale)
+    return "-".join((stem, *filter(None, other)))
+
+
+def read_metrics(directory: Path, commit: str) -> dict[str, dict[str, Any]]:
+    """What an experiment's commit holds under metrics/, by file stem; evaluations as `evaluation/<model>`."""
+    names = ["summary", "student", "continued", "control", "teacher", *(f"evaluation/{model}" for model in MODELS)]
+    return {name: json.loads(metrics_of(directory, commit, f"metrics/{name}.json")) for name in names}
+
+
+def row_of(run: Run, config: Config, metrics: Mapping[str, Any], settings: str, code: str) -> Row:
+    """The row of a finished run. KeyError if its metrics lack an entry.
+
+    Args:
+        metrics: as read_metrics returns them.
+        settings: digest of all parameters that the run resolved to.
+        code: digest of the code it ran under.
+    """
+    summary = metrics["summary"]
+    row: Row = {
+        "run": run.slug,
+        "group": run.group,
+        "label": run.label,
+        "scale": config.scale,
+        "init": config.init,
+        "objective": config.objective,
+        "windows": config.at.continuation.windows,
+        "overrides": " ".join(run.overrides),
+        "settings": settings,
+        "code": code,
+        "alpha": config.alpha,
+        "seed": config.seed,
+        "parameters": summary["student"]["parameters"],
+        "tokens": summary["student"]["tokens"],
+        "teacher_tokens": summary["teacher"]["tokens_labelled"],
+        "labelling_to_distilling_flops": summary["teacher"]["labelling_to_distilling_flops"],
+    }
+    row |= {f"{model}_elapsed_s": metrics[model]["elapsed_s"] for model in ("student", "continued", "teacher")}
+    for model in MODELS:
+        row[f"{model}_nats"] = round(metrics[f"evaluation/{model}"]["validation"]["nats"], 6)
+        row |= {f"{model}_{score}": summary[model][score] for score in SCORES if score != "nats"}
+    for pair in PAIRS:
+        row |= {f"{pair}_{score}{end}": summary[pair][score + end] for score in ("val_bpb", "acc_norm") for end in ENDS}
+    if "ood_bpb" in summary["student"]:
+        row |= {f"{model}_ood_bpb": summary[model]["ood_bpb"] for model in MODELS}
+        row |= {f"{pair}_ood_bpb{end}": summary[pair][f"ood_bpb{end}"] for pair in PAIRS for end in ENDS}
+    return row
+
+
+def read_results(path: Path) -> list[Row]:
+    """The rows, numbers as numbers; none if there is no file yet. UserError naming the line if one is damaged."""
+    rows = _read_cells(path)
+    for number, row in enumerate(rows, start=2):
+        for column in (*NUMBERS, *OUTSIDE):
+            try:
+                blank = column in OUTSIDE and not row[column]
+                row[column] = math.nan if blank else int(row[column]) if column == "seed" else float(row[column])
+            except ValueError:
+                raise _damaged(path, f"line {number}: {column}: {row[column]!r} is no number") from None
+    return rows
+
+
+def _read_cells(path: Path) -> list[Row]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except UnicodeDecodeError as error:
+        raise _damaged(path, f"not text: {error}") from None
+    lines = list(csv.reader(io.StringIO(text)))
+    if not lines or tuple(lines[0]) not in (RECORDED, COLUMNS):
+        raise _damaged(path, "line 1: other columns than this version writes")
+    rows = []
+    for number, cells in enumerate(lines[1:], start=2):
+        if len(cells) != len(lines[0]):
+            raise _damaged(path, f"line {number}: {len(cells)} cells in place of {len(lines[0])}")
+        rows.append(dict.fromkeys(OUTSIDE, "") | dict(zip(lines[0], cells)))
+    return rows
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} is damaged ({reason}); take it from Git again: git checkout {path}, or remove it: make study then "
+        "collects again what DVC still has"
+    )
+
+
+def add_rows(path: Path, fresh: Sequence[Row]) -> None:
+    """Write the file again with `fresh` in it; an older row of the same run goes."""
+    read_results(path)  # a damaged file is refused here too, not carried along
+    replaced = {row["run"] for row in fresh}
+    _write(path, [*(row for row in _read_cells(path) if row["run"] not in replaced), *fresh])
+
+
+def stamp_rows(path: Path, stamps: Mapping[str, tuple[str, str]]) -> None:
+    """Put new digests of settings and code, by run, on rows whose numbers stay."""
+    rows = _read_cells(path)
+    for row in rows:
+        if row["run"] in stamps:
+            row["settings"], row["code"] = stamps[row["run"]]
+    _write(path, rows)
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    with atomic_file(path, "w") as file:
+        columns = COLUMNS if any(row.get(column, "") != "" for row in rows for column in OUTSIDE) else RECORDED
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: row["run"]))
+
+
+def is_done(row: Row, settings: str, code: str) -> bool:
+    return (row["settings"], row["code"]) == (settings, code)

@@ -1,0 +1,12 @@
+"""Where the stages leave what they make, relative to the folder in which they run: each place is named here alone."""
+
+from pathlib import Path
+
+DATA, MODELS, METRICS, PLOTS = Path("data"), Path("models"), Path("metrics"), Path("plots")
+PARTS = DATA / "parts"  # packaged text, teacher and evaluation data
+SHARDS = DATA / "shards"
+OUTSIDE = DATA / "outside"  # shards of one split, `outside`: text of another kind than the corpus
+CACHE = DATA / "teacher"
+WINDOWS = DATA / "windows.npy"  # that the continuations train on
+SCORES = DATA / "evaluation"  # <model>/: a table for each benchmark, windows.parquet
+START, CONTROL = MODELS / "start", MODELS / "control"

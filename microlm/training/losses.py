@@ -1,0 +1,70 @@
+"""The losses of the arms, as the training loop takes them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from microlm.corpus.batches import Batch
+from microlm.objective.definition import Objective, SparseTeacher
+from microlm.objective.fused_head import HeadLoss, fused_head_loss
+from microlm.objective.on_policy import MiniLLM
+from microlm.objective.schedule import ObjectiveSchedule
+from microlm.teacher.cache import TeacherCache
+from microlm.training.loop import Loss
+
+
+class Teacher(Protocol):
+    """A cache, or the teacher itself (teacher/cache.py, teacher/live_teacher.py)."""
+
+    def of_batch(self, batch: Batch, temperature: float) -> SparseTeacher:
+        """What the fused head wants of B windows, N = B * seq_len rows, on the batch's device."""
+
+
+def cross_entropy(n_vocab: int, z_loss: float) -> Loss:
+    """The loss of `pretrain` and `continue`."""
+    objective = Objective(z_loss=z_loss)
+
+    def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int, _: float) -> HeadLoss:
+        targets = batch.targets.to(hidden.device).flatten()
+        return fused_head_loss(hidden, weight, targets, n_vocab, objective, count=count)
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of `distill`. Where alpha is 0 the teacher is not asked and the bits are those of `cross_entropy`."""
+
+    n_vocab: int
+    schedule: ObjectiveSchedule
+    teacher: Teacher
+
+    def __call__(self, hidden: Tensor, weight: Tensor, batch: Batch, count: int, progress: float) -> HeadLoss:
+        objective = self.schedule(progress)
+        targets = batch.targets.to(hidden.device).flatten()
+        distilling = objective.kd_weight > 0
+        teacher = self.teacher.of_batch(batch, objective.temperature) if distilling else None
+        return fused_head_loss(hidden, weight, targets, self.n_vocab, objective, teacher, count)
+
+    def read(self, windows: np.ndarray, progress: float) -> Tensor | None:
+        """What `Feed` reads ahead: records uint8 [N, itemsize] in main memory, where the loss will want any."""
+        wanted = isinstance(self.teacher, TeacherCache) and self.schedule(progress).kd_weight > 0
+        return self.teacher.read(windows) if wanted else None
+
+
+def on_policy(n_vocab: int, schedule: ObjectiveSchedule, minillm: MiniLLM) -> Loss:
+    """(1 - alpha) cross-entropy on the windows + alpha MiniLLM on responses to their first tokens."""
+
+    def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int, progress: float) -> HeadLoss:
+        alpha = schedule.alpha(progress)
+        targets = batch.targets.to(hidden.device).flatten()
+        text = fused_head_loss(hidden, weight, targets, n_vocab, schedule(progress), count=count)
+        if alpha == 0:
+            return text
+        sampled, share = minillm(batch), len(targets) / count
+        divergence = sampled.reverse_kl * len(targets)
+        return HeadLoss(text.loss + alpha * share * sampled.surrogate, text.cross_entropy, divergence)
+
+    return loss

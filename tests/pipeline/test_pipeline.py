@@ -1,0 +1,207 @@
+"""The whole pipeline through real DVC, at scale smoke, in a clone of the working tree.
+
+`make smoke` and `make soak` run it under GPT-2's tokenizer, as params.yaml has it, `make test` under one of bytes: what
+DVC promises is the same, and half of the time would go into a vocabulary of 50,257.
+"""
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from microlm.config import load_config
+from microlm.corpus.tokenizer import load_tokenizer
+from microlm.files import sha256_file
+from microlm.models.model_files import load_language_model
+from tests.support.clones import Clone
+from tests.support.soak import SOAKING
+from tests.support.tiny_run import TEACHER, WHEELS, tiny_parameters, write_teacher_of_bytes
+from tests.support.tiny_teacher import write_tiny_teacher
+
+CONTEXT = 512  # for all of HellaSwag, byte by byte
+ARMS = ("control", "continued", "student")
+STAGES = {
+    "check", "fetch", "tokenize", "outside", "start", "pretrain", "teacher", "select", "distill", "continue", "compare",
+    "evaluate@control", "evaluate@continued", "evaluate@student", "evaluate@teacher",
+}  # fmt: skip
+AFTER_ALPHA = {"check", "distill", "evaluate@student", "compare"}
+TEXT = "A plant is a living thing; 1984 was a year.\n\n  Ünïcode — too."
+
+
+def fingerprint(clone: Clone, *folders: str) -> dict[str, str]:
+    """sha256 of every file below the folders."""
+    files = (path for folder in folders for path in (clone.directory / folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(clone.directory)): sha256_file(path) for path in files}
+
+
+def read(clone: Clone, path: str) -> Any:
+    return json.loads((clone.directory / path).read_text())
+
+
+def ran(output: str) -> list[str]:
+    """Stages whose command DVC ran."""
+    return re.findall(r"^Running stage '([^']+)'", output, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Clone, str]:
+    """A clone after its first `dvc repro` at scale smoke, committed, and what that printed."""
+    clone = Clone(tmp_path_factory.mktemp("clone"))
+    (clone.directory / "dvc.lock").unlink(missing_ok=True)
+    params = clone.directory / "params.yaml"
+    if SOAKING:
+        params.write_text(re.sub(r"(?m)^scale: \S+", "scale: smoke", params.read_text()))
+        write_tiny_teacher(clone.directory / TEACHER, wheels=WHEELS)
+    else:
+        params.write_text(tiny_parameters().replace("context: 128", f"context: {CONTEXT}"))
+        write_teacher_of_bytes(clone.directory / TEACHER, CONTEXT)
+    # shared, so that the wheels are downloaded once, whoever asks first
+    WHEELS.mkdir(parents=True, exist_ok=True)
+    (clone.directory / ".resume").mkdir()
+    (clone.directory / ".resume" / "wheels").symlink_to(WHEELS)
+    clone.commit("scale smoke")
+    printed = clone.dvc("repro")
+    clone.commit("the run")
+    return clone, printed
+
+
+@pytest.fixture
+def clone(finished: tuple[Clone, str]) -> Clone:
+    """The finished clone as it was committed, whatever the test before did to it."""
+    clone, _ = finished
+    clone.git("reset", "--hard", "--quiet")
+    clone.dvc("checkout", "--force")
+    clone.git("status")  # refreshes Git's index: an edit within the same second could be missed otherwise
+    return clone
+
+
+def test_fresh_clone_runs_to_the_report(finished: tuple[Clone, str]) -> None:
+    clone, printed = finished
+    assert set(ran(printed)) == STAGES
+    for path in (
+        "summary",
+        *ARMS,
+        "teacher",
+        "tokenize",
+        "outside",
+        "windows",
+        *(f"evaluation/{name}" for name in (*ARMS, "teacher")),
+    ):
+        assert read(clone, f"metrics/{path}.json")
+    for path in ("plots/hellaswag.png", "plots/loss.png"):
+        assert (clone.directory / path).read_bytes().startswith(b"\x89PNG")
+    for arm in ARMS:
+        assert (clone.directory / "plots" / "loss" / f"{arm}.csv").read_text().startswith("step,")
+        labels = {line.split()[1] for line in (clone.directory / "metrics" / f"{arm}.log").read_text().splitlines()}
+        assert labels == {"train", "val", "hella", "ood_bpb"}
+
+
+def test_run_leaves_data_and_models_out_of_git(finished: tuple[Clone, str]) -> None:
+    clone, _ = finished
+    assert clone.git("status", "--porcelain") == ""
+    kept = set(clone.git("ls-files", "data", "models", "metrics").split())
+    assert not any(path.startswith(("data/", "models/")) and not path.endswith(".gitignore") for path in kept)
+    assert not any(path.endswith(".log") for path in kept)
+    assert not any(path.suffix in (".tmp", ".old") for path in clone.directory.glob("[!.]*/**/.*"))
+
+
+def test_second_repro_does_nothing(clone: Clone) -> None:
+    printed = clone.dvc("repro")
+    assert ran(printed) == []
+    assert "Data and pipelines are up to date." in printed
+    assert clone.git("status", "--porcelain") == ""
+
+
+def test_new_alpha_runs_four_stages_and_the_old_one_comes_from_the_run_cache(clone: Clone) -> None:
+    alpha = load_config(clone.directory / "params.yaml").alpha
+    clone.dvc("exp", "run", "-S", f"alpha={alpha}")  # DVC writes params.yaml in its own layout from here on
+    before = fingerprint(clone, "models", "data/evaluation")
+    printed = clone.dvc("exp", "run", "-S", "alpha=0.2")
+    assert set(ran(printed)) == AFTER_ALPHA
+    after = fingerprint(clone, "models", "data/evaluation")
+    changed = {path.split("/")[-2] for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert changed == {"student"}
+
+    difference = clone.dvc_json("metrics", "diff", "--json")
+    assert set(difference) == {"metrics/student.json", "metrics/evaluation/student.json", "metrics/summary.json"}
+    assert {"val_bpb", "ood_bpb"} <= set(difference["metrics/student.json"])
+
+    printed = clone.dvc("exp", "run", "-S", f"alpha={alpha}")
+    assert set(ran(printed)) <= {"check"}
+    assert fingerprint(clone, "models", "data/evaluation") == before
+
+
+def test_live_teacher_leaves_no_cache_and_one_graph(clone: Clone) -> None:
+    printed = clone.dvc("exp", "run", "-S", "scales.smoke.teacher.source=live")
+    assert {"teacher", "distill", "compare"} <= set(ran(printed))
+    assert not {"tokenize", "pretrain", "continue", "evaluate@control", "evaluate@continued"} & set(ran(printed))
+    assert {path.name for path in (clone.directory / "data/teacher").iterdir()} == {"manifest.json", "table.bin"}
+    assert read(clone, "metrics/summary.json")["teacher"]["source"] == "live"
+    assert ran(clone.dvc("repro")) == []
+
+
+def test_plots_draw_without_outside_text(clone: Clone) -> None:
+    """Its column is blank then, as a training without `evaluation.outside` leaves it."""
+    for curve in (clone.directory / "plots" / "loss").iterdir():
+        head, *rows = curve.read_text().splitlines()
+        assert head.endswith(",ood_bpb")
+        curve.write_text("\n".join([head, *(row[: row.rindex(",") + 1] for row in rows)]) + "\n")
+    assert "failed" not in clone.dvc("plots", "show").lower()
+
+
+def test_plots_diff_draws_without_a_network(clone: Clone) -> None:
+    clone.dvc("exp", "run", "-S", "alpha=0.2")
+    printed = clone.dvc("plots", "diff")
+    assert "failed" not in printed
+    page = (clone.directory / "dvc_plots" / "index.html").read_text()
+    assert re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page) == []
+    assert "window.vegaEmbed" in page
+    for name, column in (("HellaSwag", "acc_norm"), ("Loss", "log10_val"), ("Outside", "ood_bpb")):
+        spec = clone.dvc_json("plots", "diff", "--targets", name, "--show-vega")
+        points = spec["data"]["values"]
+        assert {point["filename"].removesuffix(".csv") for point in points} == set(ARMS)
+        assert {point["rev"] for point in points} == {"HEAD", "workspace"}
+        assert all(point[column] not in ("", None) for point in points)
+    steps = {arm: [int(p["step"]) for p in points if p["filename"] == f"{arm}.csv"] for arm in ARMS}
+    assert min(steps["student"]) == min(steps["continued"]) >= max(steps["control"])
+
+
+def test_bad_alpha_is_refused_in_one_line_and_the_student_stays(clone: Clone) -> None:
+    before = fingerprint(clone, "models", "data/evaluation", "metrics", "plots")
+    printed = clone.dvc("exp", "run", "-S", "alpha=high", status=255)
+    complaints = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(complaints) == 1
+    assert complaints[0].startswith("error: params.yaml: alpha: 'high'")
+    assert "Traceback" not in printed
+    assert ran(printed) == ["check"]
+    assert fingerprint(clone, "models", "data/evaluation", "metrics", "plots") == before
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_model_is_a_hugging_face_directory(finished: tuple[Clone, str], arm: str) -> None:
+    clone, _ = finished
+    directory = clone.directory / "models" / arm
+    assert not [path for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = load_tokenizer(directory).encode(TEXT)
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == ids
+    assert tokenizer.decode(ids) == TEXT
+
+    ours = load_language_model(directory, torch.float32)
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        expected = theirs(tokens).logits[..., : ours.n_vocab]
+        assert torch.allclose(ours.logits(ours.hidden(tokens)), expected, atol=1e-4)
+        generated = theirs.generate(tokens, max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] > tokens.shape[1]
+
+
+def test_arms_saw_the_same_tokens(finished: tuple[Clone, str]) -> None:
+    clone, _ = finished
+    continued, student = (read(clone, f"metrics/{arm}.json") for arm in ("continued", "student"))
+    assert (continued["steps"], continued["tokens"]) == (student["steps"], student["tokens"])
+    assert read(clone, "metrics/control.json")["parameters"] == continued["parameters"] == student["parameters"]

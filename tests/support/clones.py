@@ -1,0 +1,59 @@
+"""A clone of the working tree, as a person gets it from `git clone` once the tree is committed, and commands in it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+
+
+class Clone:
+    """A Git repository with the files of this one that Git does not ignore, committed; no data and no models."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():  # one deleted from the working tree is still listed
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, directory / name)
+        self.git("init", "--quiet")
+        self.git("config", "user.name", "test")
+        self.git("config", "user.email", "test@example.org")
+        self.commit("the working tree")
+
+    def run(self, *command: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command in the clone; `status` None accepts any. What it printed is in the failure."""
+        inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DVC_ROOT")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        ended = subprocess.run(
+            command, cwd=self.directory, env={**inherited, "PATH": path}, capture_output=True, text=True
+        )
+        if status is not None and ended.returncode != status:
+            told = f"{' '.join(command)} ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+            pytest.fail(told, pytrace=False)
+        return ended
+
+    def dvc(self, *arguments: str, status: int | None = 0) -> str:
+        """Run DVC; returns what it printed, stdout before stderr."""
+        ended = self.run(sys.executable, "-m", "dvc", *arguments, status=status)
+        return ended.stdout + ended.stderr
+
+    def dvc_json(self, *arguments: str) -> Any:
+        """Run DVC and read the JSON on its stdout."""
+        return json.loads(self.run(sys.executable, "-m", "dvc", *arguments).stdout)
+
+    def git(self, *arguments: str) -> str:
+        return self.run("git", *arguments).stdout
+
+    def commit(self, message: str) -> None:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message", message)

