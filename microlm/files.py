@@ -7,14 +7,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from microlm.errors import UserError
 
 SUMS = "SHA256SUMS"
+
+T = TypeVar("T")
 
 
 def _fsync_directory(directory: Path) -> None:
@@ -141,17 +143,31 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write(text)
 
 
+def read_made(path: Path, stage: str, read: Callable[[Path], T], *errors: type[Exception]) -> T:
+    """What `read` makes of a file that a stage wrote. UserError where it is absent, or `read` fails: it is damaged.
+
+    Args:
+        errors: of `read`, beside ValueError, KeyError and EOFError.
+    """
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; make it with: dvc repro {stage}") from None
+    except (ValueError, KeyError, EOFError, *errors) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({reason}); make it again with: dvc repro -f -s {stage}") from None
+
+
 def read_json(path: str | Path, made_by: str) -> dict[str, Any]:
     """Read a JSON object that the stage `made_by` wrote. UserError if it is absent or damaged."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; make it with: dvc repro {made_by}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); make it again with: dvc repro -f -s {made_by}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (not a JSON object); make it again with: dvc repro -f -s {made_by}")
-    return value
+
+    def read(path: Path) -> dict[str, Any]:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+
+    return read_made(Path(path), made_by, read)
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

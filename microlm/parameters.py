@@ -81,7 +81,7 @@ class StartConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """One optimizer step, the same in every arm."""
+    """One optimizer step, the same in every training."""
 
     seq_len: int = within(2, 2**20)
     batch_tokens: int = count()

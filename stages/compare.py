@@ -7,13 +7,12 @@ import sys
 
 from microlm.config import Config, load_config
 from microlm.errors import UserError, plain, run_stage
-from microlm.evaluation import MODELS
+from microlm.evaluation import SCORED_MODELS
 from microlm.files import read_json, write_json
-from microlm.report.benchmark_table import benchmark_rows, centred_mean_rows
 from microlm.report.curve_figures import draw_figures
-from microlm.report.summary import COMPARISONS, MADE_BY, read_scores, summarize
+from microlm.report.summary import COMPARISONS, benchmark_rows, centred_mean_rows, read_scores, summarize
 from microlm.report.summary_table import benchmarks_markdown, markdown, report_text
-from microlm.runtime.paths import METRICS
+from microlm.runtime.paths import METRICS, TRAINED_MODELS
 
 SUMMARY = METRICS / "summary.json"
 SHOWN = {
@@ -38,17 +37,17 @@ def main() -> None:
 
 def _compare(config: Config) -> None:
     scores = read_scores()
-    training = {name: read_json(METRICS / f"{name}.json", MADE_BY[name]) for name in MODELS}
+    training = {name: read_json(METRICS / f"{name}.json", TRAINED_MODELS.get(name, name)) for name in SCORED_MODELS}
     distillation = {key: getattr(config, key) for key in ("init", "objective", "alpha", "temperature")}
     draws, seed = config.at.evaluation.bootstrap_draws, config.seed
     summary = summarize(scores, training, distillation, draws, seed)
-    summary["benchmarks"] = benchmark_rows(MODELS, draws, seed)
+    summary["benchmarks"] = benchmark_rows(SCORED_MODELS, draws, seed)
     order = [(task, of.protocol, of.shots) for of in config.at.evaluation.benchmarks for task in of.tasks]
-    summary["centred_mean_tasks"], rows = centred_mean_rows(MODELS, COMPARISONS, order, draws, seed)
+    summary["centred_mean_tasks"], rows = centred_mean_rows(SCORED_MODELS, COMPARISONS, order, draws, seed)
     for name, row in rows.items():
         summary[name] |= row
-    questions = config.at.continuation.hellaswag_items
-    items = {"control": config.at.pretrain.hellaswag_items, "continued": questions, "student": questions}
+    items = {name: config.at.continuation.hellaswag_items for name in TRAINED_MODELS}
+    items["control"] = config.at.pretrain.hellaswag_items
     draw_figures(items, outside="outside_windows" in summary)
     write_json(SUMMARY, summary)
 

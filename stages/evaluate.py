@@ -15,7 +15,7 @@ from microlm.config import Config, load_config
 from microlm.corpus.batches import evenly_spaced, window_count
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.errors import UserError
-from microlm.evaluation import MODELS
+from microlm.evaluation import SCORED_MODELS
 from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.evaluation.candidates import Candidate, load_pipeline_model
 from microlm.evaluation.results.store import model_slug
@@ -34,8 +34,10 @@ from microlm.teacher.projection import Projection
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1] not in MODELS:
-        raise UserError(f"stages.evaluate: name one of {', '.join(MODELS)}, e.g. python -m stages.evaluate student")
+    if len(sys.argv) != 2 or sys.argv[1] not in SCORED_MODELS:
+        raise UserError(
+            f"stages.evaluate: name one of {', '.join(SCORED_MODELS)}, e.g. python -m stages.evaluate student"
+        )
     name, config, started = sys.argv[1], load_config(), time.monotonic()
     runtime = set_up(config.at.runtime)
     candidate = load_pipeline_model(name, config.at.teacher, runtime.dtype)

@@ -17,10 +17,9 @@ from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.errors import UserError, run_stage
 from microlm.models.teacher_source import teacher_source
-from microlm.pipeline.capture import CACHE
 from microlm.research.verify import refuse_other_tokenizer, refuse_other_weights, replay
 from microlm.runtime.device import set_up
-from microlm.runtime.paths import SHARDS
+from microlm.runtime.paths import CACHE, SHARDS
 from microlm.runtime.terminal import banner, progress_bar
 from microlm.teacher.cache import TeacherCache, cache_identity
 from microlm.teacher.loading import load_labelling_teacher

@@ -38,7 +38,7 @@ class Sizes:
     captured_windows: int
     capture_rows: int  # windows in one forward pass of the teacher
     scoring_tokens: int  # in one forward pass of the evaluator
-    arm_s: float  # of each training of part `run`
+    training_s: float  # of each training of part `run`
 
 
 AT_124M = Sizes(50_304, (64, 32, 16), 524_288, 3, 8192, 2**32, (65_536, 16_384), 256, 32, 131_072, 25.0)

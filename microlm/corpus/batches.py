@@ -73,7 +73,7 @@ def uncached_windows(shards: TokenShards, seq_len: int, wanted: int) -> np.ndarr
 
 
 class Batches:
-    """The windows of every step: each once an epoch, shuffled anew each epoch, the same in every arm.
+    """The windows of every step: each once an epoch, shuffled anew each epoch, the same in every training.
 
     Args:
         windows: the windows to train on; None takes the whole split.

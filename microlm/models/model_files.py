@@ -19,13 +19,13 @@ from microlm.models.architecture import config_of, shape_of
 from microlm.models.interface import LanguageModel
 from microlm.models.student import StudentLM
 from microlm.models.transformers_model import TransformersModel
+from microlm.runtime.paths import TRAINED_MODELS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-MAKERS = {"control": "pretrain", "continued": "continue", "student": "distill"}  # stages of models/<name>
 
 
 def save_student(
@@ -56,7 +56,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
     Raises:
         UserError: a file is absent, damaged or of another shape.
     """
-    stage = MAKERS.get(directory.name, directory.name)
+    stage = TRAINED_MODELS.get(directory.name, directory.name)
     check_sums(directory, ("config.json", WEIGHTS), f"make it again with: dvc repro -f -s {stage}")
     config = read_json(directory / "config.json", stage)
     try:

@@ -30,7 +30,7 @@ from microlm.teacher.projected_teacher import native_loss, projected_loss
 from microlm.teacher.projection import Projection
 
 
-def label(config: Config, runtime: Runtime) -> None:
+def capture_teacher(config: Config, runtime: Runtime) -> None:
     """Write the top-k cache of the windows that `continue` and `distill` train on.
 
     Whatever stops it, a kill or a full disk, the finished blocks stay under .resume until data/teacher

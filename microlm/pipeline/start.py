@@ -29,7 +29,7 @@ from microlm.models.student import StudentLM
 from microlm.models.teacher_source import teacher_source
 from microlm.objective.fused_head import token_nats
 from microlm.parameters import StartConfig
-from microlm.report.layer_figure import draw_layers
+from microlm.report.figure_style import draw_layers
 from microlm.runtime.device import Runtime
 from microlm.runtime.paths import METRICS, PLOTS, SHARDS, START
 from microlm.runtime.terminal import banner, progress_bar

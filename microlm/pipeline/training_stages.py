@@ -15,7 +15,7 @@ from microlm.errors import ParameterError, UserError
 from microlm.evaluation.scoring.yardsticks import held_out
 from microlm.files import sha256_file, write_json
 from microlm.models.interface import LanguageModel
-from microlm.models.model_files import MAKERS, OPTIMIZER, WEIGHTS, load_student, save_student
+from microlm.models.model_files import OPTIMIZER, WEIGHTS, load_student, save_student
 from microlm.models.student import StudentLM
 from microlm.models.teacher_source import teacher_source
 from microlm.objective.on_policy import MiniLLM
@@ -26,7 +26,7 @@ from microlm.pipeline.select import WINDOWS, chosen_windows
 from microlm.runtime import distributed
 from microlm.runtime.device import Runtime, peak_memory_bytes
 from microlm.runtime.launcher import PROCESSES
-from microlm.runtime.paths import CACHE, METRICS, MODELS, PLOTS, SHARDS, START
+from microlm.runtime.paths import CACHE, METRICS, MODELS, PLOTS, SHARDS, START, TRAINED_MODELS
 from microlm.runtime.resume import resumable, stage_code
 from microlm.runtime.terminal import banner
 from microlm.teacher import cache as cache_module
@@ -38,7 +38,6 @@ from microlm.training.loop import Loss, Plan, train
 from microlm.training.optimizer import Optimizers
 
 CROSS_ENTROPY = "cross-entropy"
-STAGES = {"control": "pretrain", "continued": "continue", "student": "distill"}
 
 
 def pretrain(config: Config, runtime: Runtime) -> None:
@@ -135,7 +134,7 @@ def _refuse_other_vocabulary(model: StudentLM, tokenizer: Tokenizer, directory: 
     if model.n_vocab != tokenizer.n_vocab:
         raise UserError(
             f"{directory} has {model.n_vocab} tokens, data/shards {tokenizer.n_vocab}; make it again with: "
-            f"dvc repro {MAKERS.get(directory.name, directory.name)}"
+            f"dvc repro {TRAINED_MODELS.get(directory.name, directory.name)}"
         )
 
 
@@ -158,7 +157,7 @@ def _run(
     optimizers = Optimizers(model, plan.optimization)
     if getattr(plan.optimization, "optimizer_state", "reset") == "keep":
         _load_moments(optimizers, MODELS / "control" / OPTIMIZER)
-    banner(f"{plan.arm}: {model.parameter_count():,} parameters", describe(model, batches, plan, said, runtime))
+    banner(f"{plan.name}: {model.parameter_count():,} parameters", describe(model, batches, plan, said, runtime))
     texts = held_out(config.at)
     evaluator = Evaluator.build(batches.shards, texts, tokenizer, config.at.batch, plan.optimization, model.context)
     inputs |= {
@@ -168,21 +167,21 @@ def _run(
         "seed": config.seed,
         "runtime": runtime.decisive(),
         "corpus": [batches.shards.digest, *evaluator.digests, tokenizer.fingerprint],
-        "code": stage_code(STAGES[plan.arm]),
+        "code": stage_code(TRAINED_MODELS[plan.name]),
     }
     began = time.perf_counter()
-    with resumable(plan.arm, inputs) as directory:
+    with resumable(plan.name, inputs) as directory:
         history = train(model, batches, loss, plan, optimizers, evaluator, directory)
-        moments = optimizers.state_tensors() if plan.arm == "control" else None
+        moments = optimizers.state_tensors() if plan.name == "control" else None
         if not distributed.is_first():
             return
-        save_student(model, tokenizer, MODELS / plan.arm, moments)
-        history.write(plan.arm, PLOTS, METRICS)
+        save_student(model, tokenizer, MODELS / plan.name, moments)
+        history.write(plan.name, PLOTS, METRICS)
         last, hellaswag = history.loss[-1], history.hellaswag[-1]
         write_json(
-            METRICS / f"{plan.arm}.json",
+            METRICS / f"{plan.name}.json",
             {
-                "arm": plan.arm,
+                "arm": plan.name,
                 "parameters": model.parameter_count(),
                 "steps": plan.steps,
                 "tokens_before": plan.first_step * config.at.batch.batch_tokens,

@@ -1,7 +1,8 @@
-"""What every figure of the report shares: one page, its colours, and the same bytes for the same numbers."""
+"""What every figure shares: one page, its colours, the same bytes for the same numbers; and the figure of layers."""
 
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -40,3 +41,15 @@ def save(figure: Figure, path: Path) -> None:
     with atomic_file(path) as file:
         # the library's version and the date would change the bytes, and DVC would see another output
         figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+
+
+def draw_layers(table: pd.DataFrame, path: Path) -> None:
+    """A bar for each of the teacher's layers as high as its influence; those that a pruned start keeps are coloured."""
+    figure, axes = page("Layers of the teacher, and those that the start keeps", "influence (1 - cosine)", "layer")
+    for kept, colour, name in ((1, COLOURS["student"], "kept"), (0, FAINT, "cut")):
+        rows = table[table["kept"] == kept]
+        if len(rows):
+            axes.bar(rows["layer"], rows["influence"], color=colour, label=name)
+    axes.legend(frameon=False, fontsize=9)
+    caption(figure, "influence: how far a block turns what it is given, mean over tokens of the calibration windows")
+    save(figure, path)

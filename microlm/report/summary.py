@@ -1,7 +1,7 @@
 """metrics/summary.json: every model's scores, and the paired differences that answer the question."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,32 @@ import pandas as pd
 import pyarrow as pa
 
 from microlm.errors import UserError
-from microlm.evaluation import ARMS, MODELS
-from microlm.evaluation.results.statistics import Interval, mcnemar_exact, paired_bootstrap, paired_ratio_bootstrap
-from microlm.files import check_sums, read_json
-from microlm.report.benchmark_table import entries
-from microlm.runtime.paths import METRICS, SCORES
+from microlm.evaluation import SCORED_MODELS
+from microlm.evaluation.results.centred_mean import centred_means, once
+from microlm.evaluation.results.comparison import compare
+from microlm.evaluation.results.metrics import ACCURACIES
+from microlm.evaluation.results.statistics import (
+    Interval,
+    interval,
+    mcnemar_exact,
+    paired_bootstrap,
+    paired_ratio_bootstrap,
+    smallest_detectable,
+)
+from microlm.evaluation.results.store import Result, read_results, same_protocol
+from microlm.evaluation.tasks.task import task_named
+from microlm.files import check_sums, read_json, read_made
+from microlm.runtime.paths import METRICS, SCORES, TRAINED_MODELS
 
-# the stage that makes each model's metrics/<name>.json, and each arm's curves
-MADE_BY = {"control": "pretrain", "continued": "continue", "student": "distill", "teacher": "teacher"}
 COMPARISONS = (("student", "continued"), ("student", "control"))
 # bits per byte of held-out text: of the corpus's kind, and of another; in the metrics, and in windows.parquet
 YARDSTICKS = {"val_bpb": ("validation", "val"), "ood_bpb": ("outside", "outside")}
 HEADLINE = ("hellaswag", "completion", "0-shot")
 WINDOWS_PER_BLOCK = 4  # a document runs across the borders of windows, so neighbours are resampled together
 FEWEST_BLOCKS = 20  # shorter validation splits have smaller blocks rather than fewer
+COLUMN = ("task", "protocol", "shots", "limit")  # what the results of one benchmark share
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,16 +57,21 @@ class Scores:
 def read_scores(data: Path = SCORES, metrics: Path = METRICS) -> dict[str, Scores]:
     """The scores of each model. UserError if one is absent, damaged, or about other questions or windows."""
     scores = {}
-    for name in MODELS:
-        stage = f"evaluate@{name}"
-        if (data / name).is_dir():
-            check_sums(data / name, os.listdir(data / name), f"make it again with: dvc repro -f -s {stage}")
-        items = _read_table(_headline(data / name, stage), stage)
-        windows = _read_table(data / name / "windows.parquet", stage)
+    for name in SCORED_MODELS:
+        folder, stage = data / name, f"evaluate@{name}"
+        if folder.is_dir():
+            check_sums(folder, os.listdir(folder), f"make it again with: dvc repro -f -s {stage}")
+        items, windows = (
+            read_made(path, stage, pd.read_parquet, pa.ArrowException, OSError)
+            for path in (_headline(folder, stage), folder / "windows.parquet")
+        )
         scores[name] = Scores(read_json(metrics / "evaluation" / f"{name}.json", stage), items, windows)
-    for name in MODELS[1:]:
-        _require_same(scores, MODELS[0], name, "items", ["item", "label", "bytes_0", "bytes_1", "bytes_2", "bytes_3"])
-        _require_same(scores, MODELS[0], name, "windows", ["split", "window", "bytes"])
+    for name in SCORED_MODELS[1:]:
+        for table, keys in (
+            ("items", ["item", "label", "bytes_0", "bytes_1", "bytes_2", "bytes_3"]),
+            ("windows", ["split", "window", "bytes"]),
+        ):
+            _require_same(scores, SCORED_MODELS[0], name, table, keys)
     return scores
 
 
@@ -69,22 +86,11 @@ def _headline(folder: Path, stage: str) -> Path:
     return found[0]
 
 
-def _read_table(path: Path, stage: str) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; make it with: dvc repro {stage}") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}); make it again with: dvc repro -f -s {stage}") from None
-
-
 def _require_same(scores: Mapping[str, Scores], first: str, other: str, table: str, keys: list[str]) -> None:
     a, b = (getattr(scores[name], table) for name in (first, other))
     if not set(keys) <= set(a) & set(b) or not a[keys].equals(b[keys]):
-        folders = " and ".join(str(SCORES / name) for name in (other, first))
         raise UserError(
-            f"{folders} are not about the same {table} and cannot be compared; "
+            f"{SCORES / other} and {SCORES / first} are not about the same {table} and cannot be compared; "
             f"score both again with: dvc repro -f -s evaluate@{first} evaluate@{other}"
         )
 
@@ -96,20 +102,21 @@ def summarize(
     draws: int,
     seed: int,
 ) -> dict[str, Any]:
-    """metrics/summary.json as a dict.
+    """metrics/summary.json as a dict, but for the benchmarks and their mean.
 
     Args:
-        training: metrics/<arm>.json of each arm and metrics/teacher.json as `teacher`.
+        training: metrics/<name>.json of each trained model and of the teacher.
         distillation: what the student was trained with, e.g. alpha, objective, temperature; shown as it is.
     """
+    student = scores["student"]
     summary: dict[str, Any] = dict(distillation)
-    summary |= {"questions": len(scores["student"].items), "windows": len(scores["student"].windows_of("val"))}
-    if "outside" in scores["student"].metrics:
-        summary["outside_windows"] = len(scores["student"].windows_of("outside"))
+    summary |= {"questions": len(student.items), "windows": len(student.windows_of("val"))}
+    if "outside" in student.metrics:
+        summary["outside_windows"] = len(student.windows_of("outside"))
     for name, score in scores.items():
         summary[name] = _model_row(score.metrics)
-    for arm in ARMS:
-        summary[arm] |= {key: training[arm][key] for key in ("tokens_before", "tokens")}
+    for name in TRAINED_MODELS:
+        summary[name] |= {key: training[name][key] for key in ("tokens_before", "tokens")}
     summary["teacher"] |= _teacher_cost(summary, training["teacher"])
     for a, b in COMPARISONS:
         summary[f"{a}_minus_{b}"] = _difference(scores[a], scores[b], draws, seed)
@@ -118,7 +125,7 @@ def summarize(
     return summary
 
 
-def _model_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _model_row(metrics: Mapping[str, Any]) -> Row:
     task, protocol, shots = HEADLINE
     hellaswag = metrics["tasks"][task][protocol][shots]
     scored = {key: round(hellaswag[key], 6) for key in ("acc_norm", "acc_norm_se", "acc", "acc_se", "gold_bpb")}
@@ -126,7 +133,7 @@ def _model_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"parameters": metrics["parameters"], **bits, **scored}
 
 
-def _teacher_cost(summary: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+def _teacher_cost(summary: Mapping[str, Any], teacher: Mapping[str, Any]) -> Row:
     """Labelling against distilling, at 2 FLOPs a parameter and token forward, 4 more backward (Kaplan et al. 2020).
 
     A live teacher labels every token of the student's steps, one with a cache each window once.
@@ -172,3 +179,84 @@ def _verdict(difference: Mapping[str, float], yardstick: str) -> str:
     if difference[f"{yardstick}_low"] > 0:
         return "continuation better than distillation"
     return "no difference shown"
+
+
+def entries(name: str, found: Interval) -> dict[str, float]:
+    """A figure's interval as the summary has it, and what difference could have been detected."""
+    values = {"": found.mean, "_low": found.low, "_high": found.high}
+    values["_detectable"] = smallest_detectable(found.standard_error)
+    return {name + key: round(float(value), 6) for key, value in values.items()}
+
+
+def benchmark_rows(models: Sequence[str], draws: int, seed: int, data: Path = SCORES) -> list[Row]:
+    """A row for each benchmark, in the order of its tasks: figures, what answering blindly gives, the difference.
+
+    Holm's correction is over the benchmarks (`p_holm`). `truncated` has, of the models that are too short for some
+    questions, how many these are.
+
+    Raises:
+        UserError: a result is absent or damaged, or two models were asked different questions.
+    """
+    columns: dict[tuple[Any, ...], dict[str, Result]] = {}
+    for name in models:
+        for result in read_results(data / name):
+            columns.setdefault(tuple(getattr(result.identity, key) for key in COLUMN), {})[name] = result
+    compared = {
+        tuple(found[key] for key in COLUMN): found["metrics"][found["primary"]] | {"p_holm": found["p_holm"]}
+        for found in compare(data / "student", data / "continued", draws, seed)["tasks"]
+    }
+    rows = [_benchmark(column, results) for column, results in columns.items()]
+    for row, column in zip(rows, columns, strict=True):
+        if column in compared:
+            kept = ("difference", "low", "high", "detectable", "p_holm")
+            row["student_minus_continued"] = {key: compared[column][key] for key in kept}
+    return rows
+
+
+def _benchmark(column: tuple[Any, ...], results: Mapping[str, Result]) -> Row:
+    same_protocol(list(results.values()))
+    row: Row = dict(zip(COLUMN, column, strict=True))
+    row["metric"] = task_named(row["task"]).primary
+    for name, result in results.items():
+        if result.table is None:
+            return row | {"status": result.status, "reason": result.unavailable}
+        figures = result.metrics
+        row["items"] = figures["items"]
+        row[name] = {"value": figures[row["metric"]], "se": figures[f"{row['metric']}_se"]}
+        row["blind"] = blind(row["metric"], figures)
+    cut = {name: n for name, result in results.items() if (n := result.metrics.get("truncated", 0))}
+    return row | ({"truncated": cut} if cut else {})
+
+
+def blind(metric: str, figures: Mapping[str, Any]) -> float | None:
+    """What the most frequent label scores, or, where labels have no names, the accuracy of a guess."""
+    if "majority" in figures:
+        return figures["majority"][metric]
+    return figures.get("chance") if metric in ACCURACIES else None
+
+
+def centred_mean_rows(
+    models: Sequence[str],
+    comparisons: Sequence[tuple[str, str]],
+    order: Sequence[tuple[str, str | None, int]],
+    draws: int,
+    seed: int,
+    data: Path = SCORES,
+) -> tuple[list[str], dict[str, Row]]:
+    """The tasks of the centred mean, and its entries for each model and for each comparison a_minus_b.
+
+    Of a task that is asked several ways the first in `order` counts: (task, protocol, shots), no protocol being the
+    task's default.
+    """
+    ranks = {(name, how or task_named(name).protocols[0], shots): rank for rank, (name, how, shots) in enumerate(order)}
+
+    def rank(result: Result) -> int:
+        who = result.identity
+        return ranks.get((who.task, who.protocol, who.shots), len(ranks))
+
+    found = centred_means([once(sorted(read_results(data / name), key=rank)) for name in models], draws, seed)
+    values, resampled = (dict(zip(models, of, strict=True)) for of in (found.values, found.resampled))
+    intervals = {name: interval(values[name], resampled[name]) for name in models}
+    for a, b in comparisons:
+        intervals[f"{a}_minus_{b}"] = interval(values[a] - values[b], resampled[a] - resampled[b])
+    return found.tasks, {name: entries("centred_mean", one) for name, one in intervals.items()}

@@ -2,15 +2,16 @@
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from microlm.evaluation import ARMS, GPT2_124M_ACC_NORM, MODELS
+from microlm.evaluation import GPT2_124M_ACC_NORM, SCORED_MODELS
+from microlm.evaluation.results.store import LEFT_OUT, NOT_AVAILABLE
 from microlm.evaluation.tasks.task import CHANCE
-from microlm.report.benchmark_table import benchmark_table, remarks
 from microlm.report.summary import COMPARISONS
-from microlm.report.text_table import WIDTH, blocks
+from microlm.report.text_table import WIDTH, Grid, blocks
 from microlm.report.text_table import markdown as in_markdown
+from microlm.runtime.paths import TRAINED_MODELS
 
 NORMAL_95 = 1.96  # standard errors each side of a 95 % interval
 MEASURES = {
@@ -20,11 +21,10 @@ MEASURES = {
     "acc_norm": "HellaSwag acc_norm",
     "centred_mean": "centred mean of all accuracies",
 }
-
-_BENCHMARKS = (
-    "Benchmarks: 100 x the metric ± one standard error, with task, metric, protocol, exemplars and questions; blind is "
-    "what naming the most frequent label scores, or guessing where labels have no names."
-)
+ABSENT = {
+    NOT_AVAILABLE: "Data not available",
+    LEFT_OUT: "Left out, since their texts are in the corpus",
+}
 
 Summary = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ def report_text(summary: Summary) -> str:
         *blocks(_model_rows(summary)),
         _wrapped(notes),
         *blocks(_difference_rows(summary)),
-        *blocks(benchmark_table(summary["benchmarks"], MODELS)),
+        *blocks(_benchmark_rows(summary)),
         _wrapped(_notes(summary)),
     ]
     said = [_wrapped(sentence, bullet="- ") for sentence in sentences(summary)]
@@ -57,17 +57,80 @@ def markdown(summary: Summary) -> str:
 
 def benchmarks_markdown(summary: Summary) -> str:
     """Every benchmark, for README.md."""
-    table = in_markdown(benchmark_table(summary["benchmarks"], MODELS))
-    return f"{table}\n\n{_notes(summary)}\n"
+    return f"{in_markdown(_benchmark_rows(summary))}\n\n{_notes(summary)}\n"
+
+
+def _model_rows(summary: Summary) -> Grid:
+    head = ["model", "parameters", "tokens trained", "validation bits per byte", "HellaSwag acc_norm ± s.e."]
+    if "ood_bpb" in summary["student"]:  # shorter words, so that all stands in one line of a terminal
+        head = [*head[:2], "tokens", "validation bits/byte", "outside", head[-1]]
+    rows = [[*head, "centred mean"]]
+    for name in SCORED_MODELS:
+        row = summary[name]
+        accuracy = f"{row['acc_norm']:.4f} ± {row['acc_norm_se']:.4f}"
+        bits = [f"{row[key]:.4f}" for key in ("val_bpb", "ood_bpb") if key in row]
+        rows.append([name, amount(row["parameters"]), _tokens(row), *bits, accuracy, f"{row['centred_mean']:.4f}"])
+    return rows
+
+
+def _tokens(row: Summary) -> str:
+    if "tokens" not in row:
+        return "pretrained"
+    before = f"{amount(row['tokens_before'])} + " if row["tokens_before"] else ""
+    return before + amount(row["tokens"])
+
+
+def _difference_rows(summary: Summary) -> Grid:
+    def cell(row: Summary, key: str) -> str:
+        mean, low, high = (f"{row[key + end]:+.4f}" for end in ("", "_low", "_high"))
+        return f"{mean} [{low}, {high}]"
+
+    rows = [summary[f"{a}_minus_{b}"] for a, b in COMPARISONS]
+    told = {key: label for key, label in MEASURES.items() if key in rows[0]}  # there may be no outside text
+    head = ["difference [95 % interval, paired]", *(f"{a} - {b}" for a, b in COMPARISONS)]
+    return [head, *([label, *(cell(row, key) for row in rows)] for key, label in told.items())]
+
+
+def _benchmark_rows(summary: Summary) -> Grid:
+    """100 times the metric ± one standard error. Those without data are in `_remarks`."""
+    table = [["benchmark", *SCORED_MODELS, "blind", "student - continued [95 %]"]]
+    for row in summary["benchmarks"]:
+        if "status" in row:
+            continue
+        cells = [f"{100 * row[name]['value']:.1f} ± {100 * (row[name]['se'] or 0):.1f}" for name in SCORED_MODELS]
+        blind = "" if row["blind"] is None else f"{100 * row['blind']:.1f}"
+        d = row["student_minus_continued"]
+        span = f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+        table.append([_benchmark_name(row), *cells, blind, span])
+    return table
+
+
+def _benchmark_name(row: Summary) -> str:
+    return f"{row['task']} {row['metric']}, {row['protocol']}, {row['shots']}-shot, {row['items']:,}"
 
 
 def _notes(summary: Summary) -> str:
     tasks = summary["centred_mean_tasks"]
-    mean = (
-        f"Centred mean: (accuracy - chance) / (1 - chance), 0 for a guess and 1 for all right, averaged over "
-        f"{len(tasks)} task{'s' * (len(tasks) > 1)}: {', '.join(tasks)}; its interval is over their questions."
-    )
-    return f"{_BENCHMARKS} {mean} {remarks(summary['benchmarks'])}".strip()
+    return (
+        "Benchmarks: 100 x the metric ± one standard error, with task, metric, protocol, exemplars and questions; "
+        "blind is what naming the most frequent label scores, or guessing where labels have no names. "
+        "Centred mean: (accuracy - chance) / (1 - chance), 0 for a guess and 1 for all right, averaged over "
+        f"{len(tasks)} task{'s' * (len(tasks) > 1)}: {', '.join(tasks)}; its interval is over their questions. "
+        f"{_remarks(summary['benchmarks'])}"
+    ).strip()
+
+
+def _remarks(rows: Sequence[Summary]) -> str:
+    """Sentences on the questions that were longer than a model's context and on data that was not there; or none."""
+    said = []
+    absent: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if cut := row.get("truncated"):
+            counts = ", ".join(f"{n:,} ({name})" for name, n in cut.items())
+            said.append(f"Questions of {_benchmark_name(row)} without their start, longer than the context: {counts}.")
+        if "status" in row:
+            absent.setdefault(ABSENT[row["status"]], {})[row["task"]] = None
+    return " ".join([*said, *(f"{why}: {', '.join(names)}." for why, names in absent.items())])
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -85,42 +148,28 @@ def sentences(summary: Summary) -> list[str]:
 
 def _on_bits_per_byte(d: Summary) -> str:
     """Student against continued, on both yardsticks where there are two: whether they agree."""
+    inside, winner, detectable = _found(d, "val_bpb"), _winner(d, "val_bpb"), f"{d['val_bpb_detectable']:.4f}"
+    first = "bits per byte do not tell distillation from plain continuation at the same tokens"
+    if winner:
+        first = f"{winner} at the same tokens, by {abs(d['val_bpb']):.4f}"
     if "ood_bpb" not in d:
-        return _on_one_yardstick(d)
-    inside, outside = (_found(d, key) for key in ("val_bpb", "ood_bpb"))
-    winner = {key: _winner(d, key) for key in ("val_bpb", "ood_bpb")}
-    if not any(winner.values()):
+        if winner:
+            return f"On bits per byte {first} ({inside})."
+        return f"{first.capitalize()}: {inside}. A true difference of {detectable} would be found four times in five."
+    outside, other, size = _found(d, "ood_bpb"), _winner(d, "ood_bpb"), f"by {abs(d['ood_bpb']):.4f}"
+    if not winner and not other:
         return (
-            "Bits per byte do not tell distillation from plain continuation at the same tokens, neither inside the "
-            f"corpus's kind of text ({inside}) nor outside it ({outside}). True differences of "
-            f"{d['val_bpb_detectable']:.4f} and {d['ood_bpb_detectable']:.4f} would be found four times in five."
+            f"{first.capitalize()}, neither inside the corpus's kind of text ({inside}) nor outside it ({outside}). "
+            f"True differences of {detectable} and {d['ood_bpb_detectable']:.4f} would be found four times in five."
         )
-    if not winner["val_bpb"]:
+    if winner == other:
         return (
-            "Inside the corpus's kind of text bits per byte do not tell distillation from plain continuation at the "
-            f"same tokens ({inside}); outside it {winner['ood_bpb']}, by {_size(d, 'ood_bpb')} ({outside})."
+            f"On bits per byte {first} inside the corpus's kind of text ({inside}) and {size} outside it ({outside})."
         )
-    first = f"{winner['val_bpb']} at the same tokens, by {_size(d, 'val_bpb')}"
-    if winner["ood_bpb"] == winner["val_bpb"]:
-        return (
-            f"On bits per byte {first} inside the corpus's kind of text ({inside}) and by {_size(d, 'ood_bpb')} "
-            f"outside it ({outside})."
-        )
-    other = "bits per byte do not tell them apart"
-    if winner["ood_bpb"]:
-        other = f"the other way round: {winner['ood_bpb']}, by {_size(d, 'ood_bpb')}"
-    return f"Inside the corpus's kind of text {first} ({inside}); outside it {other} ({outside})."
-
-
-def _on_one_yardstick(d: Summary) -> str:
-    if not _winner(d, "val_bpb"):
-        return (
-            "Bits per byte do not tell distillation from plain continuation at the same tokens: "
-            f"{_found(d, 'val_bpb')}. A true difference of {d['val_bpb_detectable']:.4f} would be found four times in "
-            "five."
-        )
-    span = _found(d, "val_bpb")
-    return f"On bits per byte {_winner(d, 'val_bpb')} at the same tokens, by {_size(d, 'val_bpb')} ({span})."
+    second = f"{other}, {size}" if other else "bits per byte do not tell them apart"
+    if winner and other:
+        second = f"the other way round: {second}"
+    return f"Inside the corpus's kind of text {first} ({inside}); outside it {second} ({outside})."
 
 
 def _found(d: Summary, measure: str) -> str:
@@ -133,21 +182,15 @@ def _winner(d: Summary, measure: str) -> str:
     """Who beat whom, "" where the interval does not say."""
     if not _excludes_zero(d, measure):
         return ""
-    arms = ["distillation", "plain continuation"]
-    return " beat ".join(arms if d[measure] < 0 else reversed(arms))
-
-
-def _size(d: Summary, measure: str) -> str:
-    return f"{abs(d[measure]):.4f}"
+    both = ["distillation", "plain continuation"]
+    return " beat ".join(both if d[measure] < 0 else reversed(both))
 
 
 def _against_control(summary: Summary) -> str:
     d, more = summary["student_minus_control"], amount(summary["student"]["tokens"])
     found = _change(d, "val_bpb")
-    if "ood_bpb" in d:
-        outside = _change(d, "ood_bpb")
-        apart = f"{found} inside the corpus's kind of text and {outside} outside it"
-        found = found if outside == found else apart
+    if "ood_bpb" in d and (outside := _change(d, "ood_bpb")) != found:
+        found = f"{found} inside the corpus's kind of text and {outside} outside it"
     return (
         f"On bits per byte the student is shown {found} than the control it starts from. It also saw {more} tokens "
         f"more: only the comparison with continued, which saw the same tokens, speaks of distillation."
@@ -171,68 +214,33 @@ def _on_hellaswag(d: Summary) -> str:
 
 
 def _near_chance(summary: Summary) -> str:
-    near = [arm for arm in ARMS if summary[arm]["acc_norm"] - NORMAL_95 * summary[arm]["acc_norm_se"] <= CHANCE]
+    rows = {name: summary[name] for name in TRAINED_MODELS}
+    near = [name for name, row in rows.items() if row["acc_norm"] - NORMAL_95 * row["acc_norm_se"] <= CHANCE]
     if not near:
-        return f"Each of {', '.join(ARMS[:-1])} and {ARMS[-1]} is above chance ({CHANCE}) on HellaSwag."
-    names = " and ".join(filter(None, (", ".join(near[:-1]), near[-1])))
+        return f"Each of {_listed(list(rows))} is above chance ({CHANCE}) on HellaSwag."
     return (
-        f"Not shown to beat guessing ({CHANCE}) on HellaSwag: {names}. Where a 95 % interval of an accuracy reaches "
-        f"chance, differences between such accuracies say little about what was learnt."
+        f"Not shown to beat guessing ({CHANCE}) on HellaSwag: {_listed(near)}. Where a 95 % interval of an accuracy "
+        f"reaches chance, differences between such accuracies say little about what was learnt."
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _teacher_cost(summary: Summary) -> str:
     labelled, tokens = summary["teacher"]["tokens_labelled"], summary["student"]["tokens"]
     ratio = summary["teacher"]["labelling_to_distilling_flops"]
-    matched = amount(tokens * (1 + ratio))
     who = "The teacher, live in every step," if summary["teacher"]["source"] == "live" else "The teacher"
     return (
         f"{who} labelled {amount(labelled)} tokens, about {ratio:.2g} times the arithmetic of the distillation "
-        f"itself. The arms are matched by tokens. Matched by arithmetic, continued would see {matched} "
-        f"tokens in place of {amount(tokens)}; no such run is here."
+        f"itself. The arms are matched by tokens. Matched by arithmetic, continued would see "
+        f"{amount(tokens * (1 + ratio))} tokens in place of {amount(tokens)}; no such run is here."
     )
 
 
 def _excludes_zero(difference: Summary, measure: str) -> bool:
     return difference[measure + "_low"] > 0 or difference[measure + "_high"] < 0
-
-
-def _model_rows(summary: Summary) -> list[list[str]]:
-    head = ["model", "parameters", "tokens trained", "validation bits per byte", "HellaSwag acc_norm ± s.e."]
-    if "ood_bpb" in summary["student"]:  # shorter words, so that all stands in one line of a terminal
-        head = [*head[:2], "tokens", "validation bits/byte", "outside", head[-1]]
-    rows = [[*head, "centred mean"]]
-    for name in MODELS:
-        row = summary[name]
-        accuracy = f"{row['acc_norm']:.4f} ± {row['acc_norm_se']:.4f}"
-        bits = [f"{row[key]:.4f}" for key in ("val_bpb", "ood_bpb") if key in row]
-        cells = [amount(row["parameters"]), _tokens(row), *bits, accuracy, f"{row['centred_mean']:.4f}"]
-        rows.append([name, *cells])
-    return rows
-
-
-def _difference_rows(summary: Summary) -> list[list[str]]:
-    rows = [["difference [95 % interval, paired]", *(f"{a} - {b}" for a, b in COMPARISONS)]]
-    for key, label in MEASURES.items():
-        if key not in summary["student_minus_continued"]:
-            continue  # there is no outside text
-        cells = []
-        for a, b in COMPARISONS:
-            cells.append(_with_interval(summary[f"{a}_minus_{b}"], key, "+"))
-        rows.append([label, *cells])
-    return rows
-
-
-def _with_interval(row: Summary, key: str, sign: str) -> str:
-    mean, low, high = (f"{row[key + end]:{sign}.4f}" for end in ("", "_low", "_high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def _tokens(row: Summary) -> str:
-    if "tokens" not in row:
-        return "pretrained"
-    before = f"{amount(row['tokens_before'])} + " if row["tokens_before"] else ""
-    return before + amount(row["tokens"])
 
 
 def amount(number: float) -> str:

@@ -10,3 +10,5 @@ CACHE = DATA / "teacher"
 WINDOWS = DATA / "windows.npy"  # that the continuations train on
 SCORES = DATA / "evaluation"  # <model>/: a table for each benchmark, windows.parquet
 START, CONTROL = MODELS / "start", MODELS / "control"
+# the stage that makes models/<name>, metrics/<name>.json and the curves of each
+TRAINED_MODELS = {"control": "pretrain", "continued": "continue", "student": "distill"}

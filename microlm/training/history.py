@@ -63,10 +63,10 @@ class History:
         if seen.ood_bpb is not None:
             self.log.append(f"{step} ood_bpb {seen.ood_bpb:.6f}")
 
-    def write(self, arm: str, plots: Path, metrics: Path) -> None:
-        """plots/loss/<arm>.csv, plots/hellaswag/<arm>.csv and metrics/<arm>.log."""
+    def write(self, name: str, plots: Path, metrics: Path) -> None:
+        """plots/loss/<name>.csv, plots/hellaswag/<name>.csv and metrics/<name>.log."""
         for curve, rows in (("loss", self.loss), ("hellaswag", self.hellaswag)):
-            with atomic_file(plots / curve / f"{arm}.csv", "w") as file:
+            with atomic_file(plots / curve / f"{name}.csv", "w") as file:
                 pd.DataFrame(rows).to_csv(file, index=False, float_format="%.6f", lineterminator="\n")
-        with atomic_file(metrics / f"{arm}.log", "w") as file:
+        with atomic_file(metrics / f"{name}.log", "w") as file:
             file.write("".join(line + "\n" for line in self.log))

@@ -1,4 +1,4 @@
-"""The training loop of every arm. What is minimized is handed in."""
+"""The loop of every training. What is minimized is handed in."""
 
 import math
 import time
@@ -37,7 +37,7 @@ Evaluator = Callable[[StudentLM, np.ndarray | None], Evaluation]
 class Plan:
     """One training: how long, under which schedule, and where its steps stand on the plots' axis."""
 
-    arm: str
+    name: str  # of the model
     steps: int
     first_step: int  # the curves' x of step 0: where the control's end
     optimization: OptimizationConfig
@@ -65,7 +65,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came; run the same command again to go on.
         UserError: a loss or gradient is not finite, and the last checkpoint stands; or memory is too small.
     """
-    with memory_explained(model, batches.config, plan.arm, plan.optimization.optimizer, cached_ids(loss)):
+    with memory_explained(model, batches.config, plan.name, plan.optimization.optimizer, cached_ids(loss)):
         return _train(model, batches, loss, plan, optimizers, evaluator, directory)
 
 
@@ -82,7 +82,7 @@ def _train(
     step_tokens = batches.config.batch_tokens
     replica, feed = Replica(model), feed_for(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
     announce_expected_time(replica, feed, loss, plan, optimizers, start)
-    bar, pace = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.arm), Pace()
+    bar, pace = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.name), Pace()
     with stop_requests() as stopping, bar:
         for step in range(start, plan.steps + 1):
             if step % plan.optimization.evaluate_every == 0 or step == plan.steps:
@@ -107,7 +107,7 @@ def _train(
                 refuse_infinite_weights(model, plan, batches, step + 1)
                 save_checkpoint(directory, model, optimizers, step + 1, history)
                 raise Interrupted(
-                    f"{plan.arm}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
+                    f"{plan.name}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
                     "run the same command again to go on"
                 )
     return history
@@ -137,7 +137,7 @@ def take_step(replica: Replica, feed: Feed, loss: Loss, plan: Plan, optimizers: 
     cross_entropy = per_token(nats, feed)
     if distributed.any_rank(not (math.isfinite(cross_entropy) and math.isfinite(norm))):
         raise UserError(
-            f"{plan.arm}: step {step + 1} is not finite (cross-entropy {cross_entropy}, gradient norm {norm}; windows "
+            f"{plan.name}: step {step + 1} is not finite (cross-entropy {cross_entropy}, gradient norm {norm}; windows "
             f"{feed.of_step(step)[:8].tolist()} ...); nothing was updated. Lower the learning rates in params.yaml"
         )
     optimizers.step(learning_rate_multiplier(plan.optimization, step, plan.steps))
@@ -167,7 +167,7 @@ def refuse_infinite_weights(model: StudentLM, plan: Plan, batches: Batches, step
     """An update can leave what no loss has shown yet: that is never saved, and nothing is measured on it."""
     if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
         raise UserError(
-            f"{plan.arm}: the update of step {step} left weights that are not finite (windows "
+            f"{plan.name}: the update of step {step} left weights that are not finite (windows "
             f"{batches.of_step(step - 1)[:8].tolist()} ...); nothing was saved. Lower the learning rates in params.yaml"
         )
 
@@ -189,6 +189,6 @@ def announce_expected_time(
     rest = plan.steps - start
     resumed = f", resumed after step {start}" if start else ""
     banner(
-        f"{plan.arm}: {rest} steps to go{resumed}",
+        f"{plan.name}: {rest} steps to go{resumed}",
         [f"expected {duration(rest * step_s)} at {feed.config.batch_tokens / step_s:,.0f} tokens/s"],
     )

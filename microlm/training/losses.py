@@ -1,4 +1,4 @@
-"""The losses of the arms, as the training loop takes them."""
+"""What the trainings minimize, as the training loop takes them."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -103,7 +103,7 @@ def training_memory(
 
 
 @contextmanager
-def memory_explained(model: StudentLM, batch: BatchConfig, arm: str, optimizer: str, ids: int) -> Iterator[None]:
+def memory_explained(model: StudentLM, batch: BatchConfig, name: str, optimizer: str, ids: int) -> Iterator[None]:
     """UserError in place of torch.OutOfMemoryError: what the plan has for this training, and the key to lower.
 
     Args:
@@ -115,7 +115,7 @@ def memory_explained(model: StudentLM, batch: BatchConfig, arm: str, optimizer: 
         planned = planned_bytes(model, batch, optimizer, ids) / 1e9
         why = ". ".join(str(error).split("\n")[0].split(". ")[:2]).rstrip(".")  # what was asked for; then come advices
         raise UserError(
-            f"{arm}: the memory of {_name(model.head_weight.device)} is too small ({why}); the plan has {planned:.3g} "
+            f"{name}: the memory of {_name(model.head_weight.device)} is too small ({why}); the plan has {planned:.3g} "
             f"GB for this training, a live teacher apart; {_mend(batch)}"
         ) from None
 

@@ -9,8 +9,8 @@ import pytest
 from microlm.evaluation.results.centred_mean import centred_means, once
 from microlm.evaluation.results.comparison import compare
 from microlm.evaluation.results.store import Result, write_result
-from microlm.report.benchmark_table import benchmark_rows, blind, centred_mean_rows
 from microlm.report.evaluation_table import comparison_markdown, comparison_text
+from microlm.report.summary import benchmark_rows, blind, centred_mean_rows
 from microlm.report.text_table import WIDTH
 from tests.support.toy_results import absent, toy_result
 

@@ -22,7 +22,7 @@ from tests.support.tiny_run import TEACHER, WHEELS, tiny_parameters, write_teach
 from tests.support.tiny_teacher import write_tiny_teacher
 
 CONTEXT = 512  # for all of HellaSwag, byte by byte
-ARMS = ("control", "continued", "student")
+TRAINED_MODELS = ("control", "continued", "student")
 STAGES = {
     "check", "fetch", "tokenize", "outside", "start", "pretrain", "teacher", "select", "distill", "continue", "compare",
     "evaluate@control", "evaluate@continued", "evaluate@student", "evaluate@teacher",
@@ -83,19 +83,19 @@ def test_fresh_clone_runs_to_the_report(finished: tuple[Clone, str]) -> None:
     assert set(ran(printed)) == STAGES
     for path in (
         "summary",
-        *ARMS,
+        *TRAINED_MODELS,
         "teacher",
         "tokenize",
         "outside",
         "windows",
-        *(f"evaluation/{name}" for name in (*ARMS, "teacher")),
+        *(f"evaluation/{name}" for name in (*TRAINED_MODELS, "teacher")),
     ):
         assert read(clone, f"metrics/{path}.json")
     for path in ("plots/hellaswag.png", "plots/loss.png"):
         assert (clone.directory / path).read_bytes().startswith(b"\x89PNG")
-    for arm in ARMS:
-        assert (clone.directory / "plots" / "loss" / f"{arm}.csv").read_text().startswith("step,")
-        labels = {line.split()[1] for line in (clone.directory / "metrics" / f"{arm}.log").read_text().splitlines()}
+    for name in TRAINED_MODELS:
+        assert (clone.directory / "plots" / "loss" / f"{name}.csv").read_text().startswith("step,")
+        labels = {line.split()[1] for line in (clone.directory / "metrics" / f"{name}.log").read_text().splitlines()}
         assert labels == {"train", "val", "hella", "ood_bpb"}
 
 
@@ -162,10 +162,10 @@ def test_plots_diff_draws_without_a_network(clone: Clone) -> None:
     for name, column in (("HellaSwag", "acc_norm"), ("Loss", "log10_val"), ("Outside", "ood_bpb")):
         spec = clone.dvc_json("plots", "diff", "--targets", name, "--show-vega")
         points = spec["data"]["values"]
-        assert {point["filename"].removesuffix(".csv") for point in points} == set(ARMS)
+        assert {point["filename"].removesuffix(".csv") for point in points} == set(TRAINED_MODELS)
         assert {point["rev"] for point in points} == {"HEAD", "workspace"}
         assert all(point[column] not in ("", None) for point in points)
-    steps = {arm: [int(p["step"]) for p in points if p["filename"] == f"{arm}.csv"] for arm in ARMS}
+    steps = {name: [int(p["step"]) for p in points if p["filename"] == f"{name}.csv"] for name in TRAINED_MODELS}
     assert min(steps["student"]) == min(steps["continued"]) >= max(steps["control"])
 
 
@@ -180,10 +180,10 @@ def test_bad_alpha_is_refused_in_one_line_and_the_student_stays(clone: Clone) ->
     assert fingerprint(clone, "models", "data/evaluation", "metrics", "plots") == before
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_model_is_a_hugging_face_directory(finished: tuple[Clone, str], arm: str) -> None:
+@pytest.mark.parametrize("name", TRAINED_MODELS)
+def test_model_is_a_hugging_face_directory(finished: tuple[Clone, str], name: str) -> None:
     clone, _ = finished
-    directory = clone.directory / "models" / arm
+    directory = clone.directory / "models" / name
     assert not [path for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -202,6 +202,6 @@ def test_model_is_a_hugging_face_directory(finished: tuple[Clone, str], arm: str
 
 def test_arms_saw_the_same_tokens(finished: tuple[Clone, str]) -> None:
     clone, _ = finished
-    continued, student = (read(clone, f"metrics/{arm}.json") for arm in ("continued", "student"))
+    continued, student = (read(clone, f"metrics/{name}.json") for name in ("continued", "student"))
     assert (continued["steps"], continued["tokens"]) == (student["steps"], student["tokens"])
     assert read(clone, "metrics/control.json")["parameters"] == continued["parameters"] == student["parameters"]

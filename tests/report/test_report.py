@@ -11,15 +11,15 @@ import pytest
 from matplotlib.image import imread
 
 from microlm.errors import UserError
-from microlm.evaluation import ARMS, MODELS
+from microlm.evaluation import SCORED_MODELS
 from microlm.evaluation.results.metrics import task_metrics
 from microlm.evaluation.results.statistics import clustered_standard_error
 from microlm.evaluation.results.store import Identity, Result, write_result
 from microlm.evaluation.tasks.task import TASKS
-from microlm.report.benchmark_table import benchmark_rows, centred_mean_rows
 from microlm.report.curve_figures import draw_figures
-from microlm.report.summary import COMPARISONS, read_scores, summarize
+from microlm.report.summary import COMPARISONS, benchmark_rows, centred_mean_rows, read_scores, summarize
 from microlm.report.summary_table import WIDTH, amount, report_text, sentences
+from microlm.runtime.paths import TRAINED_MODELS
 from stages import compare
 from tests.support.clones import ROOT
 
@@ -33,7 +33,7 @@ def _write_scores(top: Path) -> None:
     label, source = random.integers(0, 4, QUESTIONS), np.arange(QUESTIONS) // 2
     gold_bytes, window_bytes = random.integers(20, 200, QUESTIONS), random.integers(800, 1200, WINDOWS)
     shared = random.normal(1.6, 0.1, WINDOWS)
-    for name, shift in zip(MODELS, (0.2, 0.0, -STUDENT_GAIN, -0.6), strict=True):
+    for name, shift in zip(SCORED_MODELS, (0.2, 0.0, -STUDENT_GAIN, -0.6), strict=True):
         folder = top / "data/evaluation" / name
         folder.mkdir(parents=True)
         correct = random.random(QUESTIONS) < (0.42 if name == "teacher" else 0.26)
@@ -73,16 +73,16 @@ def _write_json(path: Path, value: object) -> None:
 def _write_curves(top: Path) -> None:
     for kind in ("hellaswag", "loss"):
         (top / "plots" / kind).mkdir(parents=True)
-    for k, arm in enumerate(ARMS):
-        steps = np.arange(0, 500, 50) + (0 if arm == "control" else 450)
+    for k, name in enumerate(TRAINED_MODELS):
+        steps = np.arange(0, 500, 50) + (0 if name == "control" else 450)
         loss = 10 * np.exp(-steps / 200) + 5 - 0.1 * k
         curve = {"step": steps, "train_loss": loss, "val_loss": loss, "log10_train": np.log10(loss)}
         pd.DataFrame(curve | {"log10_val": np.log10(loss), "val_bpb": loss / 3}).to_csv(
-            top / f"plots/loss/{arm}.csv", index=False
+            top / f"plots/loss/{name}.csv", index=False
         )
         accuracy = 0.25 + 0.01 * np.sin(steps + k)
         curve = {"step": steps, "acc_norm": accuracy, "acc": accuracy, "gold_bpb": loss / 3}
-        pd.DataFrame(curve).to_csv(top / f"plots/hellaswag/{arm}.csv", index=False)
+        pd.DataFrame(curve).to_csv(top / f"plots/hellaswag/{name}.csv", index=False)
 
 
 @pytest.fixture
@@ -98,14 +98,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _without_mean(draws: int = 1000) -> dict:
-    training = {name: json.loads(Path(f"metrics/{name}.json").read_text()) for name in MODELS}
+    training = {name: json.loads(Path(f"metrics/{name}.json").read_text()) for name in SCORED_MODELS}
     return summarize(read_scores(), training, {"alpha": 0.5, "objective": "rkl"}, draws, seed=1)
 
 
 def _summary(draws: int = 1000) -> dict:
     summary = _without_mean(draws)
     order = [("hellaswag", None, 0), ("snli", None, 0)]
-    summary["centred_mean_tasks"], rows = centred_mean_rows(MODELS, COMPARISONS, order, draws, 1)
+    summary["centred_mean_tasks"], rows = centred_mean_rows(SCORED_MODELS, COMPARISONS, order, draws, 1)
     return {key: value | rows.get(key, {}) if key in rows else value for key, value in summary.items()}
 
 
@@ -142,7 +142,7 @@ def test_equal_models_are_not_told_apart(project: Path) -> None:
 
 
 def test_report_fits_the_terminal_and_speaks_of_chance_seed_and_cost(project: Path) -> None:
-    text = report_text(_summary() | {"benchmarks": benchmark_rows(MODELS, 200, 1)})
+    text = report_text(_summary() | {"benchmarks": benchmark_rows(SCORED_MODELS, 200, 1)})
     assert max(map(len, text.splitlines())) <= WIDTH <= 100
     for phrase in ("135M", "2.00M + 2.00M", "0.2955", "Not shown to beat guessing"):
         assert phrase in text
@@ -159,8 +159,8 @@ def test_report_fits_the_terminal_and_speaks_of_chance_seed_and_cost(project: Pa
 )
 def test_nearness_to_chance_is_said_only_where_it_holds(project: Path, accuracy: float, said: str) -> None:
     summary = _summary()
-    for arm in ARMS:
-        summary[arm] |= {"acc_norm": accuracy, "acc_norm_se": 0.02}
+    for name in TRAINED_MODELS:
+        summary[name] |= {"acc_norm": accuracy, "acc_norm_se": 0.02}
     assert said in " ".join(sentences(summary))
 
 
@@ -203,7 +203,7 @@ def test_stage_writes_the_summary_and_prints_it_again_without_data(project: Path
 
 
 def test_figures_are_the_same_bytes_again(project: Path) -> None:
-    items = dict.fromkeys(ARMS, 200)
+    items = dict.fromkeys(TRAINED_MODELS, 200)
     first = [path.read_bytes() for path in draw_figures(items)]
     assert [path.read_bytes() for path in draw_figures(items)] == first
     assert all(b"Software" not in png and b"date" not in png for png in first)
@@ -213,14 +213,14 @@ def test_figures_are_the_same_bytes_again(project: Path) -> None:
 
 
 def test_an_absent_or_blank_curve_is_named_with_its_stage_and_no_figure_changes(project: Path) -> None:
-    before = [path.read_bytes() for path in draw_figures(dict.fromkeys(ARMS, 200))]
+    before = [path.read_bytes() for path in draw_figures(dict.fromkeys(TRAINED_MODELS, 200))]
     path = Path("plots/loss/continued.csv")
     path.write_text("step,log10_train,log10_val\n0,1.0,\n")
     with pytest.raises(UserError, match=r"loss/continued\.csv has a blank cell.*continue"):
-        draw_figures(dict.fromkeys(ARMS, 200))
+        draw_figures(dict.fromkeys(TRAINED_MODELS, 200))
     path.unlink()
     with pytest.raises(UserError, match=r"loss/continued\.csv is not there; make it with: dvc repro continue"):
-        draw_figures(dict.fromkeys(ARMS, 200))
+        draw_figures(dict.fromkeys(TRAINED_MODELS, 200))
     assert [Path(f"plots/{name}.png").read_bytes() for name in ("hellaswag", "loss")] == before
 
 

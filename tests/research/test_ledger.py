@@ -61,7 +61,7 @@ def test_the_stage_writes_what_capture_and_steps_cost(finished, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["stages.ledger"])
     with inside(finished):
         main()
-        entries = read_json(METRICS, "ledger")
+        entries = read_json(METRICS / "ledger.json", "ledger")
         teacher = read_json("metrics/teacher.json", "teacher")
         size = sum(path.stat().st_size for path in Path("data/teacher").iterdir())
     assert entries["cache"]["bytes"] == size

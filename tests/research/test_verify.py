@@ -18,8 +18,8 @@ from microlm.errors import UserError, run_stage
 from microlm.files import sha256_file, write_json
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM
-from microlm.pipeline.capture import CACHE
 from microlm.research.verify import Replay, allowed_nats, replay
+from microlm.runtime.paths import CACHE
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of, sealed
 from microlm.teacher.capture import Recorder, capture, tail_table
 from microlm.teacher.live_teacher import LiveTeacher

@@ -25,7 +25,7 @@ from microlm.models.student import StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.parameters import BatchConfig, PretrainConfig
 from microlm.pipeline import training_stages
-from microlm.pipeline.capture import label
+from microlm.pipeline.capture import capture_teacher
 from microlm.pipeline.evaluator import Evaluator
 from microlm.pipeline.select import select_windows
 from microlm.runtime import distributed
@@ -59,7 +59,7 @@ def pipeline() -> None:
     config = load_config()
     runtime = set_up(config.at.runtime)
     training_stages.pretrain(config, runtime)
-    label(config, runtime)
+    capture_teacher(config, runtime)
     if distributed.is_first():
         select_windows(config, runtime)
     distributed.wait_for_all()

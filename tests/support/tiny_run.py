@@ -53,9 +53,9 @@ class Stage:
         return "-".join(self.command)
 
 
-def _arm(module: str, arm: str) -> Stage:
-    curves = (f"plots/{curve}/{arm}.csv" for curve in ("loss", "hellaswag"))
-    return Stage((module,), (f"models/{arm}", f"metrics/{arm}.json", f"metrics/{arm}.log", *curves))
+def _training(module: str, name: str) -> Stage:
+    curves = (f"plots/{curve}/{name}.csv" for curve in ("loss", "hellaswag"))
+    return Stage((module,), (f"models/{name}", f"metrics/{name}.json", f"metrics/{name}.log", *curves))
 
 
 def _evaluation(name: str) -> Stage:
@@ -65,7 +65,11 @@ def _evaluation(name: str) -> Stage:
 TOKENIZE = Stage(("tokenize",), ("data/shards", "metrics/tokenize.json"))
 START = Stage(("start",), ("models/start", "metrics/start.json", "plots/start.csv", "plots/start.png"))
 OUTSIDE = Stage(("outside",), ("data/outside", "metrics/outside.json"))
-PRETRAIN, CONTINUE, DISTILL = _arm("pretrain", "control"), _arm("continue_", "continued"), _arm("distill", "student")
+PRETRAIN, CONTINUE, DISTILL = (
+    _training("pretrain", "control"),
+    _training("continue_", "continued"),
+    _training("distill", "student"),
+)
 LABEL = Stage(("teacher",), ("data/teacher", "metrics/teacher.json"))
 SELECT = Stage(("select",), ("data/windows.npy", "metrics/windows.json"))
 EVALUATIONS = tuple(_evaluation(name) for name in ("control", "continued", "student", "teacher"))

@@ -12,7 +12,7 @@ import torch
 
 from microlm.config import Config, load_config
 from microlm.models.model_files import save_student
-from microlm.pipeline.capture import label
+from microlm.pipeline.capture import capture_teacher
 from microlm.pipeline.start import fresh_student
 from microlm.runtime.device import Runtime
 from tests.support.clones import ROOT
@@ -57,4 +57,4 @@ def _fill(directory: Path) -> None:
         write_shards(texts, tokenizer, Path("data/shards"), validation_fraction=0.1, shard_tokens=8192)
         for name in ("start", "control"):
             save_student(fresh_student(config, tokenizer), tokenizer, Path("models") / name)
-        label(config, RUNTIME)
+        capture_teacher(config, RUNTIME)

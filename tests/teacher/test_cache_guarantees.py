@@ -19,7 +19,7 @@ from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import sha256_file
 from microlm.models.student import StudentLM
-from microlm.pipeline.capture import CACHE
+from microlm.runtime.paths import CACHE
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, sealed
 from tests.support.tiny_teacher import write_tiny_teacher

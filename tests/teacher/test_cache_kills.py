@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microlm.files import atomic_directory, recover_directory, remove_directory, sha256_bytes
-from microlm.pipeline.capture import CACHE, METRICS, label, publish
+from microlm.pipeline.capture import CACHE, METRICS, capture_teacher, publish
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import MANIFEST
 from tests.support.clones import ROOT
@@ -258,19 +258,19 @@ def test_a_stage_stopped_after_the_capture_does_not_ask_the_teacher_again(worksp
     rename = os.replace
 
     def full(source: str | Path, target: str | Path) -> None:
-        if Path(target) == METRICS:
+        if Path(target) == METRICS / "teacher.json":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         rename(source, target)
 
     with inside(workspace):
-        assert json.loads(METRICS.read_text())["tokens_per_s"] > 0
+        assert json.loads((METRICS / "teacher.json").read_text())["tokens_per_s"] > 0
         shutil.rmtree(CACHE)  # as DVC does before it runs the stage
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", full)
             with pytest.raises(OSError, match="No space"):
-                label(config, RUNTIME)
+                capture_teacher(config, RUNTIME)
         shutil.rmtree(CACHE)
-        label(config, RUNTIME)
+        capture_teacher(config, RUNTIME)
         assert content(CACHE) == first
-        assert json.loads(METRICS.read_text())["tokens_per_s"] == 0  # none was asked for
+        assert json.loads((METRICS / "teacher.json").read_text())["tokens_per_s"] == 0  # none was asked for
         assert not list(Path(".resume").glob("teacher-*"))

@@ -19,7 +19,7 @@ from microlm.files import read_json, sha256_file, write_json
 from microlm.models.teacher_source import teacher_source
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss
 from microlm.pipeline.asked_objective import objective_schedule
-from microlm.pipeline.capture import CACHE, label
+from microlm.pipeline.capture import CACHE, capture_teacher
 from microlm.pipeline.select import select_windows
 from microlm.pipeline.start import fresh_student
 from microlm.teacher.cache import MANIFEST, TeacherCache, cache_identity, sealed
@@ -92,7 +92,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     top = make_workspace(tmp_path_factory.mktemp("projected") / "workspace")
     with_other_tokenizer(top)
     with inside(top):
-        label(config_of(top), RUNTIME)
+        capture_teacher(config_of(top), RUNTIME)
     return top
 
 

@@ -1,6 +1,6 @@
 """A small run of the whole experiment with the stages' own code: control, continued and two students at the real shape.
 
-The packaged text and teacher, the same wall-clock for every arm as a cross-entropy step decides it, then all of
+The packaged text and teacher, the same wall-clock for every training as a cross-entropy step decides it, then all of
 HellaSwag. `continued` and the students start from the control and differ in the loss alone.
 """
 
@@ -24,26 +24,28 @@ from microlm.evaluation.run import evaluate, gather
 from microlm.evaluation.scoring.held_out_loss import validation_loss
 from microlm.files import read_json
 from microlm.pipeline import training_stages
-from microlm.pipeline.capture import METRICS as TEACHER_METRICS
-from microlm.pipeline.capture import label
+from microlm.pipeline.capture import capture_teacher
 from microlm.pipeline.select import select_windows
 from microlm.pipeline.start import make_start
 from microlm.runtime.device import Runtime
-from microlm.runtime.paths import SHARDS
+from microlm.runtime.paths import METRICS, SHARDS
 
 MICRO_BATCH = 1  # which of the sizes makes a step of its own here: few tokens ask for small steps
 CURVE_WINDOWS, CURVE_ITEMS = 32, 40  # that the curves see at either end of a training
-OVERHEAD_S, SHORTEST_S = 90.0, 5.0  # of labels, compilation and scores, while four arms share the rest of the minutes
+OVERHEAD_S, SHORTEST_S = 90.0, 5.0  # of labels, compilation, scores; four trainings share the rest of the minutes
 
 
 def run(setting: Setting) -> Figures:
     experiment = Experiment(setting)
     yield "steps", experiment.decide
     yield "control", experiment.control
-    yield "teacher", experiment.label
-    yield "continued", partial(experiment.arm, "continued", training_stages.continue_control)
+    yield "teacher", experiment.capture_teacher
+    yield "continued", partial(experiment.train, "continued", training_stages.continue_control)
     for objective in ("rkl", "fkl"):
-        yield f"student, {objective}", partial(experiment.arm, "student", training_stages.distill, objective=objective)
+        yield (
+            f"student, {objective}",
+            partial(experiment.train, "student", training_stages.distill, objective=objective),
+        )
 
 
 class Experiment:
@@ -55,9 +57,9 @@ class Experiment:
         self.config = _configured(setting, self.shards)
 
     def decide(self) -> dict[str, float]:
-        """How many steps an arm gets, from a few that are timed."""
+        """How many steps a training gets, from a few that are timed."""
         setting, at = self.setting, self.config.at
-        wanted_s = min(setting.sizes.arm_s, max(SHORTEST_S, (setting.left_s - OVERHEAD_S) / 4))
+        wanted_s = min(setting.sizes.training_s, max(SHORTEST_S, (setting.left_s - OVERHEAD_S) / 4))
         n_vocab = self.shards.manifest["tokenizer"]["n_vocab"]
         bench = StepBench(setting, self.config, n_vocab, Path("step-of-run"))
         step_s, _ = bench.seconds_of_step(CASES[0], at.batch.micro_batch_rows)
@@ -70,23 +72,23 @@ class Experiment:
         self.config = replace(self.config, at=replace(at, pretrain=pretrain, continuation=continuation))
         return {"step_ms": step_s * 1e3, "steps": steps, "epochs": epochs, "seconds_an_arm": steps * step_s}
 
-    def label(self) -> dict[str, Any]:
+    def capture_teacher(self) -> dict[str, Any]:
         """Stages `teacher` and `select`."""
-        label(self.config, self.setting.runtime)
+        capture_teacher(self.config, self.setting.runtime)
         select_windows(self.config, self.setting.runtime)
-        said = read_json(TEACHER_METRICS, "teacher")
+        said = read_json(METRICS / "teacher.json", "teacher")
         return {"tokens_per_s": said["tokens_per_s"], "val_bpb": said["val"]["bpb"], "elapsed_s": said["elapsed_s"]}
 
     def control(self) -> dict[str, Any]:
         """Stages `start` and `pretrain`."""
         make_start(self.config, self.setting.runtime)
-        return self.arm("control", training_stages.pretrain)
+        return self.train("control", training_stages.pretrain)
 
-    def arm(self, name: str, train: Callable[[Config, Runtime], None], objective: str = "rkl") -> dict[str, Any]:
+    def train(self, name: str, train: Callable[[Config, Runtime], None], objective: str = "rkl") -> dict[str, Any]:
         """Train it, then score it."""
         config, runtime = replace(self.config, objective=objective), self.setting.runtime
         train(config, runtime)
-        said = read_json(training_stages.METRICS / f"{name}.json", name)
+        said = read_json(METRICS / f"{name}.json", name)
         trained = {key: said[key] for key in ("steps", "tokens", "tokens_per_s", "train_loss", "peak_memory_bytes")}
         return trained | self._scores(name, config)
 
@@ -108,7 +110,7 @@ class Experiment:
 
 
 def _configured(setting: Setting, shards: TokenShards) -> Config:
-    """The measured scale over the workspace's text and teacher, every arm on all of the text."""
+    """The measured scale over the workspace's text and teacher, every training on all of the text."""
     at, rows = setting.config.at, setting.sizes.micro_batch_rows[MICRO_BATCH]
     batch = replace(at.batch, batch_tokens=rows * at.batch.seq_len, micro_batch_rows=rows)
     seen = {"validation_windows": CURVE_WINDOWS, "hellaswag_items": CURVE_ITEMS}

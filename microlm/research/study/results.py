@@ -13,7 +13,7 @@ from typing import Any
 
 from microlm.config import Config
 from microlm.errors import UserError
-from microlm.evaluation import MODELS
+from microlm.evaluation import SCORED_MODELS
 from microlm.files import atomic_file
 from microlm.research.study.grid import FIRST, FOLDER, Grid, Run
 from microlm.research.study.queue import metrics_of
@@ -27,7 +27,7 @@ NUMBERS = (
     "seed",
     "parameters",
     "tokens",
-    *(f"{model}_{score}" for model in MODELS for score in SCORES),
+    *(f"{model}_{score}" for model in SCORED_MODELS for score in SCORES),
     *(f"{pair}_{score}{end}" for pair in PAIRS for score in ("val_bpb", "acc_norm") for end in ENDS),
     "teacher_tokens",
     "labelling_to_distilling_flops",
@@ -38,7 +38,7 @@ NUMBERS = (
 RECORDED = (*LABELS, *NUMBERS)
 """What every file has."""
 OUTSIDE = (
-    *(f"{model}_ood_bpb" for model in MODELS),
+    *(f"{model}_ood_bpb" for model in SCORED_MODELS),
     *(f"{pair}_ood_bpb{end}" for pair in PAIRS for end in ENDS),
 )
 """Last in a file, and only where some run was scored on text of another kind; blank cells of a row without are NaN."""
@@ -60,7 +60,14 @@ def marked(stem: str, grid: Grid) -> str:
 
 def read_metrics(directory: Path, commit: str) -> dict[str, dict[str, Any]]:
     """What an experiment's commit holds under metrics/, by file stem; evaluations as `evaluation/<model>`."""
-    names = ["summary", "student", "continued", "control", "teacher", *(f"evaluation/{model}" for model in MODELS)]
+    names = [
+        "summary",
+        "student",
+        "continued",
+        "control",
+        "teacher",
+        *(f"evaluation/{model}" for model in SCORED_MODELS),
+    ]
     return {name: json.loads(metrics_of(directory, commit, f"metrics/{name}.json")) for name in names}
 
 
@@ -92,13 +99,13 @@ def row_of(run: Run, config: Config, metrics: Mapping[str, Any], settings: str, 
         "labelling_to_distilling_flops": summary["teacher"]["labelling_to_distilling_flops"],
     }
     row |= {f"{model}_elapsed_s": metrics[model]["elapsed_s"] for model in ("student", "continued", "teacher")}
-    for model in MODELS:
+    for model in SCORED_MODELS:
         row[f"{model}_nats"] = round(metrics[f"evaluation/{model}"]["validation"]["nats"], 6)
         row |= {f"{model}_{score}": summary[model][score] for score in SCORES if score != "nats"}
     for pair in PAIRS:
         row |= {f"{pair}_{score}{end}": summary[pair][score + end] for score in ("val_bpb", "acc_norm") for end in ENDS}
     if "ood_bpb" in summary["student"]:
-        row |= {f"{model}_ood_bpb": summary[model]["ood_bpb"] for model in MODELS}
+        row |= {f"{model}_ood_bpb": summary[model]["ood_bpb"] for model in SCORED_MODELS}
         row |= {f"{pair}_ood_bpb{end}": summary[pair][f"ood_bpb{end}"] for pair in PAIRS for end in ENDS}
     return row
 
