@@ -1,8 +1,6 @@
 """What every language model is to the rest of MicroLM: hidden states first, logits only where they are needed."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +32,15 @@ class Prefix:
 
 
 def _joined(spans: tuple[Tensor, ...], rows: int) -> Tensor:
-    repeated = [span.expand(rows, -1, -1, -1) if len(span) == 1 else _repeated(span, rows) for span in spans]
+    repeated = [
+        span.repeat_interleave(rows // len(span), dim=0) if 1 < len(span) < rows else span.expand(rows, -1, -1, -1)
+        for span in spans
+    ]
     return repeated[0] if len(repeated) == 1 else torch.cat(repeated, dim=2)
 
 
-def _repeated(span: Tensor, rows: int) -> Tensor:
-    return span if len(span) == rows else span.repeat_interleave(rows // len(span), dim=0)
-
-
-@runtime_checkable
-class LanguageModel(Protocol):
-    """A causal transformer, an `nn.Module`. B rows, T tokens, D hidden width, V size of the real vocabulary.
+class LanguageModel(nn.Module):
+    """A causal transformer. B rows, T tokens, D hidden width, V size of the real vocabulary.
 
     The two halves are apart because the head is the dearest part of a small model: a caller runs it only on the
     positions whose predictions it reads.
@@ -52,7 +48,6 @@ class LanguageModel(Protocol):
 
     n_vocab: int  # V: ids the tokenizer has, without the padding rows of the embedding
     context: int  # positions the model was built for; a row may be longer as long as its positions are below it
-    training: bool
     plain_head: bool  # logits are the first V rows of head_weight times the hidden state, and nothing more
     head_weight: Tensor  # [at least V, D]
 
@@ -68,21 +63,15 @@ class LanguageModel(Protocol):
 
         After a prefix of P tokens the mask is [B, 1, T, P + T], and positions count on (None: P..P+T-1).
         """
-        ...
+        raise NotImplementedError
 
     def read_prefix(self, tokens: Tensor, prefix: Prefix | None = None) -> Prefix:
         """What rows need to go on after tokens [P], or each part of the rows after its own row of tokens [R, P].
 
         After `prefix`, if there is one: its tokens count as read before.
         """
-        ...
+        raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V], padding rows of the embedding sliced off."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-    def eval(self) -> nn.Module: ...
+        raise NotImplementedError

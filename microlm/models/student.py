@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from microlm.models.architecture import ModelShape
-from microlm.models.interface import KeysValues, Prefix
+from microlm.models.interface import KeysValues, LanguageModel, Prefix
 
 INIT_STD = 0.02
 
@@ -70,39 +70,32 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(shape.key_width if whole else shape.head_dim, shape.norm_eps)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = self._project(x_BTD, cos, sin)
-        return self._attend(q, k, v, mask, mask is None)
+        return self.extend(x_BTD, cos, sin, None, mask)[0]
 
     def extend(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, mask: Tensor | None = None
     ) -> tuple[Tensor, KeysValues]:
-        """`forward` of positions that follow those of `past`, and the keys and values of both together."""
-        q, k, v = self._project(x_BTD, cos, sin)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        # a mask keeps a GPU from its flash kernel: without a past `is_causal` says the same; one query sees all keys
-        causal = mask is None and past is None
-        if mask is None and not causal and q.shape[2] > 1:
-            before = k.shape[2] - q.shape[2]
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
-        return self._attend(q, k, v, mask, causal), (k, v)
-
-    def _project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, T, E], keys and values [B, K, T, E]."""
+        """`forward` of positions that follow those of `past`, and the keys and values [B, K, T, E] of both together."""
         q, k = self.q_proj(x_BTD), self.k_proj(x_BTD)
         if self.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, self.v_proj(x_BTD)))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        kept = k, v
+        # a mask keeps a GPU from its flash kernel: without a past `is_causal` says the same; one query sees all keys
+        causal = mask is None and past is None
+        if mask is None and not causal and q.shape[2] > 1:
+            before = k.shape[2] - q.shape[2]
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
         if self.group > 1:
             # repeated by hand: with `enable_gqa` the CPU leaves its flash kernel
             k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.o_proj(y.transpose(1, 2).flatten(2)), kept
 
 
 class MLP(nn.Module):
@@ -131,23 +124,18 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        return self._after(x, self.self_attn(self._before(x), cos, sin, mask))
+        return self.extend(x, cos, sin, None, mask)[0]
 
     def extend(
         self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, mask: Tensor | None = None
     ) -> tuple[Tensor, KeysValues]:
-        attended, kept = self.self_attn.extend(self._before(x), cos, sin, past, mask)
-        return self._after(x, attended), kept
-
-    def _before(self, x: Tensor) -> Tensor:
-        return x if self.post_norm else self.input_layernorm(x)
-
-    def _after(self, x: Tensor, attended: Tensor) -> Tensor:
+        before = x if self.post_norm else self.input_layernorm(x)
+        attended, kept = self.self_attn.extend(before, cos, sin, past, mask)
         if self.post_norm:
             x = x + self.post_attention_layernorm(attended)
-            return x + self.post_feedforward_layernorm(self.mlp(x))
+            return x + self.post_feedforward_layernorm(self.mlp(x)), kept
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x)), kept
 
 
 class Trunk(nn.Module):
@@ -160,7 +148,7 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
 
 
-class StudentLM(nn.Module):
+class StudentLM(LanguageModel):
     """The student. `hidden` and `logits` are apart, so that the loss and the scorers choose where the head runs."""
 
     plain_head = True
@@ -168,7 +156,7 @@ class StudentLM(nn.Module):
     def __init__(self, shape: ModelShape, seed: int | None = 0) -> None:
         """`seed` of the first weights; None leaves them to whoever loads others."""
         super().__init__()
-        self.shape = shape
+        self.shape, self.n_vocab, self.context = shape, shape.n_vocab, shape.context
         self.activation_dtype = torch.float32
         self.model = Trunk(shape)
         if not shape.tied:
@@ -180,14 +168,6 @@ class StudentLM(nn.Module):
         self.register_buffer("sin", angles.sin().float(), persistent=False)
         if seed is not None:
             self._initialize(seed)
-
-    @property
-    def n_vocab(self) -> int:
-        return self.shape.n_vocab
-
-    @property
-    def context(self) -> int:
-        return self.shape.context
 
     @property
     def head_weight(self) -> Tensor:
@@ -216,25 +196,8 @@ class StudentLM(nn.Module):
         mask: Tensor | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """Final normed hidden states.
-
-        Args:
-            tokens: int64 [B, T].
-            positions: int64 [B, T]; None counts from 0, or from where `prefix` ends.
-            mask: bool [B, 1, T, T], True where attention may look; None is causal. After a prefix of P tokens it is
-                [B, 1, T, P + T].
-            prefix: what `read_prefix` returned; the rows go on after it.
-
-        Returns:
-            [B, T, D] in the activations' dtype.
-        """
-        x = self.model.embed_tokens(tokens).to(self.activation_dtype)
-        before = 0 if prefix is None else prefix.length
-        if positions is None:
-            cos, sin = self._turns(slice(before, before + tokens.shape[1]))
-        else:
-            cos, sin = self.cos[positions], self.sin[positions]
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        """As `LanguageModel.hidden`, [B, T, D] in the activations' dtype."""
+        x, cos, sin = self.embedded(tokens, 0 if prefix is None else prefix.length, positions)
         if prefix is not None:
             for index, layer in enumerate(self.model.layers):
                 x, _ = layer.extend(x, cos, sin, prefix.layer(index, len(x)), mask)
@@ -244,33 +207,34 @@ class StudentLM(nn.Module):
             x = block(layer, x, cos, sin, mask)
         return self.model.norm(x)
 
-    def read_prefix(self, tokens: Tensor, prefix: Prefix | None = None) -> Prefix:
-        """Keys and values of tokens int64 [P] or [R, P], read after `prefix` if there is one."""
-        tokens = torch.atleast_2d(tokens)
-        before = 0 if prefix is None else prefix.length
+    def embedded(
+        self, tokens: Tensor, before: int = 0, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens as the first block has them, [B, T, D], and the cosines and sines of their positions, [B or 1, T, E].
+
+        They follow `before` others, where no positions [B, T] are given.
+        """
         x = self.model.embed_tokens(tokens).to(self.activation_dtype)
-        cos, sin = (turn.to(x.dtype) for turn in self._turns(slice(before, before + tokens.shape[1])))
+        at = (None, slice(before, before + tokens.shape[1])) if positions is None else positions
+        return x, self.cos[at].to(x.dtype), self.sin[at].to(x.dtype)
+
+    def read_prefix(self, tokens: Tensor, prefix: Prefix | None = None) -> Prefix:
+        """As `LanguageModel.read_prefix`."""
+        spans, before = ((), 0) if prefix is None else (prefix.spans, prefix.length)
+        x, cos, sin = self.embedded(torch.atleast_2d(tokens), before)
         span = []
         for index, layer in enumerate(self.model.layers):
             past = None if prefix is None else prefix.layer(index, len(x))
             x, (keys, values) = layer.extend(x, cos, sin, past)
             span.append((keys[:, :, before:].clone(), values[:, :, before:].clone()))  # a view would keep the rest
-        spans = () if prefix is None else prefix.spans
         return Prefix((*spans, tuple(span)), self.model.norm(x[:, -1]))
-
-    def _turns(self, span: slice) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions in `span`, each [1, T, E]."""
-        return self.cos[None, span], self.sin[None, span]
 
     def extend(self, tokens: Tensor, cache: list[KeysValues] | None = None) -> tuple[Tensor, list[KeysValues]]:
         """Hidden states [B, T, D] of tokens [B, T] that follow those in `cache` (None: none), and the longer cache."""
-        past = [None] * len(self.model.layers) if cache is None else cache
-        start = 0 if cache is None else cache[0][0].shape[2]
-        x = self.model.embed_tokens(tokens).to(self.activation_dtype)
-        cos, sin = (turn.to(x.dtype) for turn in self._turns(slice(start, start + tokens.shape[1])))
+        x, cos, sin = self.embedded(tokens, 0 if cache is None else cache[0][0].shape[2])
         kept = []
-        for layer, layer_past in zip(self.model.layers, past):
-            x, longer = layer.extend(x, cos, sin, layer_past)
+        for layer, past in zip(self.model.layers, cache or [None] * len(self.model.layers)):
+            x, longer = layer.extend(x, cos, sin, past)
             kept.append(longer)
         return self.model.norm(x), kept
 

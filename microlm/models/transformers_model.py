@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from microlm.errors import UserError
-from microlm.models.interface import KeysValues, Prefix
+from microlm.models.interface import KeysValues, LanguageModel, Prefix
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -16,7 +16,7 @@ UNSTATED_CONTEXT = 2048  # a model of relative positions may not say; those publ
 CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 
-class TransformersModel(nn.Module):
+class TransformersModel(LanguageModel):
     """Any transformers causal language model. Its head may have a bias, a scale or a soft cap beside its matrix."""
 
     def __init__(self, network: nn.Module, n_vocab: int) -> None:

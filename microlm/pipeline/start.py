@@ -19,11 +19,8 @@ from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import ParameterError
 from microlm.evaluation.scoring.held_out_loss import validation_loss
 from microlm.files import atomic_file, write_json
-from microlm.models import model_files
+from microlm.models import model_files, pruning
 from microlm.models.architecture import ModelShape
-from microlm.models.importance import Importance, by_influence, by_loss, importance, most_important, tries
-from microlm.models.principal_embedding import principal_embedding
-from microlm.models.pruning import Kept, cut
 from microlm.models.start_request import embedding_problems, pruned_problems
 from microlm.models.student import StudentLM
 from microlm.models.teacher_source import teacher_source
@@ -92,7 +89,7 @@ def _embedded(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
     model, size = fresh_student(config, tokenizer), config.at.model.hidden_size
     if found := embedding_problems(size, theirs.shape[1]):
         raise ParameterError(found[0])
-    rows, share = principal_embedding(theirs, size)
+    rows, share = pruning.principal_embedding(theirs, size)
     own = model.model.embed_tokens.weight.data
     own[: len(rows)] = rows * (own.square().mean() / rows.square().mean()).sqrt()
     told = {"teacher_parameters": _count(teacher), "embedding_share": share}
@@ -110,30 +107,30 @@ def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
     labelled = cached_windows(shards, seq_len, config.at.teacher.windows)
     chosen = labelled[evenly_spaced(len(labelled), wanted.calibration_windows)]
     batch = read_batch(shards, chosen, seq_len)
-    scores, shape, losses = importance(teacher, batch), teacher.shape, None
+    scores, shape, losses = pruning.importance(teacher, batch), teacher.shape, None
     layers = tuple(range(shape.layers))
     if isinstance(wanted.layers, list):
         layers = tuple(wanted.layers)
     elif wanted.layers is not None and wanted.choose == "influence":
-        layers = by_influence(scores.layers, wanted.layers)
+        layers = tuple(pruning.most_important(scores.layers, wanted.layers).tolist())
     elif wanted.layers is not None:
-        with progress_bar(tries(shape.layers, wanted.layers), 0, "try", "start: layers") as bar:
-            layers, losses = by_loss(teacher, batch, wanted.layers, token_nats, bar.update)
-    student = cut(teacher.cpu(), _kept(scores, layers, wanted, shape))
+        with progress_bar(pruning.tries(shape.layers, wanted.layers), 0, "try", "start: layers") as bar:
+            layers, losses = pruning.by_loss(teacher, batch, wanted.layers, token_nats, bar.update)
+    student = pruning.cut(teacher.cpu(), _kept(scores, layers, wanted, shape))
     told = {"teacher_parameters": teacher.parameter_count(), "kept": student.parameter_count()}
     told["kept"] /= told["teacher_parameters"]
     return student, told | {"layers": list(layers)}, _table(scores.layers, layers, losses)
 
 
-def _kept(scores: Importance, layers: tuple[int, ...], wanted: StartConfig, shape: ModelShape) -> Kept:
+def _kept(scores: pruning.Importance, layers: tuple[int, ...], wanted: StartConfig, shape: ModelShape) -> pruning.Kept:
     group = shape.heads // shape.kv_heads
     groups = (wanted.heads or shape.heads) // group
-    return Kept(
+    return pruning.Kept(
         layers,
-        most_important(scores.hidden, wanted.hidden_size or shape.hidden_size),
-        tuple(most_important(scores.groups[layer], groups) for layer in layers),
+        pruning.most_important(scores.hidden, wanted.hidden_size or shape.hidden_size),
+        tuple(pruning.most_important(scores.groups[layer], groups) for layer in layers),
         tuple(
-            most_important(scores.neurons[layer], wanted.intermediate_size or shape.intermediate_size)
+            pruning.most_important(scores.neurons[layer], wanted.intermediate_size or shape.intermediate_size)
             for layer in layers
         ),
     )

@@ -27,10 +27,8 @@ from transformers import (
 from microlm.corpus.batches import Batch
 from microlm.errors import UserError
 from microlm.models.architecture import FAMILIES
-from microlm.models.importance import by_influence, by_loss, importance, most_important, tries
 from microlm.models.model_files import as_student, load_student, save_student
-from microlm.models.principal_embedding import principal_embedding
-from microlm.models.pruning import Kept, cut, everything
+from microlm.models.pruning import Kept, by_loss, cut, importance, most_important, principal_embedding, tries
 from microlm.models.student import StudentLM
 from microlm.models.transformers_model import TransformersModel
 from microlm.objective.fused_head import token_nats
@@ -80,6 +78,14 @@ def network_of(config: PreTrainedConfig, seed: int = 0) -> nn.Module:
 
 def teacher_of(name: str, seed: int = 0) -> StudentLM:
     return as_student(TransformersModel(network_of(CONFIGS[name], seed), REAL), name).eval()
+
+
+def everything(model: StudentLM) -> Kept:
+    """What leaves the model as it is."""
+    shape = model.shape
+    groups, neurons = torch.arange(shape.kv_heads), torch.arange(shape.intermediate_size)
+    layers = tuple(range(shape.layers))
+    return Kept(layers, torch.arange(shape.hidden_size), (groups,) * shape.layers, (neurons,) * shape.layers)
 
 
 def tokens(rows: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
@@ -248,7 +254,7 @@ def test_the_most_important_are_kept_in_their_order() -> None:
     scores = torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0])
     assert most_important(scores, 2).tolist() == [0, 2]  # among equals the first
     assert most_important(scores, 4).tolist() == [0, 2, 3, 4]
-    assert by_influence(scores, 5) == (0, 1, 2, 3, 4)
+    assert most_important(scores, 5).tolist() == [0, 1, 2, 3, 4]
 
 
 @given(seed=st.integers(0, 999), size=st.integers(1, 12))
