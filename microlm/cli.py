@@ -29,8 +29,8 @@ from microlm.files import write_json
 from microlm.parameters import RuntimeConfig
 from microlm.report.evaluation_table import comparison_text, results_text
 from microlm.report.published import published_figures
-from microlm.research.plan.estimate import Machine, config_of_scale, disk_here, make_plan
-from microlm.research.plan.measured import rate_of
+from microlm.research.plan.estimate import config_of_scale, disk_here, make_plan
+from microlm.research.plan.machine import Machine, rate_of
 from microlm.research.plan.page import disk_lines, page
 from microlm.runtime.device import Runtime, set_up
 from microlm.runtime.terminal import banner

@@ -12,7 +12,8 @@ from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.files import atomic_directory, read_json
 from microlm.models.model_files import load_language_model
-from microlm.research.plan.estimate import Machine, make_plan
+from microlm.research.plan.estimate import make_plan
+from microlm.research.plan.machine import Machine
 from tests.support.clones import ROOT, Clone
 from tests.support.soak import LONG
 from tests.support.tiny_teacher import CONTEXT, tiny_llama

@@ -22,11 +22,10 @@ from microlm.objective.definition import Objective
 from microlm.objective.fused_head import fused_head_loss
 from microlm.objective.vocabulary_blocks import COLUMNS, SIZES, SPARE, layout_of
 from microlm.parameters import BatchConfig
-from microlm.research.plan.estimate import Machine, config_of_scale, make_plan
-from microlm.research.plan.measured import ASSUMED, Rate, rate_of
+from microlm.research.plan.estimate import config_of_scale, make_plan
+from microlm.research.plan.machine import ASSUMED, Machine, Rate, rate_of
 from microlm.research.plan.page import page, size
-from microlm.research.plan.sizes import KNOWN_TEACHERS, VOCABULARIES, teacher_shape
-from microlm.research.plan.work import forward_flops
+from microlm.research.plan.sizes import KNOWN_TEACHERS, VOCABULARIES, forward_flops, teacher_shape
 from microlm.training.memory import FLOAT32, Precision, activation_bytes, optimizer_bytes, training_memory
 from microlm.training.optimizer import Optimizers
 from tests.support.clones import ROOT, Clone

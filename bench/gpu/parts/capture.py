@@ -11,7 +11,7 @@ from bench.gpu.device import forget_peak, peak_bytes, synchronize
 from bench.gpu.setting import Figures, Setting
 from microlm.corpus.batches import evenly_spaced
 from microlm.models.interface import LanguageModel
-from microlm.research.plan.work import forward_flops
+from microlm.research.plan.sizes import forward_flops
 from microlm.teacher.capture import capture
 
 TEACHERS = {"SmolLM2-135M": materials.smollm2, "OLMo-1B shape": materials.olmo_1b}

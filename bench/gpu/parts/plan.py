@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.gpu.parts.steps import CACHED, CROSS_ENTROPY, key_of
 from bench.gpu.setting import Figures, Setting
-from microlm.research.plan.measured import ASSUMED
+from microlm.research.plan.machine import ASSUMED
 from microlm.training.memory import Precision, training_memory
 
 ROWS = {CROSS_ENTROPY: False, CACHED: True}

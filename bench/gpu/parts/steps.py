@@ -15,7 +15,7 @@ from microlm.corpus.batches import Batches
 from microlm.models.interface import LanguageModel
 from microlm.models.student import StudentLM, parameter_count
 from microlm.pipeline.asked_objective import objective_schedule
-from microlm.research.plan.work import forward_flops
+from microlm.research.plan.sizes import forward_flops
 from microlm.teacher.live_teacher import LiveTeacher
 from microlm.training import losses
 from microlm.training.loop import Loss, Plan, feed_for, take_step

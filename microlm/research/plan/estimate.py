@@ -1,34 +1,26 @@
 """The plan of one scale: everything that its page says, as plain numbers."""
 
+import math
 import shutil
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from microlm.config import PARAMS, Config, load_config
+from microlm.corpus.parts import PARTS, SMOLLM2, needed_parts
+from microlm.corpus.shards import HEADER, token_dtype
 from microlm.errors import UserError
+from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.files import read_yaml
 from microlm.models.student import parameter_count
+from microlm.parameters import OptimizationConfig
 from microlm.research.ledger import break_even
-from microlm.research.plan import memory, work
-from microlm.research.plan.measured import ASSUMED, Rate
-from microlm.research.plan.sizes import corpus_size, student_shape, teacher_shape, vocabulary_of
-from microlm.research.plan.storage import cache_bytes, cache_plan, storage
-from microlm.training.memory import LIBRARIES_BYTES, Precision, training_memory
+from microlm.research.plan.machine import Machine
+from microlm.research.plan.sizes import Sizes
+from microlm.teacher.capture import GROUPS, HEAD_ROWS, TABLE_WINDOWS
+from microlm.training.memory import FLOAT32, LIBRARIES_BYTES, Precision, optimizer_bytes, training_memory
 
-
-@dataclass(frozen=True)
-class Machine:
-    """`gpus` of one kind."""
-
-    gpus: int = 1
-    rate: Rate = ASSUMED
-    price_per_gpu_hour: float | None = None
-
-    @property
-    def flops_per_s(self) -> float:
-        """Of one GPU at work."""
-        return self.rate.peak_tflops * 1e12 * self.rate.utilisation
+HELLASWAG_TOKENS = 174  # that a question costs, its context read once: mean over every tenth question, OLMo's tokens
+HELLASWAG_QUESTIONS = 10_042
 
 
 def config_of_scale(scale: str | None) -> Config:
@@ -43,111 +35,169 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
     """All figures of the page but the disk's. UserError where something that decides them is not known."""
     if config.objective == "minillm":
         raise UserError(f"{PARAMS}: objective: minillm samples text in every step, which is not planned; set another")
-    at = config.at
-    vocabulary = vocabulary_of(at.corpus.tokenizer)
-    shape, corpus = student_shape(config, vocabulary), corpus_size(at.corpus)
-    teacher = teacher_shape(at.teacher.model, teacher_parameters)
-    budget = work.Budget.build(config, corpus, shape, teacher)
-    stages = work.stages(budget, machine.gpus)
-    windows = budget.labelled
-    layout = cache_plan(config, vocabulary, windows)
-    record = layout.token_bytes
+    at, sizes = config.at, Sizes.of(config, teacher_parameters)
+    benchmarks = {benchmark.task.name for benchmark in configured_benchmarks(at.evaluation.benchmarks)}
     return {
         "scale": config.scale,
         "machine": {"gpus": machine.gpus, **vars(machine.rate), "price_per_gpu_hour": machine.price_per_gpu_hour},
-        "student": {"parameters": parameter_count(shape), **vars(shape)},
-        "teacher": {"model": at.teacher.model, **vars(teacher)},
-        "tokens": {"train": corpus.train_tokens, "val": corpus.val_tokens, "labelled": windows * at.batch.seq_len},
-        "flops_per_token": {"training": 3 * budget.student_forward, "teacher": budget.teacher_forward},
-        "stages": {name: _stage(one, machine) for name, one in stages.items()},
-        "uncounted_tasks": work.uncounted_tasks(config),
-        "busy_share": work.busy_share(config, machine.gpus),
+        "student": {"parameters": parameter_count(sizes.student), **vars(sizes.student)},
+        "teacher": {"model": at.teacher.model, **vars(sizes.teacher)},
+        "tokens": {"train": sizes.train_tokens, "val": sizes.val_tokens, "labelled": sizes.labelled_tokens},
+        "flops_per_token": {"training": 3 * sizes.student_forward, "teacher": sizes.teacher_forward},
+        "stages": _stages(sizes, machine),
+        "uncounted_tasks": sorted(benchmarks - {"hellaswag"}),  # how long their questions are is known with their data
+        "busy_share": busy_share(config, machine.gpus),
         "micro_batches": at.batch.rows // at.batch.micro_batch_rows,
-        "break_even": _break_even(budget, machine, record),
-        "cache_bytes_per_token": record,
-        "sources": _sources(budget, machine, cache_bytes(replace(layout, source="cache"))),
-        "bytes": storage(config, corpus, vocabulary, shape, teacher, windows),
-        "memory": _memory(config, machine, shape, teacher, cache_bytes(layout)),
+        "break_even": _break_even(sizes, machine),
+        "cache_bytes_per_token": sizes.cache.token_bytes,
+        "sources": _sources(sizes, machine),
+        "bytes": _storage(sizes),
+        "memory": _memory(sizes, machine.gpus),
     }
 
 
-def _stage(one: work.Work, machine: Machine) -> dict[str, Any]:
-    hours = one.hours(machine.gpus, machine.flops_per_s)
-    price = machine.price_per_gpu_hour
-    cost = None if price is None else price * hours * machine.gpus
-    return {
-        "tokens": one.tokens,
-        "steps": one.steps,
-        "flops": one.flops,
-        "gpu_hours": hours * machine.gpus,
-        "hours": hours,
-        "price": cost,
+def busy_share(config: Config, gpus: int) -> float:
+    """Share of `gpus` that work in a training: a step's micro-batches are dealt out whole."""
+    parts = config.at.batch.rows // config.at.batch.micro_batch_rows
+    return parts / (gpus * math.ceil(parts / gpus))
+
+
+def _stages(sizes: Sizes, machine: Machine) -> dict[str, dict[str, Any]]:
+    """Work of each stage that computes; of `evaluate` held-out text and HellaSwag, three students and the teacher.
+
+    A backward pass takes twice a forward pass. What our head computes twice to save memory is not counted: utilisation
+    is of the model's operations.
+    """
+    config, at, batch = sizes.config, sizes.config.at, sizes.config.at.batch
+    student, teacher = sizes.student_forward, sizes.teacher_forward
+    continued = at.continuation.epochs * sizes.labelled // batch.rows
+    rates = at.pretrain if config.init == "scratch" else at.continuation
+
+    def training(steps: int, rates: OptimizationConfig, live: int = 0) -> dict[str, Any]:
+        tokens, points = steps * batch.batch_tokens, math.ceil(steps / rates.evaluate_every) + 1
+        seen = sizes.held_out(rates.validation_windows) + rates.hellaswag_items * HELLASWAG_TOKENS
+        flops = tokens * (3 * student + live) + points * seen * student
+        return machine.work(tokens, flops, steps, busy_share(config, machine.gpus))
+
+    cached = sizes.labelled_tokens if at.teacher.source == "cache" else 0
+    apart = min(TABLE_WINDOWS, sizes.labelled) + min(at.pretrain.validation_windows, sizes.windows(sizes.val_tokens))
+    judged = sizes.held_out(at.evaluation.windows)
+    for benchmark in configured_benchmarks(at.evaluation.benchmarks):
+        if benchmark.task.name == "hellaswag":
+            judged += min(benchmark.limit or HELLASWAG_QUESTIONS, HELLASWAG_QUESTIONS) * HELLASWAG_TOKENS
+    found = {
+        "pretrain": training(at.pretrain.tokens // batch.batch_tokens, at.pretrain),
+        "teacher": machine.work(cached, (cached + apart * batch.seq_len) * teacher),
+        "continue": training(continued, rates),
+        "distill": training(continued, rates, teacher if config.distills and at.teacher.source == "live" else 0),
+        "evaluate": machine.work(4 * judged, judged * (3 * student + teacher)),
     }
+    if at.continuation.windows == "difference":
+        found["select"] = machine.work(sizes.labelled_tokens, sizes.labelled_tokens * student)
+    return found
 
 
-def _break_even(budget: work.Budget, machine: Machine, record_bytes: int) -> dict[str, Any]:
+def _break_even(sizes: Sizes, machine: Machine) -> dict[str, Any]:
     """The ledger's law on these figures: live, a step costs the teacher's forward pass more than from the cache."""
-    at = budget.config.at
-    steps_per_epoch = budget.labelled / at.batch.rows
-    live_s = at.batch.batch_tokens * budget.teacher_forward / machine.flops_per_s
-    met = break_even(live_s * steps_per_epoch, 0.0, live_s, steps_per_epoch, at.continuation.epochs)
-    step_s = at.batch.batch_tokens * 3 * budget.student_forward / machine.flops_per_s
+    batch, epochs = sizes.config.at.batch, sizes.config.at.continuation.epochs
+    steps_per_epoch = sizes.labelled / batch.rows
+    live_s = batch.batch_tokens * sizes.teacher_forward / machine.flops_per_s
+    met = break_even(live_s * steps_per_epoch, 0.0, live_s, steps_per_epoch, epochs)
+    step_s = batch.batch_tokens * 3 * sizes.student_forward / machine.flops_per_s
     return {
         "epochs": met.epochs,
         "students": met.students,
-        "epochs_a_student": at.continuation.epochs,
+        "epochs_a_student": epochs,
         "live_over_cached": (step_s + live_s) / step_s,
-        "read_bytes_per_s": at.batch.batch_tokens * record_bytes / step_s,  # of the cache, by one GPU
+        "read_bytes_per_s": batch.batch_tokens * sizes.cache.token_bytes / step_s,  # of the cache, by one GPU
     }
 
 
-def _sources(budget: work.Budget, machine: Machine, cache_size: int) -> dict[str, Any]:
+def _sources(sizes: Sizes, machine: Machine) -> dict[str, Any]:
     """The teacher's part under either `teacher.source`: GPU-hours, and bytes that stay for as long as students come.
 
     `students_to_turn`: the first number of students for which the cache takes less.
     """
-    epochs = budget.config.at.continuation.epochs
-    once = budget.labelled * budget.config.at.batch.seq_len * budget.teacher_forward / machine.flops_per_s / 3600
+    epochs = sizes.config.at.continuation.epochs
+    once = sizes.labelled_tokens * sizes.teacher_forward / machine.flops_per_s / 3600
     return {
-        "cache": {"gpu_hours": once, "bytes": cache_size},
+        "cache": {"gpu_hours": once, "bytes": sizes.cache_bytes("cache")},
         "live": {"gpu_hours_a_student": epochs * once, "bytes": 0},
         "cheaper_for_one_student": "cache" if epochs > 1 else "live",  # at equal hours live spares the disk
         "students_to_turn": 1 // epochs + 1,
     }
 
 
-def _memory(config: Config, machine: Machine, shape: Any, teacher: Any, cache_size: int) -> dict[str, dict[str, int]]:
+def _storage(sizes: Sizes) -> dict[str, int]:
+    """Bytes on disk by what holds them. Two whole checkpoints exist while one replaces the other."""
+    at, beside, width = sizes.config.at, sizes.vocabulary.file_bytes, token_dtype(sizes.vocabulary.size).itemsize
+    weights = FLOAT32 * parameter_count(sizes.student)
+    moments = optimizer_bytes(sizes.student, at.pretrain.optimizer)
+    splits = (sizes.train_tokens, sizes.val_tokens)
+    shards = sum(tokens * width + -(-tokens // at.corpus.shard_tokens) * HEADER.size for tokens in splits)
+    found = {
+        "data/parts": 2 * sum(PARTS[name].bytes for name in needed_parts(at)),  # what is taken out is smaller
+        "data/shards": shards + beside,
+        "data/outside": width * sizes.outside_tokens,
+        "data/teacher": sizes.cache_bytes(at.teacher.source),
+        "models/start": weights + beside,
+        "models/control": weights + moments + beside,
+        "models/continued": weights + beside,
+        "models/student": weights + beside,
+        "checkpoint": 2 * (weights + moments),
+    }
+    local = at.teacher.model == "packaged" or Path(at.teacher.model).is_dir()
+    # published in float32 more often than not
+    return found if local else found | {"teacher's weights": FLOAT32 * sizes.teacher.parameters}
+
+
+def _memory(sizes: Sizes, gpus: int) -> dict[str, dict[str, int]]:
     """By stage. `cpu` is the process's resident set without a GPU, `mapped` the file pages that come on top of it."""
-    found = _held(config, machine.gpus, shape, teacher, "cuda")
-    for name, one in _held(config, 1, shape, teacher, "cpu").items():
-        loads = name == "teacher" or (name == "distill" and "teacher" in one)
-        own = max(one["total"], memory.loading_bytes(config, teacher)) if loads else one["total"]
-        found[name]["cpu"] = own + LIBRARIES_BYTES[config.at.runtime.compile == "auto"]
+    config, runtime = sizes.config, sizes.config.at.runtime
+    found, loading = _held(sizes, gpus, "cuda"), 0
+    if config.at.teacher.model == "packaged":  # its file, float32 tensors, and their copy
+        held = FLOAT32 + Precision.of(runtime).activation_bytes
+        loading = PARTS[SMOLLM2].bytes + held * sizes.teacher.parameters
+    for name, one in _held(sizes, 1, "cpu").items():
+        own = max(one["total"], loading) if name == "teacher" or "teacher" in one else one["total"]
+        found[name]["cpu"] = own + LIBRARIES_BYTES[runtime.compile == "auto"]
     if config.distills and config.at.teacher.source == "cache":
-        found["distill"]["mapped"] = cache_size
+        found["distill"]["mapped"] = sizes.cache_bytes("cache")
     return found
 
 
-def _held(config: Config, gpus: int, shape: Any, teacher: Any, device: str) -> dict[str, dict[str, int]]:
+def _held(sizes: Sizes, gpus: int, device: str) -> dict[str, dict[str, int]]:
     """Bytes by stage and purpose on a kind of device."""
-    at = config.at
+    config, at = sizes.config, sizes.config.at
     rates = at.pretrain if config.init == "scratch" else at.continuation
-    precision, continued = Precision.of(at.runtime), Precision.of(config.continuation_runtime)
-    top_k = at.teacher.top_k if config.distills else 0
+    continued, top_k = Precision.of(config.continuation_runtime), at.teacher.top_k if config.distills else 0
 
-    def training(narrowed: Precision, optimizer: str, ids: int = 0) -> dict[str, int]:
-        return training_memory(at.batch, narrowed, shape, optimizer, gpus, ids, device)
+    def training(precision: Precision, optimizer: str, ids: int = 0) -> dict[str, int]:
+        return training_memory(at.batch, precision, sizes.student, optimizer, gpus, ids, device)
 
     found = {
-        "pretrain": training(precision, at.pretrain.optimizer),
+        "pretrain": training(Precision.of(at.runtime), at.pretrain.optimizer),
         "continue": training(continued, rates.optimizer),
         "distill": training(continued, rates.optimizer, top_k),
-        "teacher": memory.teacher_memory(config, teacher, shape.n_vocab, at.teacher.batch_rows, device),
+        "teacher": _teacher_memory(sizes, at.teacher.batch_rows, device),
     }
     if top_k and at.teacher.source == "live":
-        live = memory.teacher_memory(config, teacher, shape.n_vocab, at.batch.micro_batch_rows, device)["total"]
+        live = _teacher_memory(sizes, at.batch.micro_batch_rows, device)["total"]
         found["distill"] |= {"teacher": live, "total": found["distill"]["total"] + live}
     return found
+
+
+def _teacher_memory(sizes: Sizes, rows: int, device: str) -> dict[str, int]:
+    """Bytes of the teacher at work on `rows` windows. Without its shape only the weights are known."""
+    at, teacher = sizes.config.at, sizes.teacher
+    a = Precision.of(at.runtime).activation_bytes
+    padded, logit = -(-sizes.vocabulary.size // GROUPS) * GROUPS, FLOAT32 if device == "cuda" else a
+    found = {
+        "weights": a * teacher.parameters,
+        "activations": a * rows * at.batch.seq_len * (4 * teacher.hidden_size + 3 * teacher.intermediate_size),
+        "head": padded * (a * teacher.hidden_size + logit * HEAD_ROWS[device]),
+    }
+    return {**found, "total": sum(found.values())}
 
 
 def disk_here(plan: dict[str, Any]) -> dict[str, int]:

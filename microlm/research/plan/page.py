@@ -15,16 +15,14 @@ MEMORY_ROWS = {
     "cpu": "without a GPU",
     "mapped": "mapped files",
 }
-
-
 WIDTH = 100
 
 
 def amount(value: float) -> str:
     """12_345_678 -> '12.3M'."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:.0f}{unit}"
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}" if value < 999.5 * scale else f"{value / scale:.0f}{unit}"
     return f"{value:.3g}"
 
 
@@ -41,8 +39,8 @@ def spell_hours(value: float) -> str:
 
 
 def page(plan: dict[str, Any]) -> str:
-    """All but the disk, which is another one everywhere (`disk_line`)."""
-    parts = (_head(plan), _work(plan), _bytes(plan), _memory(plan), _cache(plan))
+    """All but the disk, which is another one everywhere (`disk_lines`)."""
+    parts = (_head(plan), _work(plan), _bytes(plan), _memory(plan["memory"]), _cache(plan))
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
@@ -69,13 +67,16 @@ def _head(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _work(plan: dict[str, Any]) -> Iterator[str]:
-    priced = plan["machine"]["price_per_gpu_hour"] is not None
+    stages, priced = plan["stages"], plan["machine"]["price_per_gpu_hour"] is not None
     yield f"{'stage':<10}{'tokens':>9}{'steps':>9}{'FLOPs':>11}{'GPU-hours':>11}{'hours':>9}" + "    price" * priced
-    for name, one in plan["stages"].items():
-        yield _work_row(name, one, priced)
-    total = {key: sum(one[key] for one in plan["stages"].values()) for key in ("flops", "gpu_hours", "hours")}
-    paid = sum(one["price"] for one in plan["stages"].values()) if priced else None
-    yield _work_row("all", {"tokens": None, "steps": None, **total, "price": paid}, priced)
+    summed = ("flops", "gpu_hours", "hours", *["price"] * priced)
+    total = {"tokens": None, "steps": None} | {key: sum(one[key] for one in stages.values()) for key in summed}
+    for name, one in {**stages, "all": total}.items():
+        tokens = "" if one["tokens"] is None else amount(one["tokens"])
+        steps = "" if one["steps"] is None else f"{one['steps']:,}"
+        price = f"{one['price']:>9,.2f}" if priced else ""
+        hours = f"{spell_hours(one['gpu_hours']):>11}{spell_hours(one['hours']):>9}"
+        yield f"{name:<10}{tokens:>9}{steps:>9}{one['flops']:>11.2e}{hours}{price}"
     cost = plan["flops_per_token"]
     yield (
         f"FLOPs a token: {amount(cost['training'])} training (6 N + 12 L W T), {amount(cost['teacher'])} teacher "
@@ -87,27 +88,18 @@ def _work(plan: dict[str, Any]) -> Iterator[str]:
         yield from wrap(told, WIDTH)
 
 
-def _work_row(name: str, one: dict[str, Any], priced: bool) -> str:
-    tokens = "" if one["tokens"] is None else amount(one["tokens"])
-    steps = "" if one["steps"] is None else f"{one['steps']:,}"
-    row = f"{name:<10}{tokens:>9}{steps:>9}{one['flops']:>11.2e}{spell_hours(one['gpu_hours']):>11}"
-    return f"{row}{spell_hours(one['hours']):>9}" + (f"{one['price']:>9,.2f}" if priced else "")
-
-
 def _bytes(plan: dict[str, Any]) -> Iterator[str]:
     yield "on disk"
-    for name, value in plan["bytes"].items():
+    for name, value in {**plan["bytes"], "all": sum(plan["bytes"].values())}.items():
         yield f"  {name:<18}{size(value):>9}"
-    yield f"  {'all':<18}{size(sum(plan['bytes'].values())):>9}"
 
 
-def _memory(plan: dict[str, Any]) -> Iterator[str]:
-    yield f"{'memory of a GPU':<16}" + "".join(f"{name:>11}" for name in plan["memory"])
+def _memory(stages: dict[str, dict[str, int]]) -> Iterator[str]:
+    yield f"{'memory of a GPU':<16}" + "".join(f"{name:>11}" for name in stages)
     for row, said in MEMORY_ROWS.items():
-        if not any(row in one for one in plan["memory"].values()):
-            continue
-        values = "".join(f"{size(one[row]) if row in one else '':>11}" for one in plan["memory"].values())
-        yield f"  {said:<14}{values}".rstrip()
+        if any(row in one for one in stages.values()):
+            values = "".join(f"{size(one[row]) if row in one else '':>11}" for one in stages.values())
+            yield f"  {said:<14}{values}".rstrip()
     yield "without a GPU: the process's resident set, libraries included; the system takes mapped files back at need"
 
 

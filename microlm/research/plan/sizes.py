@@ -1,19 +1,23 @@
-"""What is not in params.yaml and yet decides everything: vocabulary, tokens of the corpus, the teacher's shape."""
+"""What is not in params.yaml and yet decides everything: vocabulary, tokens of the corpus, the models' shapes."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from microlm.config import Config
+from microlm.config import PARAMS, Config
 from microlm.corpus.outside_source import KEY, MOST_TOKENS
 from microlm.corpus.tokenizer import json_tokenizer
 from microlm.errors import UserError
 from microlm.models.architecture import ModelShape
 from microlm.models.start_request import known_shape, pruned_shape
+from microlm.models.student import parameter_count
 from microlm.parameters import CorpusConfig, HubText, ScaleConfig
 from microlm.pipeline.start import VOCABULARY_MULTIPLE
+from microlm.teacher.cache import CacheIdentity
+from microlm.training.memory import FLOAT32
 
 PACKAGED_TEXT_BYTES = 6_665_249  # both splits; metrics/tokenize.json
 PACKAGED_OUTSIDE_BYTES = 395_099  # metrics/outside.json
@@ -26,11 +30,109 @@ class Vocabulary:
     file_bytes: int  # of the tokenizer's files, which lie beside the shards and beside each model
 
 
+@dataclass(frozen=True)
+class TeacherShape:
+    """`multiplied`: the parameters that a token's forward pass multiplies; an embedding that is no head is not."""
+
+    parameters: int
+    multiplied: int
+    layers: int = 0  # 0 where only the number of parameters is known: attention over the context is then left out
+    hidden_size: int = 0
+    attention_width: int = 0
+    intermediate_size: int = 0
+    padded_vocab: int = 0
+
+
 VOCABULARIES = {
     "smollm2": Vocabulary(49_152, 1_563_597),
     "gpt2": Vocabulary(50_257, 1_555_615),
     "olmo": Vocabulary(50_280, 1_361_162),
 }
+KNOWN_TEACHERS = {
+    "packaged": TeacherShape(134_515_008, 134_515_008, 30, 576, 576, 1536, 49_152),
+    "allenai/OLMo-1B-hf": TeacherShape(1_176_764_416, 1_176_764_416, 16, 2048, 2048, 8192, 50_304),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A scale, and what it comes to."""
+
+    config: Config
+    vocabulary: Vocabulary
+    student: ModelShape
+    teacher: TeacherShape
+    train_tokens: int
+    val_tokens: int
+    outside_tokens: int
+
+    @classmethod
+    def of(cls, config: Config, teacher_parameters: int | None) -> "Sizes":
+        """UserError where something that decides a size is not known, or the corpus does not fill a window."""
+        at, vocabulary = config.at, vocabulary_of(config.at.corpus.tokenizer)
+        student, (train, val) = student_shape(config, vocabulary), corpus_tokens(at.corpus)
+        teacher = teacher_shape(at.teacher.model, teacher_parameters)
+        found = cls(config, vocabulary, student, teacher, train, val, outside_tokens(at))
+        if min(found.windows(train), found.windows(val)) < 1:
+            raise UserError(
+                f"{PARAMS}: scales.{config.scale}.corpus: about {train} training and {val} validation tokens do not "
+                f"fill a window of batch.seq_len={at.batch.seq_len} each"
+            )
+        return found
+
+    def windows(self, tokens: int) -> int:
+        return max(0, tokens - 1) // self.config.at.batch.seq_len
+
+    @property
+    def labelled(self) -> int:
+        """Windows that the teacher sees."""
+        return min(self.config.at.teacher.windows, self.windows(self.train_tokens))
+
+    @property
+    def labelled_tokens(self) -> int:
+        return self.labelled * self.config.at.batch.seq_len
+
+    def held_out(self, windows: int | None) -> int:
+        """Tokens of so many windows (None: all) of each text that is held out."""
+        texts = (self.windows(self.val_tokens), self.windows(self.outside_tokens))
+        return sum(min(windows or there, there) for there in texts) * self.config.at.batch.seq_len
+
+    @property
+    def student_forward(self) -> int:
+        """Operations on a token, as `forward_flops`."""
+        shape, multiplied = self.student, parameter_count(self.student)
+        if not shape.tied:  # an embedding that is no head is looked up
+            multiplied -= shape.padded_vocab * shape.hidden_size
+        return forward_flops(multiplied, shape.layers, shape.query_width, self.config.at.batch.seq_len)
+
+    @property
+    def teacher_forward(self) -> int:
+        shape = self.teacher
+        return forward_flops(shape.multiplied, shape.layers, shape.attention_width, self.config.at.batch.seq_len)
+
+    @property
+    def cache(self) -> CacheIdentity:
+        """The cache's layout; whose it is stays open."""
+        teacher, windows = self.config.at.teacher, (self.config.at.batch.seq_len, self.labelled)
+        temperatures = tuple(teacher.temperatures)
+        return CacheIdentity(
+            "", None, "", self.vocabulary.size, "", *windows, teacher.top_k, temperatures, teacher.record
+        )
+
+    def cache_bytes(self, source: str) -> int:
+        """Records, where the teacher's source is a cache, and table, without the manifest."""
+        tokens = self.labelled_tokens if source == "cache" else 0
+        return tokens * self.cache.token_bytes + FLOAT32 * len(self.cache.temperatures) * self.vocabulary.size
+
+
+def forward_flops(multiplied: int, layers: int, width: int, positions: int) -> int:
+    """Of one token in a context of `positions`; a multiplication and an addition are two operations.
+
+    2 N for the N parameters that the pass multiplies (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), 4 L W T for
+    attention over T positions in L layers of width W (Hoffmann et al. 2022, arXiv:2203.15556, appendix F: scores and
+    weighted sum, the causal half not discounted).
+    """
+    return 2 * multiplied + 4 * layers * width * positions
 
 
 def vocabulary_of(tokenizer: str) -> Vocabulary:
@@ -54,28 +156,16 @@ def student_shape(config: Config, vocabulary: Vocabulary) -> ModelShape:
     return pruned_shape(config.at.start, teacher)
 
 
-@dataclass(frozen=True)
-class CorpusSize:
-    train_tokens: int
-    val_tokens: int
-
-
-def corpus_size(corpus: CorpusConfig) -> CorpusSize:
+def corpus_tokens(corpus: CorpusConfig) -> tuple[int, int]:
     """Tokens of each split: of packaged text and local files by their bytes, of a hub's as many as are asked for."""
-    share = corpus.validation_fraction
-    if corpus.source == "hub":
-        if corpus.train_tokens is None:
-            raise UserError("corpus.train_tokens: null reads the whole dataset, whose size is not known here; set it")
-        train = corpus.train_tokens
-    else:
-        size = PACKAGED_TEXT_BYTES
-        if corpus.source == "files":
-            from microlm.corpus.sources import matching_files  # which needs `datasets`
-
-            size = sum(path.stat().st_size for path in matching_files(corpus.paths))
-        train = int(size / BYTES_PER_TOKEN * (1 - share))
-        train = train if corpus.train_tokens is None else min(train, corpus.train_tokens)
-    return CorpusSize(train, int(train * share / (1 - share)))
+    share, train = corpus.validation_fraction, corpus.train_tokens
+    if corpus.source != "hub":
+        paths = corpus.paths if corpus.source == "files" else None
+        there = int(_tokens(PACKAGED_TEXT_BYTES, paths, "corpus.paths") * (1 - share))
+        train = there if train is None else min(there, train)
+    if train is None:
+        raise UserError("corpus.train_tokens: null reads the whole dataset, whose size is not known here; set it")
+    return train, int(train * share / (1 - share))
 
 
 def outside_tokens(at: ScaleConfig) -> int:
@@ -83,31 +173,16 @@ def outside_tokens(at: ScaleConfig) -> int:
     wanted = at.evaluation.outside
     if wanted is None or isinstance(wanted, HubText):
         return MOST_TOKENS if wanted else 0
-    size = PACKAGED_OUTSIDE_BYTES
-    if wanted != "packaged":
-        from microlm.corpus.sources import matching_files
-
-        size = sum(path.stat().st_size for path in matching_files(wanted, KEY))
-    return min(int(size / BYTES_PER_TOKEN), MOST_TOKENS)
+    return min(int(_tokens(PACKAGED_OUTSIDE_BYTES, None if wanted == "packaged" else wanted, KEY)), MOST_TOKENS)
 
 
-@dataclass(frozen=True)
-class TeacherShape:
-    """`multiplied`: the parameters that a token's forward pass multiplies; an embedding that is no head is not."""
+def _tokens(packaged_bytes: int, paths: list[str] | None, key: str) -> float:
+    """Of the packaged text, or of the files that `key` names."""
+    if paths is None:
+        return packaged_bytes / BYTES_PER_TOKEN
+    from microlm.corpus.sources import matching_files  # which needs `datasets`
 
-    parameters: int
-    multiplied: int
-    layers: int = 0  # 0 where only the number of parameters is known: attention over the context is then left out
-    hidden_size: int = 0
-    attention_width: int = 0
-    intermediate_size: int = 0
-    padded_vocab: int = 0
-
-
-KNOWN_TEACHERS = {
-    "packaged": TeacherShape(134_515_008, 134_515_008, 30, 576, 576, 1536, 49_152),
-    "allenai/OLMo-1B-hf": TeacherShape(1_176_764_416, 1_176_764_416, 16, 2048, 2048, 8192, 50_304),
-}
+    return sum(path.stat().st_size for path in matching_files(paths, key)) / BYTES_PER_TOKEN
 
 
 def teacher_shape(model: str, parameters: int | None) -> TeacherShape:
@@ -120,15 +195,12 @@ def teacher_shape(model: str, parameters: int | None) -> TeacherShape:
         return TeacherShape(parameters, parameters)
     if model in KNOWN_TEACHERS:
         return KNOWN_TEACHERS[model]
-    if not Path(model).is_dir():
+    directory = Path(model)
+    if not directory.is_dir():
         raise UserError(
             f"teacher.model: {model} is no folder here and none of {', '.join(KNOWN_TEACHERS)}; nothing is asked of "
             "the hub, so say how large it is, e.g. --teacher-parameters 1176764416"
         )
-    return _shape_of_directory(Path(model))
-
-
-def _shape_of_directory(directory: Path) -> TeacherShape:
     try:
         config = json.loads((directory / "config.json").read_text())
         vocab, hidden, heads = (config[key] for key in ("vocab_size", "hidden_size", "num_attention_heads"))
@@ -149,11 +221,4 @@ def _shape_of_directory(directory: Path) -> TeacherShape:
 def _elements(file: Path) -> int:
     """Numbers in a safetensors file, from its header alone."""
     with safe_open(file, "pt") as opened:
-        shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
-    total = 0
-    for shape in shapes:
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
+        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118

@@ -1,8 +1,9 @@
-"""What a GPU was measured to reach: the figures that `python -m bench.gpu` leaves in bench/gpu/<card>.json."""
+"""The GPUs of a plan, and what one reaches: the figures that `python -m bench.gpu` leaves in bench/gpu/<card>.json."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from microlm.errors import UserError
 
@@ -21,6 +22,32 @@ class Rate:
 
 # dense bfloat16 of an H100 SXM, by its maker's data sheet; the share is what llm.c and nanochat report at 124M
 ASSUMED = Rate(989.0, 0.4, "assumed, not measured")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`gpus` of one kind."""
+
+    gpus: int = 1
+    rate: Rate = ASSUMED
+    price_per_gpu_hour: float | None = None
+
+    @property
+    def flops_per_s(self) -> float:
+        """Of one GPU at work."""
+        return self.rate.peak_tflops * 1e12 * self.rate.utilisation
+
+    def work(self, tokens: int, flops: float, steps: int | None = None, busy: float = 1.0) -> dict[str, Any]:
+        """A stage's work, its wall-clock hours and price. `busy`: share of the GPUs that have something to do."""
+        hours = flops / (self.gpus * busy) / self.flops_per_s / 3600
+        return {
+            "tokens": tokens,
+            "steps": steps,
+            "flops": flops,
+            "gpu_hours": hours * self.gpus,
+            "hours": hours,
+            "price": None if self.price_per_gpu_hour is None else self.price_per_gpu_hour * hours * self.gpus,
+        }
 
 
 def measured_rates(folder: Path = MEASURED) -> dict[str, Rate]:
@@ -47,8 +74,8 @@ def rate_of(card: str | None, folder: Path = MEASURED) -> Rate:
     UserError where `card` was not measured.
     """
     known = measured_rates(folder)
-    if card is not None and card not in known:
+    if card is None:
+        return next(iter(known.values())) if len(known) == 1 else ASSUMED
+    if card not in known:
         raise UserError(f"--card: {card!r} was not measured; known: {', '.join(known) or 'none yet (make gpu)'}")
-    if card is not None:
-        return known[card]
-    return next(iter(known.values())) if len(known) == 1 else ASSUMED
+    return known[card]
