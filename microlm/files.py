@@ -6,9 +6,10 @@ A reader sees the old file, the new file or no file, never half of one.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -19,33 +20,26 @@ SUMS = "SHA256SUMS"
 T = TypeVar("T")
 
 
-def _fsync_directory(directory: Path) -> None:
-    # a rename alone may not survive a power cut: the folder's own entry has to be flushed too
-    descriptor = os.open(directory, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    """Of a folder too, after a rename in it: the rename alone may not survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
 def _leftovers(path: Path, kind: str) -> list[Path]:
     """What dead writers of `path` left beside it: a killed process tidies nothing up."""
-    before, found = f".{path.name}.", []
-    for name in os.listdir(path.parent):
-        process, _, suffix = name.removeprefix(before).partition(".")
-        if name.startswith(before) and suffix == kind and process.isdigit() and not _is_alive(int(process)):
-            found.append(path.with_name(name))
-    return found
+    import psutil  # what unpacks a bundle for a bare machine reads this module without
 
-
-def _is_alive(process: int) -> bool:
-    import psutil  # a machine that only computes may lack it
-
-    return psutil.pid_exists(process)
+    written = re.compile(rf"\.{re.escape(path.name)}\.([0-9]+)\.{kind}")
+    found = filter(None, map(written.fullmatch, os.listdir(path.parent)))
+    return [path.with_name(match[0]) for match in found if not psutil.pid_exists(int(match[1]))]
 
 
 def _sweep(path: Path, kind: str) -> None:
@@ -53,13 +47,17 @@ def _sweep(path: Path, kind: str) -> None:
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
+def _temporary(path: Path) -> Path:
+    """Where to make what `path` is to be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path, "tmp")
+    return _beside(path, "tmp")
+
+
 @contextmanager
 def temporary_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`, to make there what `path` is to be; it is gone afterwards."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path, "tmp")
-    temporary = _temporary(path)
+    temporary = _temporary(Path(path))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -72,13 +70,10 @@ def temporary_directory(path: str | Path) -> Iterator[Path]:
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it becomes `path`, on any error it is gone."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path, "tmp")
     temporary = _temporary(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with open(
-            temporary, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else ""
-        ) as file:
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -86,31 +81,39 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_directory(path.parent)
+    _fsync(path.parent)
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it replaces `path`, on any error it is gone."""
+    """Yield an empty temporary folder beside `path`; on success it replaces `path`, on any error it is gone.
+
+    What was at `path` goes only once the new one stands.
+    """
     path = Path(path)
+    old = _beside(path, "old")
     with temporary_directory(path) as temporary:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        replace_directory(temporary, path)
-
-
-def _retired(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.old")
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            _fsync(file)
+        if path.exists():
+            os.replace(path, old)  # rename(2) does not replace a folder that holds files
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+    _sweep(path, "old")  # only now: until the new one stood, the old one was all there was
+    _fsync(path.parent)
 
 
 def remove_directory(path: Path) -> None:
     """Remove the folder in one step: killed at any moment, it is there whole or not at all."""
     _sweep(path, "old")
-    os.replace(path, _retired(path))
-    shutil.rmtree(_retired(path))
+    os.replace(path, _beside(path, "old"))
+    shutil.rmtree(_beside(path, "old"))
 
 
 def recover_directory(path: Path) -> None:
@@ -118,22 +121,6 @@ def recover_directory(path: Path) -> None:
     if path.parent.is_dir() and not path.exists():
         for left in _leftovers(path, "old")[:1]:
             os.replace(left, path)
-
-
-def replace_directory(source: Path, target: Path) -> None:
-    """Move the folder `source` to `target`; what was at `target` goes only once the new one stands."""
-    retired = _retired(target)
-    if target.exists():
-        os.replace(target, retired)  # rename(2) does not replace a folder that holds files
-    try:
-        os.replace(source, target)
-    except BaseException:
-        if retired.exists():
-            os.replace(retired, target)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
-    _sweep(target, "old")  # only now: until the new one stood, the old one was all there was
-    _fsync_directory(target.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -178,14 +165,10 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_unsealed(content: dict[str, Any], path: Path, mend: str) -> None:
     """UserError where `content`, read from `path`, has a seal that is not `sealed`'s."""
-    if "sha256" not in content:
-        return
-    try:
-        whole = content == sealed(content)
-    except ValueError:  # it holds a NaN, which nothing that we write does
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: damaged, its sha256 is not that of its content; {mend}")
+    with suppress(ValueError):  # of a NaN, which nothing that we write holds
+        if "sha256" not in content or content == sealed(content):
+            return
+    raise UserError(f"{path}: damaged, its sha256 is not that of its content; {mend}")
 
 
 def write_sums(directory: Path) -> None:

