@@ -12,7 +12,7 @@ from microlm.errors import UserError
 from microlm.evaluation.candidates import PACKAGED, load_candidate
 from microlm.models.gguf import read_gguf_llama
 from microlm.models.model_files import TransformersModel
-from microlm.models.teacher_source import PACKAGED_TEACHER, teacher_source
+from microlm.models.teacher_source import PACKAGED_TEACHER, PackagedTeacher, teacher_source
 from microlm.parameters import TeacherConfig
 from microlm.pipeline.capture import refuse_impossible
 from microlm.teacher.cache import CacheIdentity
@@ -81,7 +81,7 @@ def identity(**changes) -> CacheIdentity:
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_it_runs(packaged, smollm2, changes, told):
     with pytest.raises(UserError, match=told) as error:
-        refuse_misfit(smollm2, identity(**changes), packaged[0])
+        refuse_misfit(smollm2, identity(**changes), PackagedTeacher())
     assert "\n" not in str(error.value)
 
 

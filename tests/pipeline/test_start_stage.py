@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.files import read_json
+from microlm.models.model_files import load_student
 from microlm.models.start_request import PACKAGED, known_shape, pruned_shape
 from microlm.models.student import parameter_count
 from microlm.pipeline.start import fresh_student
@@ -47,7 +48,7 @@ def changed(whole: Path, target: Path, **values: str) -> Path:
 
 
 def weights(directory: Path, name: str) -> dict[str, torch.Tensor]:
-    return directory.load_student(directory / "models" / name).state_dict()
+    return load_student(directory / "models" / name).state_dict()
 
 
 def again(directory: Path, *stages: object) -> None:
@@ -95,7 +96,7 @@ def test_pruned_start_is_some_of_the_teacher(whole: Path, tmp_path: Path) -> Non
     assert told["layers"] == table.loc[table["kept"] == 1, "layer"].tolist() and len(told["layers"]) == 1
     assert told["layers"] == [int(table["influence"].idxmax())]
     assert 0 < told["kept"] < 1
-    kept = directory.load_student(directory / "models/start")
+    kept = load_student(directory / "models/start")
     asked = config_of(directory).at
     assert kept.shape == pruned_shape(asked.start, known_shape(str(directory / asked.teacher.model), kept.n_vocab))
     teacher = load_file(directory / asked.teacher.model / "model.safetensors")

@@ -16,7 +16,7 @@ from microlm.corpus.parts import WIKI, WIKI_SUMMARIES
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
 from microlm.corpus.tokenizer_definition import END_OF_TEXT
-from microlm.models import model_files
+from microlm.models import teacher_source as teacher_sources
 from microlm.models.model_files import TransformersModel
 from microlm.models.teacher_source import teacher_source
 from microlm.parameters import TeacherConfig
@@ -249,7 +249,7 @@ def test_a_teacher_of_any_architecture_is_read_with_its_padding_left_out(built, 
 
 def test_the_real_teacher_covers_another_tokenizers_text_and_loses_little(built, parts, monkeypatch, tmp_path):
     """Measured over 12 windows of 128 tokens: 0.94 covered, 0.90 bits per byte projected, 0.96 native."""
-    monkeypatch.setattr(model_files, "part_file", lambda name, path: parts / name / path)
+    monkeypatch.setattr(teacher_sources, "part_file", lambda name, path: parts / name / path)
     config = TeacherConfig("packaged", None, "cache", "full", 64, [1.0, 2.5], 1, 1)
     model = teacher_source(config).load(torch.bfloat16)
     summaries = json.loads((parts / WIKI / WIKI_SUMMARIES).read_text())
