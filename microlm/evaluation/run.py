@@ -22,10 +22,9 @@ from microlm.evaluation.results.store import (
     IN_CORPUS,
     Identity,
     Result,
-    read_result,
     require_ours,
     result_path,
-    stands,
+    standing,
     write_result,
 )
 from microlm.evaluation.scoring.backends import Measure, missed
@@ -138,7 +137,7 @@ def evaluate(
         for material in gathered:
             bar.set_description(f"{candidate.name}: {material.benchmark}")
             who = identity(candidate, material)
-            there = read_result(result_path(out, who)) if stands(out, who) else None
+            there = standing(out, who)
             complete = there is not None and ("unconditional_0" in there.table or not pmi)
             if distributed.any_rank(distributed.is_first() and complete):
                 bar.update(len(material.reads))

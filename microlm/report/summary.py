@@ -12,15 +12,15 @@ import pyarrow as pa
 
 from microlm.errors import UserError
 from microlm.evaluation import SCORED_MODELS
-from microlm.evaluation.results.centred_mean import centred_means, once
-from microlm.evaluation.results.comparison import compare
+from microlm.evaluation.results.comparison import centred_means, compare, once
 from microlm.evaluation.results.metrics import ACCURACIES
 from microlm.evaluation.results.statistics import (
     Interval,
     interval,
     mcnemar_exact,
+    mean,
     paired_bootstrap,
-    paired_ratio_bootstrap,
+    ratio,
     smallest_detectable,
 )
 from microlm.evaluation.results.store import Result, read_results, same_protocol
@@ -154,11 +154,11 @@ def _difference(a: Scores, b: Scores, draws: int, seed: int) -> dict[str, float]
     for key, (text, split) in YARDSTICKS.items():
         if text in a.metrics:
             found |= entries(key, _bits_per_byte(a.windows_of(split), b.windows_of(split), draws, seed))
-    gold = [(score.items["gold_nats"] / np.log(2), score.items["gold_bytes"]) for score in (a, b)]
+    gold = [ratio(score.items["gold_nats"] / np.log(2), score.items["gold_bytes"]) for score in (a, b)]
     right = [score.items["correct_token"] for score in (a, b)]
     source = a.items["cluster"]
-    found |= entries("gold_bpb", paired_ratio_bootstrap(*gold, source, draws, seed))
-    found |= entries("acc_norm", paired_bootstrap(*right, source, draws, seed))
+    found |= entries("gold_bpb", paired_bootstrap(*gold, source, draws, seed))
+    found |= entries("acc_norm", paired_bootstrap(*map(mean, right), source, draws, seed))
     return found | {"acc_norm_mcnemar_p": round(mcnemar_exact(*right), 6)}
 
 
@@ -169,8 +169,8 @@ def _bits_per_byte(a: pd.DataFrame, b: pd.DataFrame, draws: int, seed: int) -> I
             "data/shards: one validation window gives no interval; raise corpus.validation_fraction in params.yaml"
         )
     block = np.arange(windows) // min(WINDOWS_PER_BLOCK, max(1, windows // FEWEST_BLOCKS))
-    bits = [(table["nats"] / np.log(2), table["bytes"]) for table in (a, b)]
-    return paired_ratio_bootstrap(*bits, block, draws, seed)
+    bits = [ratio(table["nats"] / np.log(2), table["bytes"]) for table in (a, b)]
+    return paired_bootstrap(*bits, block, draws, seed)
 
 
 def _verdict(difference: Mapping[str, float], yardstick: str) -> str:
@@ -254,9 +254,10 @@ def centred_mean_rows(
         who = result.identity
         return ranks.get((who.task, who.protocol, who.shots), len(ranks))
 
-    found = centred_means([once(sorted(read_results(data / name), key=rank)) for name in models], draws, seed)
-    values, resampled = (dict(zip(models, of, strict=True)) for of in (found.values, found.resampled))
+    chosen = [once(sorted(read_results(data / name), key=rank)) for name in models]
+    tasks, *figures = centred_means(chosen, draws, seed)
+    values, resampled = (dict(zip(models, of, strict=True)) for of in figures)
     intervals = {name: interval(values[name], resampled[name]) for name in models}
     for a, b in comparisons:
         intervals[f"{a}_minus_{b}"] = interval(values[a] - values[b], resampled[a] - resampled[b])
-    return found.tasks, {name: entries("centred_mean", one) for name, one in intervals.items()}
+    return tasks, {name: entries("centred_mean", one) for name, one in intervals.items()}

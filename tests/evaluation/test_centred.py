@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from microlm.evaluation.results.centred_mean import centred_means, once
-from microlm.evaluation.results.comparison import compare
+from microlm.evaluation.results.comparison import centred_means, compare, once
 from microlm.evaluation.results.store import Result, write_result
 from microlm.report.evaluation_table import comparison_markdown, comparison_text
 from microlm.report.summary import benchmark_rows, blind, centred_mean_rows
@@ -34,24 +33,23 @@ def right(result: Result) -> np.ndarray:
 
 def test_it_is_the_mean_of_centred_accuracies_over_tasks() -> None:
     both = models(0.0, 4.0)
-    found = centred_means(both, DRAWS, 1)
-    for results, value in zip(both, found.values):
+    tasks, values, _ = centred_means(both, DRAWS, 1)
+    for results, value in zip(both, values, strict=True):
         by_hand = [(right(r).mean() - chance) / (1 - chance) for r, chance in zip(results, CHANCES)]
         assert value == pytest.approx(sum(by_hand) / len(TASKS), abs=1e-12)
-    assert found.tasks[1] == "rte (lm-eval, 0-shot)" and len(found.tasks) == len(TASKS)
+    assert tasks[1] == "rte (lm-eval, 0-shot)" and len(tasks) == len(TASKS)
 
 
 def test_its_interval_is_that_of_independent_paired_resamples_within_each_task() -> None:
     both = models(0.0, 2.0, n=200)
-    found = centred_means(both, 4_000, 1)
+    _, _, resampled = centred_means(both, 4_000, 1)
     differences = [
         (right(b).astype(float) - right(a)) / (1 - chance) for a, b, chance in zip(*both, CHANCES, strict=True)
     ]
     error = np.sqrt(sum(d.var() / len(d) for d in differences)) / len(TASKS)
-    spread = (found.resampled[1] - found.resampled[0]).std()
+    spread = (resampled[1] - resampled[0]).std()
     assert spread == pytest.approx(error, rel=0.05)
-    centred_means([both[0], both[0]], DRAWS, 1)
-    same = centred_means([both[0], both[0]], DRAWS, 1).resampled
+    _, _, same = centred_means([both[0], both[0]], DRAWS, 1)
     assert np.array_equal(same[0], same[1])
 
 

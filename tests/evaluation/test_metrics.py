@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from microlm.evaluation.results import metrics as module
-from microlm.evaluation.results.metrics import YES, task_metrics
-from microlm.evaluation.results.resampling import f1, pearson
-from microlm.evaluation.results.statistics import clustered_standard_error
+from microlm.evaluation.results.metrics import task_metrics, yes_of
+from microlm.evaluation.results.statistics import clustered_error, f1, mean, pearson
 from microlm.evaluation.tasks.task import TASKS
 from tests.support.toy_results import toy_table
 
@@ -43,8 +42,8 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall(pair: np.ndarray) -> No
         if hits:
             expected = stats.hmean([hits / (predicted == one).sum(), hits / (true == one).sum()])
         assert f1(predicted, true, [one]).value() == pytest.approx(expected)
-    mean = np.mean([f1(predicted, true, [one]).value() for one in range(3)])
-    assert f1(predicted, true, range(3)).value() == pytest.approx(mean)
+    each = [f1(predicted, true, [one]).value() for one in range(3)]
+    assert f1(predicted, true, range(3)).value() == pytest.approx(np.mean(each))
 
 
 @settings(max_examples=60)
@@ -75,7 +74,7 @@ def test_accuracy_margin_and_bits_are_the_table_s() -> None:
     assert found["acc"] == pytest.approx(table["correct_sum"].mean(), abs=1e-6)
     assert found["acc_norm"] == pytest.approx(table["correct_token"].mean(), abs=1e-6)
     assert found["acc_norm_se"] == pytest.approx(
-        clustered_standard_error(table["correct_token"], table["cluster"]), abs=1e-6
+        clustered_error(mean(table["correct_token"]), table["cluster"]), abs=1e-6
     )
     bits = table["gold_nats"].sum() / math.log(2) / table["gold_bytes"].sum()
     assert found["gold_bpb"] == pytest.approx(bits, abs=1e-6)
@@ -110,8 +109,12 @@ def test_one_cluster_has_figures_but_no_error() -> None:
 
 
 def test_the_label_that_says_yes_is_named_so() -> None:
-    assert {name for name, task in TASKS.items() if task.kind == "choice" and task.choices} == set(YES)
-    for name, label in YES.items():
+    yes = {name: yes_of(task) for name, task in TASKS.items() if task.kind == "choice" and task.choices}
+    assert yes == {
+        **{"cola": 1, "sst2": 1, "mrpc": 1, "qqp": 1, "qnli": 0, "rte": 0, "wnli": 1, "boolq": 1},
+        **{"snli": 0, "mnli": 0, "mnli_mismatched": 0, "cb": 0},
+    }
+    for name, label in yes.items():
         assert TASKS[name].choices[label] in ("acceptable", "positive", "equivalent", "duplicate", "entailment", "yes")
 
 

@@ -18,7 +18,7 @@ from microlm.evaluation.results.store import (
     read_results,
     result_path,
     same_protocol,
-    stands,
+    standing,
     write_result,
 )
 from microlm.files import sealed, write_json
@@ -45,7 +45,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path, task: str) -> None:
 def test_data_that_was_not_available_is_a_result_and_is_tried_again(tmp_path: Path) -> None:
     path = write_result(tmp_path, absent("snli"))
     assert read_result(path) == absent("snli")
-    assert not stands(tmp_path, absent("snli").identity)
+    assert not standing(tmp_path, absent("snli").identity)
 
 
 def test_figures_outlive_a_day_without_the_data_but_not_other_weights(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_subset_never_replaces_the_full_set(tmp_path: Path) -> None:
 def test_where_the_rows_were_read_changes_nothing_that_resumption_goes_by(tmp_path: Path) -> None:
     result = toy_result("rte")
     write_result(tmp_path, dataclasses.replace(result, data={"source": "hub"}))
-    assert stands(tmp_path, result.identity)
+    assert standing(tmp_path, result.identity)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_where_the_rows_were_read_changes_nothing_that_resumption_goes_by(tmp_pa
 )
 def test_only_a_sound_result_of_the_same_thing_stands(tmp_path: Path, changed: dict[str, str]) -> None:
     result = toy_result("rte")
-    assert not stands(tmp_path, result.identity)
+    assert not standing(tmp_path, result.identity)
     path = write_result(tmp_path, result)
-    assert stands(tmp_path, result.identity)
-    assert not stands(tmp_path, dataclasses.replace(result.identity, **changed))
+    assert standing(tmp_path, result.identity)
+    assert not standing(tmp_path, dataclasses.replace(result.identity, **changed))
     path.with_suffix(".parquet").write_bytes(b"")
-    assert not stands(tmp_path, result.identity)
+    assert not standing(tmp_path, result.identity)
     write_result(tmp_path, result)
-    assert stands(tmp_path, result.identity)
+    assert standing(tmp_path, result.identity)
 
 
 def resealed(path: Path, old: str, new: str) -> None:

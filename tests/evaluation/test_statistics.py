@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 from scipy import stats
 
-from microlm.evaluation.results.resampling import RankCorrelation, f1, mean, pearson, ratio, replicates
 from microlm.evaluation.results.statistics import (
-    SeedSpread,
+    RankCorrelation,
     bootstrap_p,
-    clustered_ratio_error,
-    clustered_standard_error,
+    clustered_error,
+    f1,
     holm,
     mcnemar_exact,
+    mean,
     paired_bootstrap,
-    paired_ratio_bootstrap,
+    pearson,
+    ratio,
+    replicates,
     seed_spread,
     smallest_detectable,
-    standard_error,
     welch_p,
 )
 
@@ -35,26 +37,31 @@ def _paired(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return random.random(n) < random.random(), random.random(n) < random.random(), np.arange(n) // random.integers(1, 4)
 
 
+def single(correct: ArrayLike) -> float:
+    """The error where every question is its own cluster."""
+    return clustered_error(mean(correct), np.arange(len(correct)))
+
+
 def test_standard_error_is_the_binomial_one() -> None:
     correct = [True] * 30 + [False] * 70
-    assert standard_error(correct) == pytest.approx(math.sqrt(0.3 * 0.7 / 100))
-    assert standard_error([True] * 5) == 0
+    assert single(correct) == pytest.approx(math.sqrt(0.3 * 0.7 / 100))
+    assert single([True] * 5) == 0
 
 
 def test_standard_error_of_the_full_set_is_as_published() -> None:
     # lm-eval prints 0.0045 to 0.0046 for Pythia-160M, acc_norm about 0.30, on the 10,042 questions
-    assert standard_error(np.arange(10_042) < 0.30 * 10_042) == pytest.approx(0.0046, abs=5e-5)
+    assert single(np.arange(10_042) < 0.30 * 10_042) == pytest.approx(0.0046, abs=5e-5)
 
 
 def test_clustered_error_of_single_question_clusters_is_the_plain_one() -> None:
     correct = np.random.default_rng(0).random(500) < 0.4
-    assert clustered_standard_error(correct, np.arange(500)) == pytest.approx(standard_error(correct))
+    assert single(correct) == pytest.approx(math.sqrt(correct.mean() * (1 - correct.mean()) / 500))
 
 
 def test_clustered_error_counts_copies_of_a_question_once() -> None:
     correct = np.random.default_rng(1).random(200) < 0.4
     copies, cluster = np.repeat(correct, 3), np.repeat(np.arange(200), 3)
-    assert clustered_standard_error(copies, cluster) == pytest.approx(standard_error(correct))
+    assert clustered_error(mean(copies), cluster) == pytest.approx(single(correct))
 
 
 def test_clustered_error_matches_the_pairwise_sum_of_its_definition() -> None:
@@ -62,14 +69,14 @@ def test_clustered_error_matches_the_pairwise_sum_of_its_definition() -> None:
     correct, cluster = random.random(60) < 0.5, random.integers(0, 25, 60)
     residual = correct - correct.mean()
     together = sum(residual[i] * residual[j] for i in range(60) for j in range(60) if cluster[i] == cluster[j])
-    assert clustered_standard_error(correct, cluster) == pytest.approx(math.sqrt(together) / 60)
+    assert clustered_error(mean(correct), cluster) == pytest.approx(math.sqrt(together) / 60)
 
 
 @settings(max_examples=40, deadline=None)
 @given(paired_scores)
 def test_interval_holds_the_observed_difference(scores: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     a, b, cluster = scores
-    interval = paired_bootstrap(a, b, cluster, DRAWS, seed=0)
+    interval = paired_bootstrap(mean(a), mean(b), cluster, DRAWS, seed=0)
     assert interval.mean == pytest.approx(a.mean() - b.mean())
     assert interval.low <= interval.mean + 1e-12 and interval.mean <= interval.high + 1e-12
 
@@ -78,7 +85,7 @@ def test_interval_holds_the_observed_difference(scores: tuple[np.ndarray, np.nda
 @given(paired_scores)
 def test_swapping_the_models_mirrors_the_interval(scores: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     a, b, cluster = scores
-    forth, back = (paired_bootstrap(*pair, cluster, DRAWS, seed=7) for pair in ((a, b), (b, a)))
+    forth, back = (paired_bootstrap(*map(mean, pair), cluster, DRAWS, seed=7) for pair in ((a, b), (b, a)))
     assert (back.low, back.mean, back.high) == pytest.approx((-forth.high, -forth.mean, -forth.low))
     assert back.standard_error == pytest.approx(forth.standard_error)
 
@@ -91,8 +98,8 @@ def test_a_model_against_itself_has_a_zero_interval_of_no_width(
     a, b, cluster = scores
     sizes = 1.0 + b
     for interval in (
-        paired_bootstrap(a, a, cluster, DRAWS, seed=0),
-        paired_ratio_bootstrap((a, sizes), (a, sizes), cluster, DRAWS, seed=0),
+        paired_bootstrap(mean(a), mean(a), cluster, DRAWS, seed=0),
+        paired_bootstrap(ratio(a, sizes), ratio(a, sizes), cluster, DRAWS, seed=0),
     ):
         assert (interval.low, interval.mean, interval.high, interval.standard_error) == (0, 0, 0, 0)
 
@@ -102,31 +109,33 @@ def test_a_model_against_itself_has_a_zero_interval_of_no_width(
 def test_a_ratio_over_equal_sizes_is_a_mean(scores: tuple[np.ndarray, np.ndarray, np.ndarray], size: float) -> None:
     a, b, cluster = scores
     sizes = np.full(len(a), size)
-    mean = paired_bootstrap(a, b, cluster, DRAWS, seed=3)
-    ratio = paired_ratio_bootstrap((a * size, sizes), (b * size, sizes), cluster, DRAWS, seed=3)
-    assert (ratio.low, ratio.mean, ratio.high) == pytest.approx((mean.low, mean.mean, mean.high), abs=1e-9)
+    of_means = paired_bootstrap(mean(a), mean(b), cluster, DRAWS, seed=3)
+    found = paired_bootstrap(ratio(a * size, sizes), ratio(b * size, sizes), cluster, DRAWS, seed=3)
+    assert (found.low, found.mean, found.high) == pytest.approx((of_means.low, of_means.mean, of_means.high), abs=1e-9)
 
 
 def test_bootstrap_error_is_the_analytic_one_of_a_paired_mean() -> None:
     random = np.random.default_rng(4)
     a, b = random.random(1000) < 0.32, random.random(1000) < 0.28
     analytic = np.std(a.astype(float) - b) / math.sqrt(1000)
-    assert paired_bootstrap(a, b, np.arange(1000), 10_000, seed=0).standard_error == pytest.approx(analytic, rel=0.03)
+    assert paired_bootstrap(mean(a), mean(b), np.arange(1000), 10_000, seed=0).standard_error == pytest.approx(
+        analytic, rel=0.03
+    )
 
 
 def test_bootstrap_resamples_clusters_not_questions() -> None:
     random = np.random.default_rng(5)
     a, b = random.random(300) < 0.5, random.random(300) < 0.5
-    alone = paired_bootstrap(a, b, np.arange(300), 4000, seed=0)
-    copied = paired_bootstrap(*(np.repeat(x, 4) for x in (a, b, np.arange(300))), 4000, seed=0)
+    alone = paired_bootstrap(mean(a), mean(b), np.arange(300), 4000, seed=0)
+    copied = paired_bootstrap(*(mean(np.repeat(x, 4)) for x in (a, b)), np.repeat(np.arange(300), 4), 4000, seed=0)
     assert copied.standard_error == pytest.approx(alone.standard_error)
 
 
 def test_interval_is_the_same_however_the_draws_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b, cluster = _paired(11)
-    whole = paired_bootstrap(a, b, cluster, 1000, seed=5)
-    monkeypatch.setattr("microlm.evaluation.results.resampling.DRAWN_AT_ONCE", 64)
-    assert paired_bootstrap(a, b, cluster, 1000, seed=5) == whole
+    whole = paired_bootstrap(mean(a), mean(b), cluster, 1000, seed=5)
+    monkeypatch.setattr("microlm.evaluation.results.statistics.DRAWN_AT_ONCE", 64)
+    assert paired_bootstrap(mean(a), mean(b), cluster, 1000, seed=5) == whole
 
 
 def test_interval_covers_the_truth_about_95_times_in_100() -> None:
@@ -136,7 +145,7 @@ def test_interval_covers_the_truth_about_95_times_in_100() -> None:
         # a source's own ease is shared by its three questions; the true difference is 0.1
         ease = np.repeat(random.normal(0, 0.3, clusters), 3)
         a, b = 0.1 + ease + random.normal(0, 1, 300), random.normal(0, 1, 300)
-        interval = paired_bootstrap(a, b, np.repeat(np.arange(clusters), 3), 500, seed=trial)
+        interval = paired_bootstrap(mean(a), mean(b), np.repeat(np.arange(clusters), 3), 500, seed=trial)
         covered += interval.low <= 0.1 <= interval.high
     assert 0.91 <= covered / trials <= 0.98
 
@@ -160,7 +169,7 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_disagreements(only_a: int, on
 )
 def test_what_gives_no_interval_is_refused(a: list[int], b: list[int], cluster: list[int]) -> None:
     with pytest.raises(ValueError):
-        paired_bootstrap(a, b, cluster, DRAWS, seed=0)
+        paired_bootstrap(mean(a), mean(b), cluster, DRAWS, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +242,7 @@ def test_bootstrap_errors_are_the_spread_of_fresh_samples(name: str) -> None:
 def test_merging_clusters_of_one_kind_changes_no_distribution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = (np.sign(values) for values in _correlated(1000, seed=3))  # four kinds of question
     merged = replicates([STATISTICS[name](x, y)], np.arange(1000), 4000, seed=0)[0]
-    monkeypatch.setattr("microlm.evaluation.results.resampling.CLUSTERS_A_KIND", 10**9)
+    monkeypatch.setattr("microlm.evaluation.results.statistics.CLUSTERS_A_KIND", 10**9)
     one_by_one = replicates([STATISTICS[name](x, y)], np.arange(1000), 4000, seed=0)[0]
     assert (merged != one_by_one).any()
     assert merged.std() == pytest.approx(one_by_one.std(), rel=0.08)
@@ -246,11 +255,11 @@ def test_ratio_error_is_that_of_its_bootstrap_with_clusters() -> None:
     total = size * (1 + np.repeat(random.normal(0, 0.2, 400), 5) + random.normal(0, 0.2, 2000))
     cluster = np.repeat(np.arange(400), 5)
     (resampled,) = replicates([ratio(total, size)], cluster, 4000, 0)
-    assert clustered_ratio_error(total, size, cluster) == pytest.approx(resampled.std(), rel=0.05)
-    assert clustered_ratio_error(total, size, np.arange(2000)) < 0.8 * resampled.std()
+    assert clustered_error(ratio(total, size), cluster) == pytest.approx(resampled.std(), rel=0.05)
+    assert clustered_error(ratio(total, size), np.arange(2000)) < 0.8 * resampled.std()
 
 
-def _seeds(random: np.random.Generator, arm_sd: float, seeds: int, n: int) -> SeedSpread:
+def _seeds(random: np.random.Generator, arm_sd: float, seeds: int, n: int) -> dict[str, float]:
     """Seeds whose true skill spreads by `arm_sd`, on questions that spread by 1, with a luck of each pair of 0.5."""
     questions, skill = random.normal(0, 1, n), random.normal(0, arm_sd, (seeds, 1))
     scores = questions + skill + random.normal(0, 0.5, (seeds, n))
@@ -261,19 +270,19 @@ def _seeds(random: np.random.Generator, arm_sd: float, seeds: int, n: int) -> Se
 def test_the_luck_of_seeds_is_told_from_that_of_questions() -> None:
     random = np.random.default_rng(8)
     spreads = [_seeds(random, 0.1, seeds=6, n=100) for _ in range(60)]
-    mean_square = {key: np.mean([getattr(s, key) ** 2 for s in spreads]) for key in vars(spreads[0])}
+    mean_square = {key: np.mean([s[key] ** 2 for s in spreads]) for key in spreads[0]}
     assert mean_square["seed_sd"] == pytest.approx(0.1**2 + 0.5**2 / 100, rel=0.2)
     assert mean_square["seed_sd_beyond_items"] == pytest.approx(0.1**2, rel=0.25)
     assert mean_square["item_se"] == pytest.approx(1 / 100 + 0.5**2 / 600, rel=0.2)
-    assert np.var([s.mean for s in spreads]) == pytest.approx(mean_square["total_se"], rel=0.5)
+    assert np.var([s["mean"] for s in spreads]) == pytest.approx(mean_square["total_se"], rel=0.5)
 
 
 def test_seeds_that_answer_alike_have_no_spread() -> None:
     spread = _seeds(np.random.default_rng(9), 0.0, seeds=4, n=2000)
-    assert spread.seed_sd_beyond_items < 0.5 * 0.5 / math.sqrt(2000) * 2
+    assert spread["seed_sd_beyond_items"] < 0.5 * 0.5 / math.sqrt(2000) * 2
     scores = mean(np.arange(50) % 3 == 0)
     same = seed_spread([scores.value()] * 3, replicates([scores] * 3, np.arange(50), 300, 0))
-    assert (same.seed_sd, same.seed_sd_beyond_items) == (0, 0) and same.item_se > 0
+    assert (same["seed_sd"], same["seed_sd_beyond_items"]) == (0, 0) and same["item_se"] > 0
     with pytest.raises(ValueError, match="one seed"):
         seed_spread([0.3], np.ones((1, 5)))
 

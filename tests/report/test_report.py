@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from microlm.errors import UserError
 from microlm.evaluation import SCORED_MODELS
 from microlm.evaluation.results.metrics import task_metrics
-from microlm.evaluation.results.statistics import clustered_standard_error
+from microlm.evaluation.results.statistics import clustered_error, mean
 from microlm.evaluation.results.store import Identity, Result, write_result
 from microlm.evaluation.tasks.task import TASKS
 from microlm.report.curve_figures import draw_figures
@@ -49,7 +49,7 @@ def _write_scores(top: Path) -> None:
         write_result(folder.parent, Result(replace(asked, task="snli", protocol="question"), unavailable="no network"))
         windows = pd.DataFrame({"split": "val", "window": np.arange(WINDOWS), "nats": nats, "bytes": window_bytes})
         windows.to_parquet(folder / "windows.parquet")
-        error = clustered_standard_error(correct, source)
+        error = clustered_error(mean(correct), source)
         hellaswag = {"acc_norm": correct.mean(), "acc_norm_se": error, "acc": 0.25, "acc_se": 0.03, "gold_bpb": 3.0}
         metrics = {"model": name, "parameters": 134_515_008 if name == "teacher" else 17_500_000}
         metrics |= {"tasks": {"hellaswag": {"completion": {"0-shot": hellaswag}}}}

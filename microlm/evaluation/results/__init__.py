@@ -1,1 +1,1 @@
-"""What it means: answers, metrics with errors, resampling, comparison of models, results on disk. No model."""
+"""What it means: answers, metrics with errors, statistics, comparison of models, results on disk. No model."""

@@ -1,6 +1,11 @@
-"""Two models, or two arms of several seeds, on the same questions: what differs, how surely, what could go unseen."""
+"""Two models, or two arms of several seeds, on the same questions: what differs, how surely, what could go unseen.
 
-from collections.abc import Sequence
+The centred mean is one figure over all accuracies: the mean of (accuracy - chance) / (1 - chance), as CORE in DCLM
+(arXiv 2406.11794). Questions are resampled within each task, by cluster, and all models see the same draws; the tasks
+are fixed, so that an interval says nothing of other tasks. Each counts once and alike, however many questions it has.
+"""
+
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +13,29 @@ import numpy as np
 
 from microlm.errors import UserError
 from microlm.evaluation.results.answers import NORMALISER
-from microlm.evaluation.results.centred_mean import centred_means, once
-from microlm.evaluation.results.metrics import DECIMALS, DRAWS, SEED, figures_of, rounded, statistic
-from microlm.evaluation.results.resampling import replicates
+from microlm.evaluation.results.metrics import (
+    ACCURACIES,
+    DECIMALS,
+    DRAWS,
+    SEED,
+    centred,
+    chance,
+    figures_of,
+    rounded,
+    statistic,
+)
 from microlm.evaluation.results.statistics import (
     bootstrap_p,
     holm,
     interval,
     mcnemar_exact,
+    replicates,
     seed_spread,
     smallest_detectable,
     welch_p,
 )
-from microlm.evaluation.results.store import Result, read_results, same_protocol
+from microlm.evaluation.results.store import Column, Result, read_results, same_protocol
 from microlm.evaluation.tasks.task import TASKS, Task, task_named
-
-Column = tuple[str, str, int, int | None]  # task, protocol, shots, questions in the subset
 
 
 def compare(a: Path | Sequence[Path], b: Path | Sequence[Path], draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
@@ -31,25 +43,26 @@ def compare(a: Path | Sequence[Path], b: Path | Sequence[Path], draws: int = DRA
 
     `tasks` holds a comparison for each task, protocol and number of shots that all have (see `compare_task`), with
     `p_holm`, its p corrected for how many there are (Holm 1979). `left_out` names the others, each with the reason.
-    `centred_mean` compares the mean over the tasks whose primary metric is an accuracy (see centred_mean.py).
+    `centred_mean` compares the mean over the tasks whose primary metric is an accuracy.
 
     Raises:
         UserError: a folder's results are absent or damaged, those of a task not comparable, or nothing is shared.
     """
-    sides = [[read_results(folder) for folder in _listed(side)] for side in (a, b)]
+    sides = [[read_results(folder) for folder in ([side] if isinstance(side, Path) else side)] for side in (a, b)]
     models = [[results[0].identity.model for results in side] for side in sides]
-    by_model = [_by_column(results) for side in sides for results in side]
+    by_model = [{result.identity.column: result for result in results} for side in sides for results in side]
     shared = [column for column in by_model[0] if all(column in other for other in by_model[1:])]
-    scored = [column for column in shared if all(of[column].table is not None for of in by_model)]
-    seeds_a, tasks, left_out = len(sides[0]), [], []
+    n_a, scored, tasks, left_out = len(sides[0]), [], [], []
     for column in shared:
         results = [of[column] for of in by_model]
         absent = [result for result in results if result.table is None]
         if absent:
-            left_out.append(_head(column) | {"reason": f"{absent[0].status} for {absent[0].identity.model}"})
+            reason = f"{absent[0].status} for {absent[0].identity.model}"
+            left_out.append(column._asdict() | {"reason": reason})
             continue
         same_protocol(results)
-        tasks.append(compare_task(results[:seeds_a], results[seeds_a:], draws, seed))
+        tasks.append(compare_task(results[:n_a], results[n_a:], draws, seed))
+        scored.append(results)
     left_out += _unshared(by_model, shared)
     if not tasks:
         names = " and ".join(side[0] for side in models)
@@ -57,23 +70,59 @@ def compare(a: Path | Sequence[Path], b: Path | Sequence[Path], draws: int = DRA
     for row, p in zip(tasks, holm([row["p"] for row in tasks]), strict=True):
         row["p_holm"] = round(float(p), DECIMALS)
     found = {"a": models[0], "b": models[1], "draws": draws, "tasks": tasks, "left_out": left_out}
-    return found | _centred_mean(by_model, scored, seeds_a, draws, seed)
+    chosen = [once(sorted(results, key=_preference)) for results in zip(*scored)]
+    if chosen[0]:
+        names, *figures = centred_means(chosen, draws, seed)
+        found["centred_mean"] = {"tasks": names} | _entry(*figures, n_a)
+    return found
 
 
-def _centred_mean(
-    by_model: Sequence[dict[Column, Result]], scored: Sequence[Column], n_a: int, draws: int, seed: int
-) -> dict[str, Any]:
-    """`centred_mean` and its `tasks`, of a task that was asked several ways the first; nothing without an accuracy."""
-    chosen = [once(of[column] for column in sorted(scored, key=_preference)) for of in by_model]
-    if not chosen[0]:
-        return {}
-    found = centred_means(chosen, draws, seed)
-    return {"centred_mean": {"tasks": found.tasks} | _entry(found.values, found.resampled, n_a)}
+def once(results: Iterable[Result]) -> list[Result]:
+    """The first result of each task whose primary metric is an accuracy, in order."""
+    first: dict[str, Result] = {}
+    for result in results:
+        if result.table is not None and task_named(result.identity.task).primary in ACCURACIES:
+            first.setdefault(result.identity.task, result)
+    return list(first.values())
 
 
-def _preference(column: Column) -> tuple[int, int, int, float]:
-    task, protocol, shots, limit = column
+def centred_means(
+    models: Sequence[Sequence[Result]], draws: int, seed: int
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The tasks, the centred mean over them of each model [models], and its resamples [models, draws].
+
+    Args:
+        models: each one's results, one a task, the same tasks in the same order for all.
+
+    Raises:
+        ValueError: there is no task, models have different ones, or a task's questions are one cluster.
+    """
+    names = [[f"{r.identity.task} ({r.identity.protocol}, {r.identity.shots}-shot)" for r in model] for model in models]
+    if not names[0] or any(other != names[0] for other in names):
+        raise ValueError(f"models must have been asked the same tasks, at least one, not {names}")
+    values, resampled = [], []
+    for place, results in enumerate(zip(*models)):
+        task = task_named(results[0].identity.task)
+        # tasks are independent of each other, so that each has draws of its own
+        figures = _figures(task.primary, task, results, draws, (seed, place))
+        for found, of_task in zip((values, resampled), figures):
+            found.append(centred(of_task, chance(task, results[0].table)))
+    return names[0], np.mean(values, axis=0), np.mean(resampled, axis=0)
+
+
+def _preference(result: Result) -> tuple[int, int, int, float]:
+    """Of a task that was asked several ways the first counts."""
+    task, protocol, shots, limit = result.identity.column
     return list(TASKS).index(task), TASKS[task].protocols.index(protocol), shots, -(limit or float("inf"))
+
+
+def _figures(
+    metric: str, task: Task, results: Sequence[Result], draws: int, seed: int | tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The figure of each result [models], and its replicates [models, draws]."""
+    statistics = [statistic(metric, task, result.identity.protocol, result.table) for result in results]
+    resampled = replicates(statistics, results[0].table["cluster"], draws, seed)
+    return np.array([one.value() for one in statistics]), resampled
 
 
 def compare_task(a: Sequence[Result], b: Sequence[Result], draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
@@ -89,27 +138,22 @@ def compare_task(a: Sequence[Result], b: Sequence[Result], draws: int = DRAWS, s
     """
     identity = a[0].identity
     task, table = task_named(identity.task), a[0].table
-    head = _head((identity.task, identity.protocol, identity.shots, identity.limit))
-    head |= {"items": len(table), "clusters": int(table["cluster"].nunique()), "primary": task.primary}
+    head = identity.column._asdict() | {"items": len(table)}
+    head |= {"clusters": int(table["cluster"].nunique()), "primary": task.primary}
     if head["clusters"] < 2:
         raise UserError(f"{identity.task}: {len(table)} question(s) of one source give no interval; raise --limit")
-    metrics = {name: _difference(name, task, a, b, draws, seed) for name in figures_of(task)}
-    applicable = [metrics[task.primary]["p"]]
-    if "seeds" in metrics[task.primary]:
-        applicable.append(metrics[task.primary]["seeds"]["p"])
+    metrics = {name: _entry(*_figures(name, task, (*a, *b), draws, seed), len(a)) for name in figures_of(task)}
+    primary, protocol = metrics[task.primary], identity.protocol
+    applicable = [primary["p"]]
+    if "seeds" in primary:
+        applicable.append(primary["seeds"]["p"])
     elif task.kind != "regression" and len(a) == len(b) == 1:
-        head |= _discordance(task, identity.protocol, a[0], b[0])
-        if task.primary.startswith("acc"):
+        column = f"correct_{NORMALISER[protocol] if task.primary == 'acc_norm' else 'sum'}"
+        right = [result.table[column].to_numpy(bool) for result in (*a, *b)]
+        head |= rounded({"mcnemar_p": mcnemar_exact(*right), "discordance": float((right[0] != right[1]).mean())})
+        if task.primary in ACCURACIES:
             applicable.append(head["mcnemar_p"])
     return head | {"p": max(applicable), "metrics": metrics}
-
-
-def _difference(
-    metric: str, task: Task, a: Sequence[Result], b: Sequence[Result], draws: int, seed: int
-) -> dict[str, Any]:
-    statistics = [statistic(metric, task, result.identity.protocol, result.table) for result in (*a, *b)]
-    values = np.array([one.value() for one in statistics])
-    return _entry(values, replicates(statistics, a[0].table["cluster"], draws, seed), len(a))
 
 
 def _entry(values: np.ndarray, resampled: np.ndarray, n_a: int) -> dict[str, Any]:
@@ -121,29 +165,13 @@ def _entry(values: np.ndarray, resampled: np.ndarray, n_a: int) -> dict[str, Any
     entry |= {"se": found.standard_error, "p": bootstrap_p(differences)}
     error = found.standard_error
     if 1 < n_a < len(values) - 1:
-        entry["seeds"] = _seeds(values, resampled, n_a)
-        luck = (entry["seeds"][side]["seed_sd_beyond_items"] ** 2 / entry["seeds"][side]["seeds"] for side in "ab")
+        # the spread between seeds apart from that over questions, and Welch's p over the seeds alone
+        spread = {"a": seed_spread(values[:n_a], resampled[:n_a]), "b": seed_spread(values[n_a:], resampled[n_a:])}
+        entry["seeds"] = spread | {"p": welch_p(values[:n_a], values[n_a:])}
+        luck = (side["seed_sd_beyond_items"] ** 2 / side["seeds"] for side in spread.values())
         error = (error**2 + sum(luck)) ** 0.5
     entry["detectable"] = smallest_detectable(error) if error > 0 else None
     return rounded(entry)
-
-
-def _seeds(values: np.ndarray, resampled: np.ndarray, n_a: int) -> dict[str, Any]:
-    """The spread between seeds apart from that over questions, for each side, and Welch's p over the seeds alone."""
-    sides = {"a": slice(0, n_a), "b": slice(n_a, None)}
-    spread = {name: vars(seed_spread(values[side], resampled[side])) for name, side in sides.items()}
-    return spread | {"p": welch_p(values[:n_a], values[n_a:])}
-
-
-def _discordance(task: Task, protocol: str, a: Result, b: Result) -> dict[str, float]:
-    column = f"correct_{NORMALISER[protocol] if task.primary == 'acc_norm' else 'sum'}"
-    right_a, right_b = (result.table[column].to_numpy(bool) for result in (a, b))
-    entry = {"mcnemar_p": mcnemar_exact(right_a, right_b), "discordance": float((right_a != right_b).mean())}
-    return rounded(entry)
-
-
-def _by_column(results: Sequence[Result]) -> dict[Column, Result]:
-    return {(r.identity.task, r.identity.protocol, r.identity.shots, r.identity.limit): r for r in results}
 
 
 def _unshared(by_model: Sequence[dict[Column, Result]], shared: Sequence[Column]) -> list[dict[str, Any]]:
@@ -152,18 +180,9 @@ def _unshared(by_model: Sequence[dict[Column, Result]], shared: Sequence[Column]
         of_task = [[result for column, result in of.items() if column[0] == name] for of in by_model]
         if all(of_task):
             same_protocol([results[0] for results in of_task])
-    every = sorted({column for of in by_model for column in of} - set(shared), key=str)
-    return [_head(column) | {"reason": _missing(column, by_model)} for column in every]
-
-
-def _missing(column: Column, by_model: Sequence[dict[Column, Result]]) -> str:
-    without = [next(iter(of.values())).identity.model for of in by_model if column not in of]
-    return f"not scored for {', '.join(without)}"
-
-
-def _head(column: Column) -> dict[str, Any]:
-    return dict(zip(("task", "protocol", "shots", "limit"), column, strict=True))
-
-
-def _listed(side: Path | Sequence[Path]) -> Sequence[Path]:
-    return [side] if isinstance(side, Path) else side
+    names = [next(iter(of.values())).identity.model for of in by_model]
+    left_out = []
+    for column in sorted({column for of in by_model for column in of} - set(shared), key=str):
+        without = ", ".join(name for name, of in zip(names, by_model) if column not in of)
+        left_out.append(column._asdict() | {"reason": f"not scored for {without}"})
+    return left_out

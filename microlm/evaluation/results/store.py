@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -33,6 +33,15 @@ SHARED = {
     "data_sha256": "data file",
     "questions_sha256": "wording of the questions or exemplars",
 }
+
+
+class Column(NamedTuple):
+    """What figures of several models can stand under together."""
+
+    task: str
+    protocol: str
+    shots: int
+    limit: int | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,10 @@ class Identity:
     data_sha256: str | None
     questions_sha256: str | None
     dtype: str = "float32"
+
+    @property
+    def column(self) -> Column:
+        return Column(self.task, self.protocol, self.shots, self.limit)
 
 
 @dataclass(frozen=True)
@@ -102,18 +115,32 @@ def write_result(out: Path, result: Result) -> Path:
     path = result_path(out, result.identity)
     require_ours(path, result.identity.model)
     content: dict[str, Any] = {"format": FORMAT, "identity": asdict(result.identity)}
-    if result.table is None:
-        if _scored_before(path, result.identity):
-            return path
-        write_json(path, sealed(content | {"unavailable": result.unavailable}))
+    if result.table is not None:
+        table = result.table.to_parquet(index=False)
+        with atomic_file(path.with_suffix(".parquet")) as file:
+            file.write(table)
+        content |= {"data": result.data, "metrics": result.metrics, "table_sha256": sha256_bytes(table)}
+    elif (there := _scored(path)) and _weights(there.identity) == _weights(result.identity):
         return path
-    buffer = io.BytesIO()
-    result.table.to_parquet(buffer, index=False)
-    with atomic_file(path.with_suffix(".parquet")) as file:
-        file.write(buffer.getvalue())
-    content |= {"data": result.data, "metrics": result.metrics, "table_sha256": sha256_bytes(buffer.getvalue())}
+    else:
+        content["unavailable"] = result.unavailable
     write_json(path, sealed(content))
     return path
+
+
+def _scored(path: Path) -> Result | None:
+    """The sound result with figures that is there."""
+    try:
+        there = read_result(path)
+    except UserError:
+        return None
+    return None if there.table is None else there
+
+
+def standing(out: Path, identity: Identity) -> Result | None:
+    """The sound result of just this identity that is there already: an interrupted run goes on after it."""
+    there = _scored(result_path(out, identity))
+    return there if there and there.identity == identity else None
 
 
 def read_result(path: Path) -> Result:
@@ -143,35 +170,22 @@ def read_results(folder: Path) -> list[Result]:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise UserError(f"{folder} holds no results; name the folder of one model, as microlm evaluate wrote it")
-    results = [read_result(path) for path in paths]
-    newest = max(range(len(paths)), key=lambda place: paths[place].stat().st_mtime_ns)
-    for path, result in zip(paths, results, strict=True):
-        if _weights(result.identity) != _weights(results[newest].identity):
+    results = {path: read_result(path) for path in paths}
+    newest = max(paths, key=lambda path: path.stat().st_mtime_ns)
+    for path, result in results.items():
+        who = result.identity
+        if _weights(who) != _weights(results[newest].identity):
+            limit = "" if who.limit is None else f" --limit {who.limit}"
             raise UserError(
-                f"{path} is of other weights or another tokenizer than {paths[newest]}, which is newer; make it again "
-                f"with: {_command(result.identity)}; or delete it and the .parquet beside it"
+                f"{path} is of other weights or another tokenizer than {newest}, which is newer; make it again with: "
+                f"microlm evaluate {who.model} --tasks {who.task} --protocol {who.protocol} --shots {who.shots}{limit}"
+                "; or delete it and the .parquet beside it"
             )
-    return results
+    return list(results.values())
 
 
 def _weights(identity: Identity) -> tuple[str, str]:
     return identity.model_digest, identity.tokenizer
-
-
-def _command(identity: Identity) -> str:
-    """What makes a result of this identity, but for data and folders that were named."""
-    asked = f"--tasks {identity.task} --protocol {identity.protocol} --shots {identity.shots}"
-    limit = "" if identity.limit is None else f" --limit {identity.limit}"
-    return f"microlm evaluate {identity.model} {asked}{limit}"
-
-
-def stands(out: Path, identity: Identity) -> bool:
-    """Whether a sound result of just this identity is there already: an interrupted run goes on after it."""
-    try:
-        there = read_result(result_path(out, identity))
-    except UserError:
-        return False
-    return there.identity == identity and there.table is not None
 
 
 def same_protocol(results: Sequence[Result]) -> None:
@@ -182,41 +196,30 @@ def same_protocol(results: Sequence[Result]) -> None:
     """
     first, *rest = [result for result in results if result.table is not None] or [None]
     for other in rest:
-        for key, words in SHARED.items():
-            a, b = (_shown(key, getattr(result.identity, key)) for result in (first, other))
-            if a != b:
-                raise _not_comparable(first, other, f"{words}: {a} against {b}")
+        pairs = {words: [_shown(key, of.identity) for of in (first, other)] for key, words in SHARED.items()}
+        differences = [f"{words}: {a} against {b}" for words, (a, b) in pairs.items() if a != b]
         if not first.table[["item", "label"]].equals(other.table[["item", "label"]]):
-            raise _not_comparable(first, other, "questions: their ids or labels differ")
+            differences.append("questions: their ids or labels differ")
+        if differences:
+            names = [f"{of.identity.model} ({result_path(Path(), of.identity).name})" for of in (first, other)]
+            raise UserError(
+                f"{' and '.join(names)} cannot stand in one column, they differ in {differences[0]}; "
+                f"score both with the same microlm evaluate --tasks --protocol --shots --limit"
+            )
 
 
-def _shown(key: str, value: Any) -> str:
+def _shown(key: str, identity: Identity) -> str:
+    value = getattr(identity, key)
     if key.endswith("sha256"):
         return str(value)[:12]
     return "all" if key == "limit" and value is None else str(value)
-
-
-def _not_comparable(a: Result, b: Result, difference: str) -> UserError:
-    names = [f"{result.identity.model} ({result_path(Path(), result.identity).name})" for result in (a, b)]
-    return UserError(
-        f"{' and '.join(names)} cannot stand in one column, they differ in {difference}; "
-        f"score both with the same microlm evaluate --tasks --protocol --shots --limit"
-    )
-
-
-def _scored_before(path: Path, identity: Identity) -> bool:
-    try:
-        there = read_result(path)
-    except UserError:
-        return False
-    return there.table is not None and _weights(there.identity) == _weights(identity)
 
 
 def require_ours(path: Path, model: str) -> None:
     """UserError where `path` holds another model's result or a file that is not ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return  # nothing there, or a damaged result that this one mends
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is there and is not a result of microlm evaluate; move it, or name another --out")
@@ -231,7 +234,7 @@ def _read_content(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is not there; make it with microlm evaluate") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); {AGAIN}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a result of this microlm evaluate (no `format: {FORMAT}`); move it elsewhere")
