@@ -83,19 +83,21 @@ def load_candidate(name: str, revision: str | None, dtype: torch.dtype) -> Candi
         return Candidate(name, packaged.load(dtype), ours, ours.eot_id, packaged.fingerprint(), ours.fingerprint)
     directory = Path(name)
     if directory.is_dir() and model_files.is_ours(directory):
-        model, ours = _cast_once(model_files.load_language_model(directory, dtype)), _tokenizer_of(directory)
+        model, ours = _cast_once(model_files.load_student(directory, dtype)), _tokenizer_of(directory)
         return Candidate(name, model, ours, ours.eot_id, sha256_file(directory / model_files.WEIGHTS), ours.fingerprint)
     if not directory.is_dir() and (directory.exists() or name.startswith((".", os.sep)) or name.count("/") > 1):
         raise UserError(f"{name}: is no model directory; name a folder with config.json, or a hub id such as gpt2")
     try:
-        model, tokenizer, commit = model_files.load_from_hub(name, revision, dtype)
+        model, tokenizer = model_files.from_transformers(name, revision, dtype, "model")
+        model.refuse_foreign_logits(name)
     except UserError as error:
         if directory.is_dir() or not _cannot_be_had(error):
             raise
         raise WeightsNotAvailable(str(error)) from None
     theirs = TransformersTokenizer(tokenizer)
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
-    weights = commit or _safetensors_digest(directory)
+    commit = None if directory.is_dir() else getattr(model.network.config, "_commit_hash", None)
+    weights = commit or model_files.weights_sha256(directory)
     return Candidate(name, model, theirs, start, weights, theirs.fingerprint, theirs.begin)
 
 
@@ -126,17 +128,17 @@ def load_pipeline_model(name: str, teacher: TeacherConfig, dtype: torch.dtype) -
         weights = source.fingerprint(model)
     else:
         tokenizer = load_tokenizer(SHARDS / "tokenizer")
-        model = _cast_once(model_files.load_language_model(MODELS / name, dtype))
+        model = _cast_once(model_files.load_student(MODELS / name, dtype))
         weights = sha256_file(MODELS / name / model_files.WEIGHTS)
     return Candidate(name, model, tokenizer, tokenizer.eot_id, weights, tokenizer.fingerprint)
 
 
-def _cast_once(model: LanguageModel) -> LanguageModel:
+def _cast_once(model: StudentLM) -> StudentLM:
     """A student's matrices in the dtype of its activations, to which each forward pass casts them otherwise."""
-    for module in model.modules() if isinstance(model, StudentLM) else ():
+    for module in model.modules():
         if isinstance(module, (Linear, torch.nn.Embedding)):
             module.weight = torch.nn.Parameter(module.weight.to(model.activation_dtype), requires_grad=False)
-    return model
+    return model.eval()
 
 
 def _tokenizer_of(directory: Path) -> Tokenizer:
@@ -144,7 +146,3 @@ def _tokenizer_of(directory: Path) -> Tokenizer:
         return load_tokenizer(directory)
     except UserError as error:
         raise UserError(f"{error}; or make the model again, which has its tokenizer beside its weights") from None
-
-
-def _safetensors_digest(directory: Path) -> str:
-    return sha256_bytes("".join(sha256_file(file) for file in sorted(directory.glob("*.safetensors"))).encode())

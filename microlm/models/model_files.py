@@ -1,9 +1,6 @@
 """To and from Hugging Face model directories. The only module that imports transformers' models."""
 
-import contextlib
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +11,7 @@ from torch import Tensor
 
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import UserError
-from microlm.files import atomic_directory, check_sums, read_json, sha256_file, write_json, write_sums
+from microlm.files import atomic_directory, check_sums, read_json, sha256_bytes, sha256_file, write_json, write_sums
 from microlm.models.architecture import config_of, shape_of
 from microlm.models.interface import LanguageModel
 from microlm.models.student import StudentLM
@@ -98,17 +95,9 @@ def as_student(model: LanguageModel, name: str) -> StudentLM:
     return student
 
 
-def load_language_model(directory: Path | str, dtype: torch.dtype) -> LanguageModel:
-    """A model directory, ours or any Hugging Face causal language model's, ready to evaluate.
-
-    A foreign directory's real vocabulary is its tokenizer's; rows beyond it are padding.
-    """
-    directory = Path(directory)
-    config = read_json(directory / "config.json", directory.name)
-    if "microlm_n_vocab" in config:
-        return load_student(directory, dtype).eval()
-    model, _ = from_transformers(str(directory), None, dtype)
-    return model.refuse_foreign_logits(str(directory))
+def weights_sha256(directory: Path) -> str:
+    """Of all safetensors files of a folder."""
+    return sha256_bytes("".join(sha256_file(file) for file in sorted(directory.glob("*.safetensors"))).encode())
 
 
 def is_ours(directory: Path) -> bool:
@@ -119,33 +108,24 @@ def is_ours(directory: Path) -> bool:
     return "microlm_n_vocab" in read_json(path, directory.name)
 
 
-def load_from_hub(
-    name: str, revision: str | None, dtype: torch.dtype
-) -> tuple[TransformersModel, "PreTrainedTokenizerBase", str | None]:
-    """A model to be scored, its tokenizer, and the commit it came from (None for a folder).
-
-    Raises:
-        UserError: weights or tokenizer are absent, damaged or unreachable, or its logits are of an unknown kind.
-    """
-    model, tokenizer = from_transformers(name, revision, dtype, "model")
-    commit = getattr(model.network.config, "_commit_hash", None)
-    return model.refuse_foreign_logits(name), tokenizer, None if os.path.isdir(name) else commit
-
-
 def from_transformers(
     name: str, revision: str | None, dtype: torch.dtype, key: str = "params.yaml: teacher.model"
 ) -> tuple[TransformersModel, "PreTrainedTokenizerBase"]:
+    """A model of a folder or the hub, ready to evaluate, and its tokenizer, whose ids are its real vocabulary.
+
+    Raises:
+        UserError: weights or tokenizer are absent, damaged or unreachable; it begins with `key`.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if os.path.isdir(name):
         check_sums(Path(name), os.listdir(name), "copy the folder again")
     try:
-        with quiet_transformers():
-            network, found = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        network, found = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         where = "is not a folder here, and the hub did not give it" if not os.path.isdir(name) else "could not be read"
         reason = " ".join(str(error).split())[:160]
@@ -161,9 +141,8 @@ def from_transformers(
         )
     if not os.path.isdir(name):
         _refuse_damaged_download(name, revision)
-    return TransformersModel(
-        network, min(len(tokenizer), network.config.get_text_config().vocab_size)
-    ).eval(), tokenizer
+    n_vocab = min(len(tokenizer), network.config.get_text_config().vocab_size)
+    return TransformersModel(network, n_vocab).eval(), tokenizer
 
 
 def _refuse_damaged_download(name: str, revision: str | None) -> None:
@@ -175,14 +154,3 @@ def _refuse_damaged_download(name: str, revision: str | None) -> None:
         blob = file.resolve()
         if len(blob.name) == 64 and sha256_file(blob) != blob.name:
             raise UserError(f"{blob}: damaged, its sha256 is not its name; remove it, then run the same command again")
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -54,11 +54,10 @@ def check_start(kind: str, wanted: StartConfig, hidden_size: int, teacher: str, 
     known = _known(teacher)
     if known is None:
         return
-    found = pruned_problems(wanted, known, teacher) if kind == "pruned" else []
-    if kind == "embedding":
-        found = embedding_problems(hidden_size, known["hidden_size"])
-    if found:
-        raise ParameterError("\n".join(found))
+    if kind == "pruned":
+        refuse_pruned(wanted, known, teacher)
+    else:
+        refuse_embedding(hidden_size, known.get("hidden_size", hidden_size))  # some call it otherwise
 
 
 def pruned_shape(start: StartConfig, teacher: ModelShape) -> ModelShape:
@@ -86,20 +85,24 @@ def known_shape(teacher: str, n_vocab: int) -> ModelShape | None:
         raise UserError(f"{teacher}: its config.json has no {error}; choose another teacher, or start: fresh") from None
 
 
-def pruned_problems(start: StartConfig, teacher: Mapping[str, Any], name: str) -> list[str]:
-    """What of `start` a teacher with this config.json cannot give, a line each, from the key on."""
+def refuse_pruned(start: StartConfig, teacher: Mapping[str, Any], name: str) -> None:
+    """ParameterError, a line for each thing in `start` that a teacher with this config.json cannot give."""
     if teacher.get("model_type") not in FAMILIES:
-        return [
+        raise ParameterError(
             f"teacher.model: {name} is of architecture {teacher.get('model_type')!r}, and only {', '.join(FAMILIES)} "
             "can be cut; choose such a teacher, or start: fresh"
-        ]
+        )
     found, has = [], {key: teacher[entry] for key, entry in COUNTS.items()}
     for key, most in has.items():
         wanted = getattr(start, key)
         if isinstance(wanted, int) and wanted > most:
             found.append(f"start.{key}: {wanted} is more than the teacher's {most}; lower it")
     if isinstance(start.layers, list):
-        found += _layer_problems(start.layers, has["layers"])
+        outside = [layer for layer in start.layers if not 0 <= layer < has["layers"]]
+        if outside:
+            found.append(f"start.layers: {outside[0]} is none of the teacher's 0 to {has['layers'] - 1}")
+        elif any(after <= before for before, after in pairwise(start.layers)):
+            found.append(f"start.layers: {start.layers} must ascend, each layer once: they stay in the teacher's order")
     group = has["heads"] // teacher["num_key_value_heads"]
     if start.heads is not None and start.heads % group:
         found.append(
@@ -110,22 +113,15 @@ def pruned_problems(start: StartConfig, teacher: Mapping[str, Any], name: str) -
         found.append(
             f"start.hidden_size: {hidden} is not a multiple of the {heads} heads, which transformers asks of a llama"
         )
-    return found
+    if found:
+        raise ParameterError("\n".join(found))
 
 
-def embedding_problems(wanted: int, has: int) -> list[str]:
-    if wanted <= has:
-        return []
-    return [f"model.hidden_size: {wanted} is more than the teacher's {has}, whose embedding has no more; lower it"]
-
-
-def _layer_problems(layers: list[int], has: int) -> list[str]:
-    outside = [layer for layer in layers if not 0 <= layer < has]
-    if outside:
-        return [f"start.layers: {outside[0]} is none of the teacher's 0 to {has - 1}"]
-    if any(after <= before for before, after in pairwise(layers)):
-        return [f"start.layers: {layers} must ascend, each layer once: they stay in the teacher's order"]
-    return []
+def refuse_embedding(wanted: int, has: int) -> None:
+    if wanted > has:
+        raise ParameterError(
+            f"model.hidden_size: {wanted} is more than the teacher's {has}, whose embedding has no more; lower it"
+        )
 
 
 def _known(teacher: str) -> Mapping[str, Any] | None:

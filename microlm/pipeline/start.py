@@ -21,7 +21,7 @@ from microlm.evaluation.scoring.held_out_loss import validation_loss
 from microlm.files import atomic_file, write_json
 from microlm.models import model_files, pruning
 from microlm.models.architecture import ModelShape
-from microlm.models.start_request import embedding_problems, pruned_problems
+from microlm.models.start_request import refuse_embedding, refuse_pruned
 from microlm.models.student import StudentLM
 from microlm.models.teacher_source import teacher_source
 from microlm.objective.fused_head import token_nats
@@ -87,8 +87,7 @@ def _embedded(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
     teacher = _teacher(config, tokenizer)
     theirs = teacher.network.get_input_embeddings().weight[: tokenizer.n_vocab].float()
     model, size = fresh_student(config, tokenizer), config.at.model.hidden_size
-    if found := embedding_problems(size, theirs.shape[1]):
-        raise ParameterError(found[0])
+    refuse_embedding(size, theirs.shape[1])
     rows, share = pruning.principal_embedding(theirs, size)
     own = model.model.embed_tokens.weight.data
     own[: len(rows)] = rows * (own.square().mean() / rows.square().mean()).sqrt()
@@ -99,9 +98,8 @@ def _embedded(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
 def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
     """A sub-network of the teacher, chosen on evenly spaced windows of those that the teacher labels."""
     loaded, wanted = _teacher(config, tokenizer), config.at.start
-    theirs, name = loaded.network.config.to_dict(), config.at.teacher.model
-    if found := pruned_problems(wanted, theirs, name):
-        raise ParameterError("\n".join(found))
+    name = config.at.teacher.model
+    refuse_pruned(wanted, loaded.network.config.to_dict(), name)
     teacher = model_files.as_student(loaded, name).set_activation_dtype(runtime.dtype).to(runtime.device)
     shards, seq_len = TokenShards(SHARDS, "train"), config.at.batch.seq_len
     labelled = cached_windows(shards, seq_len, config.at.teacher.windows)

@@ -10,9 +10,8 @@ from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
 from microlm.evaluation.candidates import PACKAGED, load_candidate
-from microlm.models.gguf import read_gguf_llama
 from microlm.models.model_files import TransformersModel
-from microlm.models.teacher_source import PACKAGED_TEACHER, PackagedTeacher, teacher_source
+from microlm.models.teacher_source import PACKAGED_TEACHER, PackagedTeacher, read_gguf_llama, teacher_source
 from microlm.parameters import TeacherConfig
 from microlm.pipeline.capture import refuse_impossible
 from microlm.teacher.cache import CacheIdentity
@@ -63,7 +62,7 @@ def test_a_truncated_teacher_is_refused_in_one_line(packaged, tmp_path):
     broken = tmp_path / "model.gguf"
     broken.write_bytes(packaged[1].read_bytes()[: 10**7])
     with pytest.raises(UserError, match=r"model.gguf: not a whole GGUF file .*fetch it again") as error:
-        read_gguf_llama(broken)
+        read_gguf_llama(broken, torch.float32)
     assert "\n" not in str(error.value)
 
 

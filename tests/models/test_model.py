@@ -5,7 +5,7 @@ import torch
 
 from microlm.errors import UserError
 from microlm.models.architecture import ModelShape
-from microlm.models.model_files import WEIGHTS, load_language_model, load_student, save_student
+from microlm.models.model_files import WEIGHTS, is_ours, load_student, save_student
 from microlm.models.student import StudentLM
 
 
@@ -70,7 +70,7 @@ def test_a_student_directory_reads_back_the_same(student, exported):
     loaded = load_student(exported)
     assert loaded.shape == student.shape
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), student.state_dict().values()))
-    assert isinstance(load_language_model(exported, torch.float32), StudentLM)
+    assert isinstance(loaded, StudentLM) and is_ours(exported)
 
 
 def test_damaged_weights_are_refused_in_one_line(exported, tmp_path):

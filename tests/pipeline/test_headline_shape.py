@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.files import atomic_directory, read_json
-from microlm.models.model_files import load_language_model
+from microlm.models.model_files import load_student
 from microlm.research.plan.estimate import make_plan
 from microlm.research.plan.machine import Machine
 from tests.support.clones import ROOT, Clone
@@ -75,7 +75,7 @@ def started(directory: Path, parts: Path) -> Clone:
 
 def assert_loads_in_transformers(directory: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ours = load_language_model(directory, torch.float32)
+    ours = load_student(directory).eval()
     tokens = torch.arange(3, 43)[None] * 7
     with torch.no_grad():
         expected = theirs(tokens).logits[..., : ours.n_vocab]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from microlm.config import load_config
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.files import sha256_file
-from microlm.models.model_files import load_language_model
+from microlm.models.model_files import load_student
 from tests.support.clones import Clone
 from tests.support.soak import SOAKING
 from tests.support.tiny_run import TEACHER, WHEELS, tiny_parameters, write_teacher_of_bytes
@@ -191,7 +191,7 @@ def test_model_is_a_hugging_face_directory(finished: tuple[Clone, str], name: st
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == ids
     assert tokenizer.decode(ids) == TEXT
 
-    ours = load_language_model(directory, torch.float32)
+    ours = load_student(directory).eval()
     tokens = torch.tensor([ids])
     with torch.no_grad():
         expected = theirs(tokens).logits[..., : ours.n_vocab]
