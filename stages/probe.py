@@ -8,8 +8,8 @@ import sys
 from microlm.config import load_config
 from microlm.errors import UserError, run_stage
 from microlm.files import read_json
+from microlm.research.probe.report import markdown
 from microlm.research.probe.run import METRICS, probe
-from microlm.research.probe.table import markdown
 from microlm.runtime.device import set_up
 
 

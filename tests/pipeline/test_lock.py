@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from microlm.files import read_json
 from microlm.report.summary_table import benchmarks_markdown, markdown
-from microlm.research.probe.table import markdown as probe_markdown
+from microlm.research.probe.report import markdown as probe_markdown
 from microlm.research.study.grid import read_grid, read_yaml
 from microlm.research.study.report import report_path, rows_of, whole_report
 from microlm.research.study.results import results_path
@@ -37,8 +37,8 @@ HARMLESS = {
     "microlm/files.py": "how bytes reach the disk, not which",
     "microlm/runtime/compilation.py": "a flag, which device.py sets",
     "microlm/runtime/launcher.py": "starts processes; how many changes no result",
+    "microlm/report/text_table.py": "words for people",
     "microlm/teacher/loading.py": "refuses; what it returns model_files.py loads and projection.py makes",
-    "microlm/research/probe/table.py": "words for the docs",
     "microlm/runtime/paths.py": "where files lie, not what is in them",
     "microlm/parameters.py": "as config.py",
     "microlm/schema.py": "as config.py",

@@ -25,13 +25,19 @@ from microlm.objective.table_tail import table_tail
 from microlm.research.probe import closed_form_gradients
 from microlm.research.probe import measure as measure_module
 from microlm.research.probe import methods as m
-from microlm.research.probe.closed_form_gradients import Target, cap, forward_kl, forward_upper_bound, reverse_kl
-from microlm.research.probe.dense_positions import DensePositions
-from microlm.research.probe.measure import Probe
+from microlm.research.probe.closed_form_gradients import (
+    RowGradient,
+    Target,
+    cap,
+    forward_kl,
+    forward_upper_bound,
+    reverse_kl,
+    terms,
+)
+from microlm.research.probe.dense_positions import DensePositions, TailModel, code_bytes
+from microlm.research.probe.measure import CountSketch, Probe
 from microlm.research.probe.methods import METHODS
-from microlm.research.probe.random_sketch import CountSketch
 from microlm.research.probe.run import at_budget, probe
-from microlm.research.probe.tail_shapes import TailModel, code_bytes
 from microlm.runtime.device import set_up
 from microlm.teacher.cache import CacheIdentity
 from tests.conftest import ROOT
@@ -65,10 +71,19 @@ def draws(seed: int = 0) -> Generator:
 
 
 def dense_log_target(target: Target, at: DensePositions) -> Tensor:
-    dense = target.log_c[:, None] + at.shape(target.shape)
+    dense = target.log_c[:, None] + at.shape(target.shape).log_f
     for row in range(len(dense)):
         dense[row, target.ids[row, target.listed[row]]] = target.log_p[row, target.listed[row]]
     return dense
+
+
+def whole(row: RowGradient, target: Target, at: DensePositions) -> Tensor:
+    """The gradient at every id, [N, V]."""
+    dense = torch.cat((terms(at, "student"), terms(at, target.shape)), 1)
+    everywhere = torch.einsum("nt,ntv->nv", row.coefficients, dense)
+    rows = torch.arange(len(at.log_q))[:, None].expand_as(target.ids)
+    everywhere[rows[target.listed], target.ids[target.listed]] = row.entries[target.listed]
+    return everywhere
 
 
 def plain_kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -110,7 +125,7 @@ def test_every_closed_form_is_the_gradient_of_its_loss(name, direction, k):
     row = method.read[direction](target, now.at)
     value, gradient = by_autograd(method.read[direction].__name__, target, now)
     torch.testing.assert_close(row.value, value, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(row.dense(target, now.at), gradient, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(whole(row, target, now.at), gradient, rtol=1e-8, atol=1e-10)
 
 
 def test_exact_gradients_are_those_of_the_dense_divergences():
@@ -184,7 +199,8 @@ def test_measured_errors_are_those_of_the_whole_gradients(name, direction):
     measured.add(now.teacher_logits, now.logits, now.teacher_hidden, hidden)
     got = measured.table().set_index("direction").loc[direction]
     target = method.keep(now.at, 4, draws(7))
-    gradient, exact = method.read[direction](target, now.at).dense(target, now.at), now.at.exact[direction][1]
+    row, exact = method.read[direction](target, now.at), now.at.exact[direction][1]
+    gradient = whole(row, target, now.at)
     error = gradient - exact
     assert got["relative_error"] == pytest.approx(float((error.norm(dim=-1) / exact.norm(dim=-1)).mean()), rel=1e-7)
     assert got["cosine"] == pytest.approx(float(torch.cosine_similarity(gradient, exact).mean()), rel=1e-7)
@@ -240,7 +256,7 @@ def test_bytes_are_those_of_the_layouts():
 def test_the_tables_target_is_what_training_reads():
     at = scene(6).at
     target = exact_head(at, 8, "table")
-    oracle = table_tail(lump(at.log_p, target.ids), target.ids, at.shape("table")[0])
+    oracle = table_tail(lump(at.log_p, target.ids), target.ids, at.shape("table").log_f[0])
     torch.testing.assert_close(dense_log_target(target, at), oracle, rtol=1e-9, atol=1e-9)
 
 
@@ -268,7 +284,7 @@ def test_negative_and_blind_losses_of_peers_are_reproduced():
         0.6 * math.log(0.6 / 0.9)
     )  # verl#7806: -0.243
     assert float(closed_form_gradients.conditional_reverse_kl(head, at).value) == 0
-    assert (closed_form_gradients.conditional_reverse_kl(head, at).dense(head, at) == 0).all()
+    assert (whole(closed_form_gradients.conditional_reverse_kl(head, at), head, at) == 0).all()
     assert float(closed_form_gradients.floored_reverse_kl(head, at).value) > 39
 
 

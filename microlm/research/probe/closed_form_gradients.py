@@ -32,21 +32,24 @@ class Target:
     listed: Tensor  # bool [N, m]; entries that are not listed only fill the row
     shape: str = "student"  # f, as `DensePositions.shape` names it
 
-    def student(self, at: DensePositions) -> tuple[Tensor, Tensor]:
-        """log q and q of the entries [N, m]; q is 0 where nothing is listed."""
-        return self._at_entries(at.log_q)
-
-    def tail(self, at: DensePositions) -> tuple[Tensor, Tensor]:
-        """log f and f of the entries [N, m]; f is 0 where nothing is listed."""
-        return self._at_entries(at.shape(self.shape))
+    def at_entries(self, log_f: Tensor) -> tuple[Tensor, Tensor]:
+        """log f and f [N, m] of a distribution over the vocabulary; f is 0 where nothing is listed."""
+        log_f = log_f.gather(-1, self.ids)
+        return log_f, torch.where(self.listed, log_f.exp(), 0.0)
 
     def mass(self) -> Tensor:
         """[N, m]: the target's probabilities of the entries."""
         return torch.where(self.listed, self.log_p.exp(), 0.0)
 
-    def _at_entries(self, log_f: Tensor) -> tuple[Tensor, Tensor]:
-        log_f = log_f.gather(-1, self.ids)
-        return log_f, torch.where(self.listed, log_f.exp(), 0.0)
+    def log_ratio(self, log_q: Tensor) -> Tensor:
+        """[N, m]: log(q / t), 0 where nothing is listed."""
+        return torch.where(self.listed, log_q - self.log_p, 0.0)
+
+    def joined(self, ids: Tensor, log_p: Tensor, listed: Tensor, log_c: Tensor) -> "Target":
+        """With more entries [N, m], and another c for what is off the list then."""
+        more = ((self.ids, ids), (self.log_p, log_p), (self.listed, listed))
+        ids, log_p, listed = (torch.cat(both, -1) for both in more)
+        return Target(ids, log_p, log_c, listed, self.shape)
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,13 @@ class RowGradient:
     entries: Tensor  # [N, m]
     coefficients: Tensor  # [N, 4]
 
-    def dense(self, target: Target, at: DensePositions) -> Tensor:
-        """The whole gradient [N, V]."""
-        dense = torch.cat((terms(at, "student"), terms(at, target.shape)), 1)
-        everywhere = torch.einsum("nt,ntv->nv", self.coefficients, dense)
-        rows = torch.arange(len(at.log_q), device=at.log_q.device)[:, None].expand_as(target.ids)
-        everywhere[rows[target.listed], target.ids[target.listed]] = self.entries[target.listed]
-        return everywhere
-
 
 Treatment = Callable[[Target, DensePositions], RowGradient]
 
 
 def terms(at: DensePositions, shape: str) -> Tensor:
     """The two `TERMS` of a shape, f and q log f, [N, 2, V]; those of "student" are the first two."""
-    log_f = at.shape(shape)
+    log_f = at.shape(shape).log_f
     return torch.stack((log_f.exp(), at.log_q.exp() * log_f), 1)
 
 
@@ -92,28 +87,28 @@ def _rest(total: Tensor | float, listed: Tensor) -> Tensor:
 
 def forward_kl(target: Target, at: DensePositions) -> RowGradient:
     """sum_j t_j log(t_j / q_j) over the target t; gradient |t| q - t, where |t| is the target's whole mass."""
-    (log_q, q), (log_f, f) = target.student(at), target.tail(at)
-    t, c = target.mass(), target.log_c.exp()
+    shape, (log_q, q) = at.shape(target.shape), target.at_entries(at.log_q)
+    (log_f, f), t, c = target.at_entries(shape.log_f), target.mass(), target.log_c.exp()
     rest = c * _rest(1.0, f)
     whole = t.sum(-1) + rest
-    apart = at.kl_of_shape(target.shape) - (f * (log_f - log_q)).sum(-1)  # sum off the list of f log(f / q)
+    apart = shape.kl_of - (f * (log_f - log_q)).sum(-1)  # sum off the list of f log(f / q)
     value = _product(t, target.log_p - log_q).sum(-1) + _product(rest, target.log_c) + c * apart
     return _row(value, whole[:, None] * q - t, whole, 0.0, -c, 0.0)
 
 
 def reverse_kl(target: Target, at: DensePositions) -> RowGradient:
     """sum_j q_j log(q_j / t_j); gradient q_j (log q_j/t_j - L). Infinite where the target leaves a token no mass."""
-    (log_q, q), (log_f, _) = target.student(at), target.tail(at)
-    log_ratio = torch.where(target.listed, log_q - target.log_p, 0.0)
+    shape, (log_q, q) = at.shape(target.shape), target.at_entries(at.log_q)
+    log_f, log_ratio = shape.log_f.gather(-1, target.ids), target.log_ratio(log_q)
     log_c = torch.where(target.log_c > -torch.inf, target.log_c, 0.0)  # -inf: the whole vocabulary is listed
-    apart = at.kl_to_shape(target.shape) - (q * (log_q - log_f)).sum(-1)  # sum off the list of q log(q / f)
+    apart = shape.kl_to - (q * (log_q - log_f)).sum(-1)  # sum off the list of q log(q / f)
     value = (q * log_ratio).sum(-1) + apart - _rest(1.0, q) * log_c
     return _row(value, q * (log_ratio - value[:, None]), -log_c - value, 1.0, 0.0, -1.0)
 
 
 def conditional_reverse_kl(target: Target, at: DensePositions) -> RowGradient:
     """KL of both sides renormalized to the listed ids (axolotl): the student's mass elsewhere goes unseen."""
-    log_q, q = target.student(at)
+    log_q, q = target.at_entries(at.log_q)
     q_listed, t_listed = q.sum(-1, keepdim=True), target.mass().sum(-1, keepdim=True)
     among = q / q_listed
     log_ratio = torch.where(target.listed, log_q - q_listed.log() - (target.log_p - t_listed.log()), 0.0)
@@ -123,16 +118,16 @@ def conditional_reverse_kl(target: Target, at: DensePositions) -> RowGradient:
 
 def dropped_reverse_kl(target: Target, at: DensePositions) -> RowGradient:
     """sum over the listed ids alone of q log(q / t) (verl's open reverse top-k): may be negative."""
-    log_q, q = target.student(at)
-    log_ratio = torch.where(target.listed, log_q - target.log_p, 0.0)
+    log_q, q = target.at_entries(at.log_q)
+    log_ratio = target.log_ratio(log_q)
     pull = (q * (log_ratio + 1)).sum(-1)
     return _row((q * log_ratio).sum(-1), q * (log_ratio + 1 - pull[:, None]), -pull, 0.0, 0.0, 0.0)
 
 
 def floored_reverse_kl(target: Target, at: DensePositions) -> RowGradient:
     """KL(q || t) with log t = FLOOR_NATS off the list (NeMo-RL, `zero_outside_topk`)."""
-    log_q, q = target.student(at)
-    log_ratio = torch.where(target.listed, log_q - target.log_p, 0.0)
+    log_q, q = target.at_entries(at.log_q)
+    log_ratio = target.log_ratio(log_q)
     entropy = at.negative_entropy - (q * log_q).sum(-1)
     value = (q * log_ratio).sum(-1) + entropy - FLOOR_NATS * _rest(1.0, q)
     return _row(value, q * (log_ratio - value[:, None]), -FLOOR_NATS - value, 1.0, 0.0, 0.0)
@@ -154,7 +149,7 @@ def cap(target: Target, at: DensePositions, width: int = 1024) -> Target:
     log_f, ids = at.leading(target.shape, min(width, vocabulary))
     outside = at.ranks.gather(-1, ids) >= k
     f, order = torch.where(outside, log_f.exp(), 0.0).sort(-1, descending=True)
-    f_tail = _rest(1.0, target.tail(at)[1]).clamp_min(tiny)
+    f_tail = _rest(1.0, target.at_entries(at.shape(target.shape).log_f)[1]).clamp_min(tiny)
     p_tail = target.log_c.exp() * f_tail
     tau = torch.maximum(target.log_p.amin(-1).exp(), p_tail / max(1, vocabulary - k))  # float16 may round it too low
     capped = torch.arange(f.shape[1], device=f.device)  # how many, if the next one is not
@@ -167,13 +162,7 @@ def cap(target: Target, at: DensePositions, width: int = 1024) -> Target:
     log_c = c.gather(-1, count[:, None])[:, 0].clamp_min(0).log()
     listed = (capped < count[:, None])[:, : int(count.max())]
     spikes = ids.gather(-1, order)[:, : listed.shape[1]]
-    return Target(
-        torch.cat((target.ids, spikes), -1),
-        torch.cat((target.log_p, tau.log()[:, None].expand_as(spikes)), -1),
-        log_c,
-        torch.cat((target.listed, listed), -1),
-        target.shape,
-    )
+    return target.joined(spikes, tau.log()[:, None].expand_as(spikes), listed, log_c)
 
 
 def forward_upper_bound(log_p: Tensor, tail: Tensor, log_q: Tensor, at: DensePositions) -> Tensor:

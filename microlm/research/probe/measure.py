@@ -3,23 +3,27 @@
 Two criteria, since methods fail in two ways. Position by position: how far a row's gradient is from the exact one. Over
 a step: the gradient of the LM head's weight summed over many positions, sum_n g_n h_n^T, in which the noise of an
 unbiased method averages out and a biased method's error stays.
+
+The step's gradient [V, D] of each of hundreds of methods is not kept whole: the vocabulary is folded to `BUCKETS` rows
+with random signs (count sketch; Charikar et al. 2002, doi:10.1016/S0304-3975(03)00400-6) and the hidden state is
+projected to `WIDTH` random directions where it has more. Both keep the Frobenius norm on average.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
 from torch import Generator, Tensor
 
 from microlm.research.probe.closed_form_gradients import TERMS, RowGradient, Target, forward_upper_bound, terms
-from microlm.research.probe.dense_positions import DensePositions
+from microlm.research.probe.dense_positions import DensePositions, TailModel
 from microlm.research.probe.methods import METHODS, Method
-from microlm.research.probe.random_sketch import CountSketch, StepSums
-from microlm.research.probe.tail_shapes import TailModel
 
 KS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 CHUNK = 64  # positions whose distributions exist at once
 STEP_POSITIONS = 4096
+BUCKETS, WIDTH = 256, 256
 DIRECTIONS = ("forward", "reverse")
 BASIS = ("q", "q log q", *DIRECTIONS, "f", "q log f")
 OF_TERMS = [BASIS.index(term) for term in TERMS]
@@ -31,6 +35,59 @@ COLUMNS = (
     *("method", "origin", "k", "direction", "bytes", "listed", "exact_value", *MEANS),
     *("bias_nats", "step_error", "whole_error"),
 )
+
+
+class CountSketch:
+    """Folds rows over the vocabulary, and hidden states, to fewer numbers; linear, the same for every method."""
+
+    def __init__(self, vocabulary: int, hidden_size: int, seed: int, device: torch.device | str) -> None:
+        draws = Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (vocabulary,), generator=draws).mul(2).sub(1)
+        self.signs = signs.to(device, torch.float64)
+        projection = torch.randn(hidden_size, WIDTH, generator=draws) / WIDTH**0.5
+        self._projection = (projection if hidden_size > WIDTH else torch.eye(hidden_size)).to(device)
+
+    def fold(self, rows: Tensor) -> Tensor:
+        """[..., V] -> [..., BUCKETS]: token j joins bucket j mod BUCKETS with its sign."""
+        whole = len(self.signs) // BUCKETS * BUCKETS
+        signs = self.signs[:whole].view(-1, BUCKETS)
+        folded = (rows[..., :whole].unflatten(-1, (-1, BUCKETS)) * signs).sum(-2)
+        folded[..., : len(self.signs) - whole] += rows[..., whole:] * self.signs[whole:]
+        return folded
+
+    def fold_entries(self, ids: Tensor, values: Tensor) -> Tensor:
+        """Ids and values [N, m] of rows that are zero elsewhere -> [N, BUCKETS]."""
+        folded = values.new_zeros(len(ids), BUCKETS)
+        return folded.scatter_add_(-1, ids % BUCKETS, values * self.signs[ids])
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, at most WIDTH]."""
+        return hidden.float() @ self._projection
+
+
+@dataclass
+class StepSums:
+    """Sketched gradients of the head's weight, summed over steps and over everything."""
+
+    norms: dict[tuple, list[float]] = field(default_factory=dict)  # of each finished step
+    _step: dict[tuple, Tensor] = field(default_factory=dict)
+    _whole: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def add(self, key: tuple, folded: Tensor, hidden: Tensor) -> None:
+        """key: what the rows are of; folded [N, BUCKETS]; hidden as `CountSketch.project` gives it."""
+        part = folded.float().T @ hidden
+        self._step[key] = self._step[key].add_(part) if key in self._step else part
+
+    def end_step(self) -> None:
+        for key, total in self._step.items():
+            self._whole[key] = self._whole[key].add_(total) if key in self._whole else total
+            self.norms.setdefault(key, []).append(float(total.norm()))
+        self._step = {}
+
+    def relative(self, key: tuple, exact: tuple, steps: int) -> tuple[float, float]:
+        """Norm of `key` over that of `exact`: mean over the first `steps` steps, and of the sum over everything."""
+        ratios = [error / true for error, true in zip(self.norms[key], self.norms[exact])][:steps]
+        return sum(ratios) / len(ratios), float(self._whole[key].norm() / self._whole[exact].norm())
 
 
 class Reference:
@@ -59,38 +116,29 @@ class Reference:
         """The exact gradient, folded, [N, BUCKETS]."""
         return self._folded[:, BASIS.index(direction)]
 
-    def listed(self, target: Target) -> "Listed":
+    def compare(self, target: Target, rows: Mapping[str, RowGradient]) -> Iterator[tuple[Tensor, ...]]:
+        """Cosine [N], relative error [N], ratio of norms [N] and folded error [N, BUCKETS] of each direction's row."""
         if target.shape != self._shape:
             self._take(terms(self._at, target.shape), target.shape)
-        entries = torch.cat([_pick(rows, target.ids) for rows in (self._fixed, self._own)], 1)
-        entries *= target.listed[:, None]
-        return Listed(entries, self._gram - entries @ entries.mT)
-
-    def compare(self, row: RowGradient, listed: "Listed", target: Target, direction: str) -> tuple[Tensor, ...]:
-        """Cosine [N], relative error [N], ratio of norms [N] and folded error [N, BUCKETS] of a gradient."""
-        which = BASIS.index(direction)
-        unlisted = row.coefficients.new_zeros(len(row.value), len(BASIS))
-        unlisted[:, OF_TERMS] = row.coefficients
-        error = unlisted.clone()
-        error[:, which] -= 1
-        values = torch.where(target.listed, row.entries, 0.0)
-        wanted = listed.entries[:, which]
-        square = _quadratic(error, listed.rest) + (values - wanted).square().sum(-1)
-        inner = (unlisted[:, None] @ listed.rest)[:, 0, which] + (values * wanted).sum(-1)
-        norm = (_quadratic(unlisted, listed.rest) + values.square().sum(-1)).clamp_min(0).sqrt()
-        tiny = torch.finfo(norm.dtype).tiny
-        exact = self._gram[:, which, which].sqrt().clamp_min(tiny)
-        correction = values - (unlisted[:, None] @ listed.entries)[:, 0]
-        folded = (error[:, None] @ self._folded)[:, 0] + self._sketch.fold_entries(target.ids, correction)
-        return inner / (norm * exact).clamp_min(tiny), square.clamp_min(0).sqrt() / exact, norm / exact, folded
-
-
-@dataclass(frozen=True)
-class Listed:
-    """The basis at a target's entries [N, 6, m], 0 where not listed, and the moments of all other tokens [N, 6, 6]."""
-
-    entries: Tensor
-    rest: Tensor
+        # the basis at the target's entries [N, 6, m], 0 where not listed, and the moments of all other tokens [N, 6, 6]
+        listed = torch.cat([_pick(dense, target.ids) for dense in (self._fixed, self._own)], 1)
+        listed *= target.listed[:, None]
+        rest = self._gram - listed @ listed.mT
+        for direction, row in rows.items():
+            which = BASIS.index(direction)
+            unlisted = row.coefficients.new_zeros(len(row.value), len(BASIS))
+            unlisted[:, OF_TERMS] = row.coefficients
+            error = unlisted.clone()
+            error[:, which] -= 1
+            values, wanted = torch.where(target.listed, row.entries, 0.0), listed[:, which]
+            square = _quadratic(error, rest) + (values - wanted).square().sum(-1)
+            inner = (unlisted[:, None] @ rest)[:, 0, which] + (values * wanted).sum(-1)
+            norm = (_quadratic(unlisted, rest) + values.square().sum(-1)).clamp_min(0).sqrt()
+            tiny = torch.finfo(norm.dtype).tiny
+            exact = self._gram[:, which, which].sqrt().clamp_min(tiny)
+            correction = values - (unlisted[:, None] @ listed)[:, 0]
+            folded = (error[:, None] @ self._folded)[:, 0] + self._sketch.fold_entries(target.ids, correction)
+            yield inner / (norm * exact).clamp_min(tiny), square.clamp_min(0).sqrt() / exact, norm / exact, folded
 
 
 def _pick(rows: Tensor, ids: Tensor) -> Tensor:
@@ -134,10 +182,8 @@ class Probe:
             self._count((direction,), value[:, None])
         for method, k in self._cells:
             target = method.keep(at, k, self._draws)
-            listed = reference.listed(target)
-            for direction, read in method.read.items():
-                row = read(target, at)
-                *numbers, folded = reference.compare(row, listed, target, direction)
+            rows = {direction: read(target, at) for direction, read in method.read.items()}
+            for (direction, row), (*numbers, folded) in zip(rows.items(), reference.compare(target, rows)):
                 bracket = _bracket(row.value, target, k, at, direction) if method.bracket else ()
                 key = (method.name, k, direction)
                 self._steps.add(key, folded, hidden)
@@ -145,11 +191,8 @@ class Probe:
         self.positions += len(teacher)
         self._in_step += len(teacher)
         if self._in_step >= STEP_POSITIONS:
-            self._end_step()
-
-    def _end_step(self) -> None:
-        self._steps.end_step()
-        self._in_step, self._full_steps = 0, self._full_steps + 1
+            self._steps.end_step()
+            self._in_step, self._full_steps = 0, self._full_steps + 1
 
     def _count(self, key: tuple, numbers: Tensor) -> None:
         self._sums[key] = self._sums.get(key, 0) + numbers.sum(0)
@@ -158,9 +201,8 @@ class Probe:
     def table(self) -> pd.DataFrame:
         """One row a method, k and direction; see `COLUMNS`."""
         full_steps = max(1, self._full_steps)  # what is left over is no whole step, unless it is all there is
-        if self._in_step:
-            self._steps.end_step()
-            self._in_step = 0
+        self._steps.end_step()
+        self._in_step = 0
         rows = []
         for method, k in self._cells:
             for direction in method.read:

@@ -13,14 +13,18 @@ from torch import Generator, Tensor
 from microlm.objective.divergences import temper
 from microlm.research.probe import closed_form_gradients
 from microlm.research.probe.closed_form_gradients import Target, Treatment, cap
-from microlm.research.probe.dense_positions import DensePositions
-from microlm.research.probe.tail_shapes import code_bytes
+from microlm.research.probe.dense_positions import DensePositions, code_bytes
 from microlm.teacher.cache import CacheIdentity
 from microlm.teacher.records import decode, encode
 
 Keep = Callable[[DensePositions, int, Generator], Target]
 SMALLEST_TAIL = 1e-8  # to which Megatron-LM clamps one minus the sum of its head
 DIRECTIONS_AN_ENTRY = 8  # of a code, for each entry of the head: 2 bytes more an entry
+FORWARD, CONDITIONAL = closed_form_gradients.forward_kl, closed_form_gradients.conditional_reverse_kl
+BOTH = {"forward": FORWARD, "reverse": closed_form_gradients.reverse_kl}
+WITHOUT_TAIL = {"forward": FORWARD, "reverse": CONDITIONAL}
+DROPPED = {"forward": FORWARD, "reverse": closed_form_gradients.dropped_reverse_kl}
+FLOORED = {"reverse": closed_form_gradients.floored_reverse_kl}
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,8 @@ class Method:
 
 
 def record_bytes(k: int, kind: str = "full") -> int:
-    """Bytes of the cache's own record of k entries at one temperature."""
-    vocabulary = 2**16  # ids of two bytes
-    identity = CacheIdentity(
-        "", None, "", n_vocab=vocabulary, corpus="", seq_len=1, windows=1, top_k=k, temperatures=(1.0,), record=kind
-    )
-    return identity.token_bytes
+    """Bytes of the cache's own record of k entries, ids of two bytes, at one temperature."""
+    return CacheIdentity("", None, "", 2**16, "", 1, 1, k, (1.0,), kind).token_bytes
 
 
 def distillkit_bytes(k: int) -> int:
@@ -60,40 +60,29 @@ def completed(at: DensePositions, log_p_head: Tensor, log_tail: Tensor, shape: s
     k = log_p_head.shape[1]
     recorded = temper(log_p_head.to(at.log_p.dtype), log_tail.to(at.log_p.dtype), 1.0)
     ids = at.ranked_ids[:, :k]
-    f_tail = (1 - at.shape(shape).gather(-1, ids).exp().sum(-1)).clamp_min(torch.finfo(at.log_q.dtype).tiny)
+    f_tail = (1 - at.shape(shape).log_f.gather(-1, ids).exp().sum(-1)).clamp_min(torch.finfo(at.log_q.dtype).tiny)
     return Target(ids, recorded[:, :k], recorded[:, k] - f_tail.log(), torch.ones_like(ids, dtype=torch.bool), shape)
 
 
-def lumped(at: DensePositions, k: int, _: Generator) -> Target:
-    return completed(at, at.ranked_log_p[:, :k].half(), at.tail_mass(k).log().float())
+def ours(
+    name: str, kind: str = "full", shape: str = "student", bounded: bool = False, ks: tuple[int, ...] | None = None
+) -> Method:
+    """Our record of a `kind`. `shape`: "code" stands for one of as many directions as the record's entries allow."""
+
+    def keep(at: DensePositions, k: int, _: Generator) -> Target:
+        head = at.ranked_log_p[:, :k]
+        log_p = decode(encode(head)) if kind == "compact" else head.half()
+        spread = f"code{DIRECTIONS_AN_ENTRY * k}" if shape == "code" else shape
+        target = completed(at, log_p, at.tail_mass(k).log().float(), spread)
+        return cap(target, at) if bounded else target
+
+    def token_bytes(k: int, _: float) -> float:
+        return record_bytes(k, kind) + (code_bytes(DIRECTIONS_AN_ENTRY * k) if shape == "code" else 0)
+
+    return Method(name, "ours", keep, token_bytes, BOTH, bracket=shape == "student", ks=ks)
 
 
-def capped(at: DensePositions, k: int, draws: Generator) -> Target:
-    return cap(lumped(at, k, draws), at)
-
-
-def compact(at: DensePositions, k: int, shape: str = "student") -> Target:
-    return completed(at, decode(encode(at.ranked_log_p[:, :k])), at.tail_mass(k).log().float(), shape)
-
-
-def compact_lumped(at: DensePositions, k: int, _: Generator) -> Target:
-    return compact(at, k)
-
-
-def compact_capped(at: DensePositions, k: int, _: Generator) -> Target:
-    return cap(compact(at, k), at)
-
-
-def table_tail(at: DensePositions, k: int, _: Generator) -> Target:
-    return completed(at, at.ranked_log_p[:, :k].half(), at.tail_mass(k).log().float(), "table")
-
-
-def compact_table_tail(at: DensePositions, k: int, _: Generator) -> Target:
-    return compact(at, k, "table")
-
-
-def code_tail(at: DensePositions, k: int, _: Generator) -> Target:
-    return cap(compact(at, k, f"code{DIRECTIONS_AN_ENTRY * k}"), at)
+LUMPED = ours("lumped")
 
 
 def ghost(at: DensePositions, k: int, _: Generator) -> Target:
@@ -102,14 +91,17 @@ def ghost(at: DensePositions, k: int, _: Generator) -> Target:
     return completed(at, head, (1 - head.exp().sum(-1)).clamp_min(SMALLEST_TAIL).log())
 
 
-def head_alone(at: DensePositions, k: int, _: Generator) -> Target:
-    ids, log_p = at.ranked_ids[:, :k], at.ranked_log_p[:, :k]
+def without_tail(ids: Tensor, log_p: Tensor) -> Target:
+    """No mass off the list."""
     return Target(ids, log_p, torch.full_like(log_p[:, 0], -torch.inf), torch.ones_like(ids, dtype=torch.bool))
 
 
-def renormalized(at: DensePositions, k: int, draws: Generator) -> Target:
-    head = head_alone(at, k, draws)
-    return Target(head.ids, head.log_p.log_softmax(-1), head.log_c, head.listed)
+def head_alone(at: DensePositions, k: int, _: Generator) -> Target:
+    return without_tail(at.ranked_ids[:, :k], at.ranked_log_p[:, :k])
+
+
+def renormalized(at: DensePositions, k: int, _: Generator) -> Target:
+    return without_tail(at.ranked_ids[:, :k], at.ranked_log_p[:, :k].log_softmax(-1))
 
 
 def counted(ids: Tensor, mass_of_one: Tensor, log_c: Tensor) -> Target:
@@ -168,73 +160,39 @@ def threshold_sampling(at: DensePositions, n: int, draws: Generator) -> Target:
     sure = certain < taken[:, None]
     ids = torch.where(sure, at.ranked_ids[:, :n], ids.gather(-1, (certain - taken[:, None]).clamp_min(0)))
     log_p = torch.where(sure, at.ranked_log_p[:, :n], step.log()[:, None])
-    return Target(ids, log_p, torch.full_like(step, -torch.inf), torch.ones_like(sure))
+    return without_tail(ids, log_p)
 
 
 def head_and_samples(lumped_share: float) -> Keep:
     """Exact head, and k samples of the tail with `1 - lumped_share` of its mass; the rest spread as the student's."""
 
     def keep(at: DensePositions, k: int, draws: Generator) -> Target:
-        head = lumped(at, k, draws)
+        head = LUMPED.keep(at, k, draws)
         certain = torch.full_like(head.ids[:, 0], k)
         ids, step = tail_samples(at, certain, certain, k, draws)
         tail = counted(ids, step * (1 - lumped_share), head.log_c)
-        if lumped_share == 0:
-            log_c = torch.full_like(head.log_c, -torch.inf)
-        else:
-            log_c = head.log_c + torch.log(torch.tensor(lumped_share, dtype=head.log_c.dtype))
+        log_c = head.log_c + torch.log(torch.tensor(lumped_share, dtype=head.log_c.dtype))
         spread = log_c[:, None] + at.log_q.gather(-1, tail.ids)
-        log_p = torch.logaddexp(tail.log_p, spread)
-        return Target(
-            torch.cat((head.ids, tail.ids), -1),
-            torch.cat((head.log_p, log_p), -1),
-            log_c,
-            torch.cat((head.listed, tail.listed), -1),
-        )
+        return head.joined(tail.ids, torch.logaddexp(tail.log_p, spread), tail.listed, log_c)
 
     return keep
 
 
-FORWARD, CONDITIONAL = closed_form_gradients.forward_kl, closed_form_gradients.conditional_reverse_kl
-BOTH = {"forward": FORWARD, "reverse": closed_form_gradients.reverse_kl}
-WITHOUT_TAIL = {"forward": FORWARD, "reverse": CONDITIONAL}
-DROPPED = {"forward": FORWARD, "reverse": closed_form_gradients.dropped_reverse_kl}
-FLOORED = {"reverse": closed_form_gradients.floored_reverse_kl}
-
-
 DRAWS = (2, 4, 8, 16, 32, 64, 128, 256, 512)  # with replacement: distinct ids are far fewer
-
-
-def own_bytes(k: int, _: float) -> float:
-    return record_bytes(k)
-
-
-def compact_record_bytes(k: int, _: float) -> float:
-    return record_bytes(k, "compact")
-
-
-def sampled_bytes(k: int, _: float) -> float:
-    return record_bytes(k) + 2 * k
-
-
-def coded_bytes(k: int, _: float) -> float:
-    return record_bytes(k, "compact") + code_bytes(DIRECTIONS_AN_ENTRY * k)
-
-
 METHODS = (
-    Method("lumped", "ours", lumped, own_bytes, BOTH, bracket=True),
-    Method("capped", "ours", capped, own_bytes, BOTH, bracket=True),
-    Method("compact lumped", "ours", compact_lumped, compact_record_bytes, BOTH, bracket=True),
-    Method("compact capped", "ours", compact_capped, compact_record_bytes, BOTH, bracket=True),
-    Method("head + samples", "ours", head_and_samples(0.0), sampled_bytes, {"forward": FORWARD}),
-    Method("head + samples, half lumped", "ours", head_and_samples(0.5), sampled_bytes, BOTH),
+    LUMPED,
+    ours("capped", bounded=True),
+    ours("compact lumped", "compact"),
+    ours("compact capped", "compact", bounded=True),
+    Method("head + samples", "ours", head_and_samples(0.0), lambda k, _: record_bytes(k) + 2 * k, {"forward": FORWARD}),
+    Method("head + samples, half lumped", "ours", head_and_samples(0.5), lambda k, _: record_bytes(k) + 2 * k, BOTH),
     Method("renormalized", "DistillKit, axolotl", renormalized, lambda k, _: distillkit_bytes(k), WITHOUT_TAIL),
     Method("dropped", "verl", head_alone, lambda k, _: 4 * k, DROPPED),
     Method("floored", "NeMo-RL", head_alone, lambda k, _: 4 * k, FLOORED),
     Method("ghost token", "Megatron-LM", ghost, lambda k, _: 5 * k, BOTH),
     Method("random sampling", "RS-KD", random_sampling, lambda _, listed: 3 * listed, WITHOUT_TAIL, ks=DRAWS),
     Method("threshold sampling", "VarOpt", threshold_sampling, lambda k, _: 4 * k, WITHOUT_TAIL),
-    Method("table tail", "ours", table_tail, own_bytes, BOTH),
-    Method("compact table tail", "ours", compact_table_tail, compact_record_bytes, BOTH),
-    Method("code tail", "ours", code_tail, coded_bytes, BOTH, ks=(4, 8, 16, 32)),
+    ours("table tail", shape="table"),
+    ours("compact table tail", "compact", "table"),
+    ours("code tail", "compact", "code", bounded=True, ks=(4, 8, 16, 32)),
 )

@@ -15,10 +15,10 @@ from microlm.files import atomic_file, write_json
 from microlm.models import model_files
 from microlm.models.interface import LanguageModel
 from microlm.models.teacher_source import teacher_source
-from microlm.research.probe.figure import draw
+from microlm.research.probe.dense_positions import TailModel
 from microlm.research.probe.measure import CHUNK, DIRECTIONS, KS, STEP_POSITIONS, Probe
 from microlm.research.probe.methods import METHODS, Method
-from microlm.research.probe.tail_shapes import TailModel
+from microlm.research.probe.report import draw
 from microlm.runtime.device import Runtime
 from microlm.runtime.paths import CONTROL, PLOTS, SHARDS
 from microlm.runtime.paths import METRICS as _METRICS
@@ -56,7 +56,7 @@ def positions_added(
     identity = cache_identity(config.at.teacher, config.at.batch.seq_len, train)
     with config.naming_keys():
         teacher = load_fitting_teacher(teacher_source(config.at.teacher), identity, runtime)
-    chosen = _spread(val, identity.seq_len, windows)
+    chosen = evenly_spaced(window_count(val, identity.seq_len), windows)
     positions = len(chosen) * identity.seq_len
     banner(
         f"probe: {config.at.teacher.model} against {CONTROL}",
@@ -75,10 +75,6 @@ def positions_added(
             yield measured
 
 
-def _spread(shards: TokenShards, seq_len: int, wanted: int) -> np.ndarray:
-    return evenly_spaced(window_count(shards, seq_len), wanted)
-
-
 def _hidden_states(
     models: tuple[LanguageModel, ...], shards: TokenShards, windows: np.ndarray, seq_len: int, rows: int
 ) -> Iterator[tuple[Tensor, ...]]:
@@ -90,7 +86,7 @@ def _hidden_states(
 
 
 def _learn(teacher: LanguageModel, shards: TokenShards, seq_len: int, rows: int) -> TailModel:
-    windows = _spread(shards, seq_len, max(1, LEARNING_POSITIONS // seq_len))
+    windows = evenly_spaced(window_count(shards, seq_len), max(1, LEARNING_POSITIONS // seq_len))
     hidden = torch.cat([h for (h,) in _hidden_states((teacher,), shards, windows, seq_len, rows)])
     return TailModel.fit(hidden, teacher.head_weight[: teacher.n_vocab].detach())
 
