@@ -5,7 +5,7 @@ would already have lost the old student. The text written here never changes, so
 """
 
 from microlm.config import load_config
-from microlm.corpus.outside_source import refuse_unfit
+from microlm.corpus.sources import refuse_unfit
 from microlm.errors import run_stage
 from microlm.evaluation.benchmarks import configured_benchmarks
 from microlm.files import atomic_file

@@ -36,11 +36,6 @@ def main() -> None:
     source = sources.describe(corpus)
     inputs = [asdict(corpus), source, encoder.fingerprint, stage_code("tokenize")]
     with resumable("tokenize", inputs) as directory, tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
-
-        def progress(n_documents: int, n_tokens: int, n_bytes: int) -> None:
-            bar.set_postfix(documents=n_documents, tokens=n_tokens, refresh=False)
-            bar.update(n_bytes - bar.n)
-
         writer = writing.ShardWriter(directory, encoder, corpus.shard_tokens, corpus.train_tokens)
         if not writer.counts()[0]:
             encoder.check(tokenizer.AWKWARD_TEXTS)
@@ -49,7 +44,7 @@ def main() -> None:
             print("tokenize: goes on behind {:,} documents, {:,} tokens".format(*writer.counts()), flush=True)
         rest = sources.batches(corpus, start=writer.position)
         workers = os.cpu_count() or 1 if threads == "auto" else threads
-        writer.write(encoding.encoded(rest, encoder, corpus.validation_fraction, workers), progress)
+        writer.write(encoding.encoded(rest, encoder, corpus.validation_fraction, workers), bar)
         metrics = summary(writer.publish(SHARDS, source))
         write_json(METRICS / "tokenize.json", {**metrics, "elapsed_s": round(time.perf_counter() - started, 1)})
     train, val = (metrics[split]["tokens"] for split in ("train", "val"))

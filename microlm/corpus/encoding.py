@@ -6,20 +6,17 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from microlm.corpus.shards import split_of, token_dtype
+from microlm.corpus.sources import Documents, Position
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import UserError
-
-if TYPE_CHECKING:  # which needs `datasets`
-    from microlm.corpus.sources import Documents, Position
 
 FEW = 16  # batches: encoded here sooner than other processes would have started
 AHEAD = 2  # batches that wait for each process, so that none waits for the reader
@@ -51,8 +48,8 @@ def encode(texts: list[str], tokenizer: Tokenizer, validation_fraction: float) -
 
 
 def encoded(
-    batches: "Iterable[Documents]", tokenizer: Tokenizer, validation_fraction: float, workers: int
-) -> "Iterator[tuple[Encoded, Position]]":
+    batches: Iterable[Documents], tokenizer: Tokenizer, validation_fraction: float, workers: int
+) -> Iterator[tuple[Encoded, Position]]:
     """Each batch, encoded, with the position behind it; the same whatever the number of `workers`, at least 1.
 
     Raises:
@@ -67,14 +64,13 @@ def encoded(
     # not by fork: the reader has threads, whose locks a child would inherit as they stand
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, validation_fraction))
-    waiting: deque[tuple[Future[Encoded], Position]] = deque()
+    submitted = ((pool.submit(_encode_here, batch.texts), batch.after) for batch in chain(first, batches))
     try:
-        for batch in chain(first, batches):
-            waiting.append((pool.submit(_encode_here, batch.texts), batch.after))
-            if len(waiting) > AHEAD * workers:
-                yield _next_of(waiting)
+        waiting = deque(islice(submitted, AHEAD * workers))
         while waiting:
-            yield _next_of(waiting)
+            waiting.extend(islice(submitted, 1))
+            future, after = waiting.popleft()
+            yield future.result(), after
     except BrokenProcessPool:
         raise UserError(
             "tokenize: one of its processes was killed, as the system does where memory is short; lower "
@@ -82,11 +78,6 @@ def encoded(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _next_of(waiting: "deque[tuple[Future[Encoded], Position]]") -> "tuple[Encoded, Position]":
-    future, after = waiting.popleft()
-    return future.result(), after
 
 
 def _start_worker(tokenizer: Tokenizer, validation_fraction: float) -> None:

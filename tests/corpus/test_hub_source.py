@@ -187,11 +187,11 @@ def wait_for_shards(directory: Path, process: subprocess.Popen[str]) -> None:
 REFUSALS = """
 import sys
 from microlm.parameters import CorpusConfig
-from microlm.corpus import hub_retry
+from microlm.corpus import hub
 from microlm.corpus.sources import documents
 from microlm.errors import UserError
 
-hub_retry.RetryingClient.__init__.__kwdefaults__["waits_s"] = (0.01, 0.01)
+hub.RetryingClient.__init__.__kwdefaults__["waits_s"] = (0.01, 0.01)
 for line in sys.stdin:
     dataset, subset, revision = line.split()
     config = CorpusConfig("hub", "gpt2", 0.2, None, 1024, dataset=dataset, subset=subset, revision=revision)

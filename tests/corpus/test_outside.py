@@ -17,10 +17,20 @@ from hypothesis import strategies as st
 
 from microlm.config import Config, load_config
 from microlm.corpus import outside
-from microlm.corpus.kinds import KIND_BYTES, LONGEST, chosen, cut, packaged_texts, without_citations
-from microlm.corpus.outside import HEAD, Document, new_documents, write_outside
-from microlm.corpus.outside_source import refuse_unfit
+from microlm.corpus.outside import (
+    HEAD,
+    KIND_BYTES,
+    LONGEST,
+    Document,
+    chosen,
+    cut,
+    new_documents,
+    packaged_texts,
+    without_citations,
+    write_outside,
+)
 from microlm.corpus.shards import TokenShards
+from microlm.corpus.sources import refuse_unfit
 from microlm.errors import UserError
 from microlm.evaluation.scoring.yardsticks import held_out
 from microlm.parameters import BatchConfig, HubText

@@ -31,7 +31,6 @@ HARMLESS = {
     "microlm/config.py": "refuses, never computes; every stage runs after `check`, which names it",
     "microlm/runtime/terminal.py": "banner and progress bar",
     "microlm/corpus/parts.py": "fetch names it; what it extracts is an input of the others",
-    "microlm/corpus/hub_retry.py": "asks the hub again; changes no answer",
     "microlm/corpus/tokenizer.py": "tokenize names it; ids are held against the reference, the shards name them",
     "microlm/errors.py": "words for people",
     "microlm/files.py": "how bytes reach the disk, not which",

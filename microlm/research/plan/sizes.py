@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from microlm.config import PARAMS, Config
-from microlm.corpus.outside_source import KEY, MOST_TOKENS
+from microlm.corpus.outside import MOST_TOKENS
+from microlm.corpus.sources import CORPUS, OUTSIDE, matching_files
 from microlm.corpus.tokenizer import json_tokenizer
 from microlm.errors import UserError
 from microlm.models.architecture import ModelShape
@@ -161,7 +162,7 @@ def corpus_tokens(corpus: CorpusConfig) -> tuple[int, int]:
     share, train = corpus.validation_fraction, corpus.train_tokens
     if corpus.source != "hub":
         paths = corpus.paths if corpus.source == "files" else None
-        there = int(_tokens(PACKAGED_TEXT_BYTES, paths, "corpus.paths") * (1 - share))
+        there = int(_tokens(PACKAGED_TEXT_BYTES, paths, CORPUS) * (1 - share))
         train = there if train is None else min(there, train)
     if train is None:
         raise UserError("corpus.train_tokens: null reads the whole dataset, whose size is not known here; set it")
@@ -173,15 +174,13 @@ def outside_tokens(at: ScaleConfig) -> int:
     wanted = at.evaluation.outside
     if wanted is None or isinstance(wanted, HubText):
         return MOST_TOKENS if wanted else 0
-    return min(int(_tokens(PACKAGED_OUTSIDE_BYTES, None if wanted == "packaged" else wanted, KEY)), MOST_TOKENS)
+    return min(int(_tokens(PACKAGED_OUTSIDE_BYTES, None if wanted == "packaged" else wanted, OUTSIDE)), MOST_TOKENS)
 
 
 def _tokens(packaged_bytes: int, paths: list[str] | None, key: str) -> float:
     """Of the packaged text, or of the files that `key` names."""
     if paths is None:
         return packaged_bytes / BYTES_PER_TOKEN
-    from microlm.corpus.sources import matching_files  # which needs `datasets`
-
     return sum(path.stat().st_size for path in matching_files(paths, key)) / BYTES_PER_TOKEN
 
 

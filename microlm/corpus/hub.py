@@ -1,20 +1,61 @@
-"""HTTP that outlasts the hub's bad minutes: a fault that may pass is tried again, and every try is told in one line."""
+"""The hub: a dataset that is not there is refused in a line; HTTP outlasts bad minutes, and each try is told in one."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 import httpx2
-from huggingface_hub import constants, get_session, set_client_factory
+from huggingface_hub import HfApi, constants, get_session, set_client_factory
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import parse_ratelimit_headers
 from tqdm import tqdm
 
 from microlm.errors import UserError
+from microlm.parameters import CorpusConfig
 
+LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 WAITS_S = (1, 2, 4, 8, 16, 32, 60, 60, 60)  # before each new try: four minutes in all
 LONGEST_WAIT_S = 300  # the hub counts requests in windows of five minutes
 PASSING_ERRORS = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
+
+
+def retry_requests() -> None:
+    """Have huggingface_hub, and `datasets` over it, send every request of this process through a RetryingClient."""
+    hooks = get_session().event_hooks
+    # the timeout is for the requests that name none: without one, a silent server is waited for without end
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    set_client_factory(lambda: RetryingClient(event_hooks=hooks, follow_redirects=True, timeout=timeout))
+
+
+def refuse_absent(config: CorpusConfig, key: str) -> None:
+    """UserError where the hub refuses for good (no such dataset or revision, no access) or is out of reach for minutes.
+
+    Args:
+        key: of params.yaml, that names the dataset.
+    """
+    try:
+        HfApi().dataset_info(config.dataset, revision=config.revision)
+        return
+    except GatedRepoError:
+        mend = f"accept its terms on the dataset's page, then {LOG_IN}"
+        told = f"gives this dataset only to who has accepted its terms; {mend}"
+    except RevisionNotFoundError:
+        told = f"has the dataset, but no such revision; set {key}.revision to the full hash of one of its commits"
+    except RepositoryNotFoundError:
+        mend = f"correct {key}.dataset, or {LOG_IN} with an account that may read it"
+        told = f"has no such dataset, or hides it; {mend}"
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status not in (401, 403):
+            raise
+        mend = f"{LOG_IN} with an account that may read it, or unset HF_TOKEN where it is no longer valid"
+        told = f"refuses access (HTTP status {status}); {mend}"
+    raise UserError(f"{config.dataset} at {config.revision}: the hub {told}")
 
 
 class RetryingClient(httpx2.Client):
@@ -31,27 +72,28 @@ class RetryingClient(httpx2.Client):
 
     def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
         """Raises UserError after the last try."""
-        where = f"{request.url.host}{request.url.path}"  # no query: that of a redirect holds a signature
+        where = f"hub: {request.url.host}{request.url.path}"  # no query: that of a redirect holds a signature
         tries = len(self._waits_s) + 1
-        for number, wait_s in enumerate((*self._waits_s, 0.0), start=1):
+        for number in count(1):
             try:
                 return self._whole_answer(request, options)
             except _PassingFault as fault:
                 if number == tries:
                     raise UserError(
-                        f"hub: {where}: {fault}, the last of {tries} tries; once the network and the hub are well, run "
+                        f"{where}: {fault}, the last of {tries} tries; once the network and the hub are well, run "
                         "the same command again: it goes on from the last finished shard"
                     ) from None
-                wait_s = min(wait_s if fault.wait_s is None else fault.wait_s, LONGEST_WAIT_S)
-                tqdm.write(f"hub: {where}: {fault}; try {number + 1} of {tries} in {wait_s:g} s", file=sys.stderr)
+                wait_s = min(self._waits_s[number - 1] if fault.wait_s is None else fault.wait_s, LONGEST_WAIT_S)
+                tqdm.write(f"{where}: {fault}; try {number + 1} of {tries} in {wait_s:g} s", file=sys.stderr)
                 time.sleep(wait_s)
-        raise AssertionError("the last try returns or raises")
 
     def _whole_answer(self, request: httpx2.Request, options: dict[str, Any]) -> httpx2.Response:
         try:
             response = super().send(request, stream=False, **options)
+        except httpx2.ReadTimeout:
+            raise _PassingFault("the read stalled") from None
         except PASSING_ERRORS as error:
-            raise _PassingFault(_in_words(error)) from None
+            raise _PassingFault(" ".join(str(error).split())[:120] or type(error).__name__) from None
         status = response.status_code
         if status in (httpx2.codes.REQUEST_TIMEOUT, httpx2.codes.TOO_MANY_REQUESTS) or status >= 500:
             raise _PassingFault(f"HTTP status {status}", _asked_wait_s(response))
@@ -66,12 +108,6 @@ class _PassingFault(Exception):
     def __init__(self, fault: str, wait_s: float | None = None) -> None:
         super().__init__(fault)
         self.wait_s = wait_s
-
-
-def _in_words(error: Exception) -> str:
-    if isinstance(error, httpx2.ReadTimeout):
-        return "the read stalled"
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _asked_wait_s(response: httpx2.Response) -> float | None:
@@ -91,11 +127,3 @@ def _refuse_other_range(response: httpx2.Response) -> None:
     promised = int(last) - int(first) + 1 if first.isdigit() and last.isdigit() else None
     if promised != len(response.content):
         raise _PassingFault(f"{len(response.content)} bytes of a range of {promised}")
-
-
-def retry_requests() -> None:
-    """Have huggingface_hub, and `datasets` over it, send every request of this process through a RetryingClient."""
-    hooks = get_session().event_hooks
-    # the timeout is for the requests that name none: without one, a silent server is waited for without end
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    set_client_factory(lambda: RetryingClient(event_hooks=hooks, follow_redirects=True, timeout=timeout))
