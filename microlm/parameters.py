@@ -97,6 +97,11 @@ class BatchConfig:
     def rows(self) -> int:
         return self.batch_tokens // self.seq_len
 
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of one step: as many processes can share it."""
+        return self.rows // self.micro_batch_rows
+
 
 @dataclass(frozen=True)
 class OptimizationConfig:

@@ -36,24 +36,28 @@ def capture_teacher(config: Config, runtime: Runtime) -> None:
     Whatever stops it, a kill or a full disk, the finished blocks stay under .resume until data/teacher
     and the metrics are whole: the same command goes on from there.
     """
-    shards, tokenizer = TokenShards(SHARDS, "train"), load_tokenizer(SHARDS / "tokenizer")
-    identity, windows = (
-        cache_identity(config.at.teacher, config.at.batch.seq_len, shards),
-        cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows),
-    )
+    at, shards, tokenizer = config.at, TokenShards(SHARDS, "train"), load_tokenizer(SHARDS / "tokenizer")
+    windows = cached_windows(shards, at.batch.seq_len, at.teacher.windows)
+    identity = cache_identity(at.teacher, at.batch.seq_len, shards)
     refuse_impossible(identity, config)
     with config.naming_keys():
-        source = teacher_source(config.at.teacher)
+        source = teacher_source(at.teacher)
         model, projection = load_labelling_teacher(source, identity, runtime, tokenizer)
     if projection:
         identity = replace(identity, teacher_tokenizer=projection.teacher.fingerprint)
     weights_sha256 = source.fingerprint(model)
-    tokens = len(windows) * identity.seq_len
+    told = {
+        "model": at.teacher.model,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "source": identity.source,
+        "tokens": len(windows) * identity.seq_len,
+        "top_k": identity.top_k,
+    }
     banner(
-        f"teacher: {config.at.teacher.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        f"teacher: {at.teacher.model}, {told['parameters']:,} parameters",
         [
             *runtime.lines(),
-            _what_is_written(identity, tokens),
+            _what_is_written(identity, told["tokens"]),
             *([f"tokens   {projection.teacher.name}'s, projected to {tokenizer.name}'s"] if projection else []),
         ],
     )
@@ -62,15 +66,21 @@ def capture_teacher(config: Config, runtime: Runtime) -> None:
     with resumable("teacher", inputs) as directory:
         mine = sum(part.stop - part.start for _, part in dealt_blocks(identity)) * identity.seq_len
         with progress_bar(mine, 0, "tok", "teacher") as bar:
-            rows, compiled = config.at.teacher.batch_rows, runtime.compiled
+            rows, compiled = at.teacher.batch_rows, runtime.compiled
             fresh = capture(model, shards, windows, identity, directory, rows, compiled, bar.update, projection)
         if not distributed.is_first():
             return
-        tokens_per_s = fresh / (time.perf_counter() - began)
+        speed = {"tokens_per_s": round(fresh / (time.perf_counter() - began), 1)}
         publish(directory, manifest_of(identity, weights_sha256, str(runtime.dtype), directory))
-        metrics = _metrics(model, config, identity, directory, shards, windows, tokenizer, projection)
-        speed = {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(time.perf_counter() - began, 1)}
-        write_json(METRICS / "teacher.json", metrics | speed | {"peak_memory_bytes": peak_memory_bytes()})
+        labelled = None
+        if identity.source == "cache":
+            labelled = _labelled_loss(directory, identity, shards, windows, tokenizer)
+            head_mass = sum(sealed_sums(directory / name)["head_mass"] for name, _ in identity.blocks())
+            told |= {"record": identity.record, "bytes_per_token": identity.token_bytes}
+            told |= {"head_mass": head_mass / labelled.tokens, "train": _in_units(labelled)}
+        told |= _held_out(model, config, identity, tokenizer, projection, labelled)
+        speed |= {"elapsed_s": round(time.perf_counter() - began, 1), "peak_memory_bytes": peak_memory_bytes()}
+        write_json(METRICS / "teacher.json", told | speed)
 
 
 def _what_is_written(identity: CacheIdentity, tokens: int) -> str:
@@ -96,78 +106,33 @@ def publish(source: Path, manifest: dict[str, Any]) -> None:
         write_json(folder / MANIFEST, manifest)
 
 
-def _metrics(
+def _in_units(loss: ValidationLoss) -> dict[str, float]:
+    return {"nats": loss.nats, "bpb": loss.bpb}
+
+
+def _held_out(
     model: LanguageModel,
     config: Config,
     identity: CacheIdentity,
-    directory: Path,
-    shards: TokenShards,
-    windows: np.ndarray,
     tokenizer: Tokenizer,
     projection: Projection | None,
+    labelled: ValidationLoss | None,
 ) -> dict[str, Any]:
-    at = config.at
-    val = TokenShards(SHARDS, "val")
-    wanted, rows = at.pretrain.validation_windows, at.teacher.batch_rows
-    projected: dict[str, Any] = {}
-    if projection:
-        chosen = evenly_spaced(window_count(val, identity.seq_len), wanted)
-        native = native_loss(model, projection, val, identity.seq_len, chosen, rows)
-        projected = _projected(model, identity, directory, val, chosen, rows, tokenizer, projection)
-    else:
-        native = validation_loss(model, val, tokenizer.byte_lengths, identity.seq_len, wanted, rows)
+    """The teacher's own loss on validation text; of a projected one also that of what the student is shown of it."""
+    val, seq_len, rows = TokenShards(SHARDS, "val"), identity.seq_len, config.at.teacher.batch_rows
+    wanted, lengths = config.at.pretrain.validation_windows, tokenizer.byte_lengths
+    if projection is None:
+        return {"val": _in_units(validation_loss(model, val, lengths, seq_len, wanted, rows))}
+    chosen = evenly_spaced(window_count(val, seq_len), wanted)
+    native = native_loss(model, projection, val, seq_len, chosen, rows)
+    shown, shared = projected_loss(model, identity, projection, val, chosen, rows, lengths)
+    coverage = {} if labelled is None else {"coverage": labelled.tokens / (identity.windows * seq_len)}
+    in_val = {"coverage": shown.tokens / (len(chosen) * seq_len), "shared_boundaries": shared}
     return {
-        "model": at.teacher.model,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "source": identity.source,
-        "tokens": len(windows) * identity.seq_len,
-        "top_k": identity.top_k,
-        **(_cached(directory, identity, shards, windows, tokenizer) if identity.source == "cache" else {}),
-        "val": {"nats": native.nats, "bpb": native.bpb},
-        **projected,
-    }
-
-
-def _cached(
-    directory: Path, identity: CacheIdentity, shards: TokenShards, windows: np.ndarray, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """What only a cache tells, from the sums of its blocks and their gold columns: records are not read again."""
-    train = _loss_in(directory, identity, shards, windows, tokenizer)
-    sums = [sealed_sums(directory / name) for name, _ in identity.blocks()]
-    covered = sum(block["covered"] for block in sums)
-    return {
-        "record": identity.record,
-        "bytes_per_token": identity.token_bytes,
-        "head_mass": sum(block["head_mass"] for block in sums) / covered,
-        "train": {"nats": train.nats, "bpb": train.bpb},
-    }
-
-
-def _projected(
-    model: LanguageModel,
-    identity: CacheIdentity,
-    directory: Path,
-    val: TokenShards,
-    windows: np.ndarray,
-    rows: int,
-    tokenizer: Tokenizer,
-    projection: Projection,
-) -> dict[str, Any]:
-    """How much of the text the projection covers, and its loss on the text of the native one in `val`."""
-    loss, shared = projected_loss(model, identity, projection, val, windows, rows, tokenizer.byte_lengths)
-    coverage: dict[str, float] = {}
-    if identity.source == "cache":
-        covered = sum(sealed_sums(directory / name)["covered"] for name, _ in identity.blocks())
-        coverage = {"coverage": covered / (identity.windows * identity.seq_len)}
-    return {
+        "val": _in_units(native),
         "tokenizers": {"teacher": projection.teacher.name, "student": tokenizer.name},
         **coverage,
-        "val_projected": {
-            "nats": loss.nats,
-            "bpb": loss.bpb,
-            "coverage": loss.tokens / (len(windows) * identity.seq_len),
-            "shared_boundaries": shared,
-        },
+        "val_projected": _in_units(shown) | in_val,
     }
 
 
@@ -179,10 +144,10 @@ def refuse_impossible(identity: CacheIdentity, config: Config) -> None:
         )
 
 
-def _loss_in(
+def _labelled_loss(
     directory: Path, identity: CacheIdentity, shards: TokenShards, windows: np.ndarray, tokenizer: Tokenizer
 ) -> ValidationLoss:
-    """The teacher's own loss on the cached windows, from the gold log-probabilities where it speaks."""
+    """The teacher's own loss on the cached windows, from the gold columns where it speaks: no record is read again."""
     nats, lengths, tokens = [], [], 0
     for name, part in identity.blocks():
         _, gold = map_block(directory / name, identity, part.stop - part.start)

@@ -5,8 +5,6 @@ log p_teacher(x) - log p_reference(x) per token. The teacher's side is in its ca
 token of the text; the reference is the control. So it costs no pass of the teacher.
 """
 
-from typing import Any
-
 import numpy as np
 
 from microlm.config import Config
@@ -15,7 +13,7 @@ from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.errors import UserError
 from microlm.evaluation.scoring.held_out_loss import loss_on
-from microlm.files import atomic_file, write_json
+from microlm.files import atomic_file, read_made, write_json
 from microlm.models.model_files import load_student
 from microlm.runtime.device import Runtime
 from microlm.runtime.paths import CACHE, CONTROL, METRICS, SHARDS, WINDOWS
@@ -26,47 +24,43 @@ RANDOM_STREAM = 1  # of the seed: another than that of the windows' order
 
 def select_windows(config: Config, runtime: Runtime) -> None:
     """Write the windows, ascending, and what is known of them."""
-    wanted, shards = config.at.continuation, TokenShards(SHARDS, "train")
-    pool = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
-    keep = max(1, round(wanted.select_fraction * len(pool)))
-    chosen, told = pool, {}
-    if wanted.windows == "any":
-        chosen = np.arange(window_count(shards, config.at.batch.seq_len))
-    elif wanted.windows == "random":
+    at, how, shards = config.at, config.at.continuation.windows, TokenShards(SHARDS, "train")
+    pool, keep = _choice(config, shards)
+    chosen, told = pool, {"windows": how, "count": keep}
+    told["pool"] = len(cached_windows(shards, at.batch.seq_len, at.teacher.windows))
+    if how == "random":
         draw = np.random.Generator(np.random.PCG64([config.seed, RANDOM_STREAM]))
         chosen = np.sort(draw.choice(pool, keep, replace=False))
-    elif wanted.windows == "difference":
+    elif how == "difference":
         teacher, reference = _nats(config, runtime, shards, pool)
         best = largest_differences(teacher, reference, keep)
-        chosen, told = pool[best], _describe(teacher, reference, best)
+        chosen = pool[best]
+        told |= {"chosen": _means(teacher[best], reference[best]), "all": _means(teacher, reference)}
     with atomic_file(WINDOWS) as file:
         np.save(file, chosen)
-    write_json(METRICS / "windows.json", {"windows": wanted.windows, "count": len(chosen), "pool": len(pool), **told})
+    write_json(METRICS / "windows.json", told)
 
 
-def read_windows() -> np.ndarray:
-    """The windows that stage `select` wrote, int64 ascending."""
-    try:
-        return np.load(WINDOWS, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{WINDOWS} is not there; make it with: dvc repro select") from None
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{WINDOWS} is damaged ({error}); make it again with: dvc repro -f -s select") from None
+def _choice(config: Config, shards: TokenShards) -> tuple[np.ndarray, int]:
+    """The windows that `continuation.windows` chooses among, ascending, and how many it takes of them."""
+    at, wanted = config.at, config.at.continuation
+    if wanted.windows == "any":
+        pool = np.arange(window_count(shards, at.batch.seq_len))
+    else:
+        pool = cached_windows(shards, at.batch.seq_len, at.teacher.windows)
+    share = wanted.select_fraction if wanted.windows in ("random", "difference") else 1
+    return pool, max(1, round(share * len(pool)))
 
 
 def chosen_windows(config: Config, shards: TokenShards) -> np.ndarray:
-    """`read_windows`, held against what this configuration can have chosen."""
-    windows, wanted = read_windows(), config.at.continuation
-    if wanted.windows == "any":
-        pool = np.arange(window_count(shards, config.at.batch.seq_len))
-    else:
-        pool = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
-    selects = wanted.windows in ("random", "difference")
-    count = max(1, round(wanted.select_fraction * len(pool))) if selects else len(pool)
+    """The windows that stage `select` wrote, int64 ascending, held against what this configuration can have chosen."""
+    windows = read_made(WINDOWS, "select", lambda path: np.load(path, allow_pickle=False))
+    pool, count = _choice(config, shards)
     if windows.shape != (count,) or not np.isin(windows, pool).all() or (np.diff(windows) <= 0).any():
         raise UserError(
             f"{WINDOWS} is damaged or of other parameters: not {count} of the {len(pool)} windows that "
-            f"continuation.windows: {wanted.windows} can choose; make it again with: dvc repro -f -s select"
+            f"continuation.windows: {config.at.continuation.windows} can choose; make it again with: "
+            "dvc repro -f -s select"
         )
     return windows
 
@@ -78,24 +72,21 @@ def largest_differences(teacher_nats: np.ndarray, reference_nats: np.ndarray, ke
 
 def _nats(config: Config, runtime: Runtime, shards: TokenShards, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Nats per token of each window under the teacher, from its cache, and under the control."""
-    cache = TeacherCache(CACHE, cache_identity(config.at.teacher, config.at.batch.seq_len, shards), pool)
+    batch = config.at.batch
+    cache = TeacherCache(CACHE, cache_identity(config.at.teacher, batch.seq_len, shards), pool)
     if cache.identity.projected:
         raise UserError(
             "params.yaml: continuation.windows: difference compares the log-probabilities of all of a window's tokens, "
             "and a teacher with another tokenizer covers only some; choose cached or random"
         )
-    teacher = -cache.mean_gold()
     control = load_student(CONTROL, runtime.dtype).to(runtime.device)
     lengths = load_tokenizer(SHARDS / "tokenizer").byte_lengths
-    scored = loss_on(control, shards, lengths, config.at.batch.seq_len, pool, config.at.batch.micro_batch_rows)
-    return teacher, scored.window_nats / config.at.batch.seq_len
+    scored = loss_on(control, shards, lengths, batch.seq_len, pool, batch.micro_batch_rows)
+    return -cache.mean_gold(), scored.window_nats / batch.seq_len
 
 
-def _describe(teacher: np.ndarray, reference: np.ndarray, best: np.ndarray) -> dict[str, Any]:
-    def means(places: np.ndarray | slice) -> dict[str, float]:
-        return {
-            "teacher_nats": round(float(teacher[places].mean()), 6),
-            "reference_nats": round(float(reference[places].mean()), 6),
-        }
-
-    return {"chosen": means(best), "all": means(slice(None))}
+def _means(teacher: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    return {
+        "teacher_nats": round(float(teacher.mean()), 6),
+        "reference_nats": round(float(reference.mean()), 6),
+    }

@@ -5,7 +5,7 @@ teacher's.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,11 +21,11 @@ from microlm.evaluation.scoring.held_out_loss import validation_loss
 from microlm.files import atomic_file, write_json
 from microlm.models import model_files, pruning
 from microlm.models.architecture import ModelShape
-from microlm.models.start_request import refuse_embedding, refuse_pruned
+from microlm.models.start_request import pruned_shape, refuse_embedding, refuse_pruned
 from microlm.models.student import StudentLM
 from microlm.models.teacher_source import teacher_source
 from microlm.objective.fused_head import token_nats
-from microlm.parameters import StartConfig
+from microlm.parameters import ModelConfig
 from microlm.report.figure_style import draw_layers
 from microlm.runtime.device import Runtime
 from microlm.runtime.paths import METRICS, PLOTS, SHARDS, START
@@ -41,23 +41,17 @@ Made = tuple[StudentLM, dict[str, Any], pd.DataFrame]
 def make_start(config: Config, runtime: Runtime) -> None:
     """Write models/start, metrics/start.json, plots/start.csv and plots/start.png."""
     began, tokenizer = time.perf_counter(), load_tokenizer(SHARDS / "tokenizer")
-    makers: dict[str, Callable[[Config, Runtime, Tokenizer], Made]] = {
-        "fresh": _fresh,
-        "embedding": _embedded,
-        "pruned": _pruned,
-    }
+    makers = {"fresh": _fresh, "embedding": _embedded, "pruned": _pruned}
     with config.naming_keys():
         model, told, layers = makers[config.start_kind](config, runtime, tokenizer)
     model.set_activation_dtype(runtime.dtype).to(runtime.device)
-    batch, at = config.at.batch, config.at.pretrain
-    seen = validation_loss(
-        *(model, TokenShards(SHARDS, "val"), tokenizer.byte_lengths),
-        *(batch.seq_len, at.validation_windows, batch.micro_batch_rows),
-    )
+    batch, val = config.at.batch, TokenShards(SHARDS, "val")
+    windows, rows = config.at.pretrain.validation_windows, batch.micro_batch_rows
+    seen = validation_loss(model, val, tokenizer.byte_lengths, batch.seq_len, windows, rows)
     told = {"start": config.start_kind, "parameters": model.parameter_count(), **told}
     told |= {"shape": asdict(model.shape), "val_loss": seen.nats, "val_bpb": seen.bpb}
     banner(
-        f"start: {config.start_kind}, {model.parameter_count():,} parameters",
+        f"start: {config.start_kind}, {told['parameters']:,} parameters",
         [
             f"shape    {model.shape.layers} layers, {model.shape.hidden_size} wide",
             f"untrained {seen.bpb:.3f} bits/byte",
@@ -70,29 +64,33 @@ def make_start(config: Config, runtime: Runtime) -> None:
     write_json(METRICS / "start.json", told | {"elapsed_s": round(time.perf_counter() - began, 1)})
 
 
+def fresh_shape(model: ModelConfig, n_vocab: int) -> ModelShape:
+    """What params.yaml asks for, for a tokenizer of `n_vocab` tokens."""
+    padded = -(-n_vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return ModelShape(n_vocab=n_vocab, padded_vocab=padded, **asdict(model))
+
+
 def fresh_student(config: Config, tokenizer: Tokenizer) -> StudentLM:
     """New weights in the shape that params.yaml asks for."""
-    padded = -(-tokenizer.n_vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    shape = ModelShape(n_vocab=tokenizer.n_vocab, padded_vocab=padded, **asdict(config.at.model))
-    return StudentLM(shape, seed=config.seed)
+    return StudentLM(fresh_shape(config.at.model, tokenizer.n_vocab), seed=config.seed)
 
 
-def _fresh(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
+def _fresh(config: Config, _: Runtime, tokenizer: Tokenizer) -> Made:
     model = fresh_student(config, tokenizer)
-    return model, {}, _table(torch.zeros(model.shape.layers), range(model.shape.layers))
+    return model, {}, _untouched(model)
 
 
-def _embedded(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
+def _embedded(config: Config, _: Runtime, tokenizer: Tokenizer) -> Made:
     """A fresh student whose embedding holds the principal directions of the teacher's, at a fresh one's length."""
     teacher = _teacher(config, tokenizer)
-    theirs = teacher.network.get_input_embeddings().weight[: tokenizer.n_vocab].float()
+    theirs = teacher.network.get_input_embeddings().weight.detach()[: tokenizer.n_vocab].float()
     model, size = fresh_student(config, tokenizer), config.at.model.hidden_size
     refuse_embedding(size, theirs.shape[1])
     rows, share = pruning.principal_embedding(theirs, size)
     own = model.model.embed_tokens.weight.data
     own[: len(rows)] = rows * (own.square().mean() / rows.square().mean()).sqrt()
-    told = {"teacher_parameters": _count(teacher), "embedding_share": share}
-    return model, told, _table(torch.zeros(model.shape.layers), range(model.shape.layers))
+    count = sum(parameter.numel() for parameter in teacher.parameters())
+    return model, {"teacher_parameters": count, "embedding_share": share}, _untouched(model)
 
 
 def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
@@ -103,35 +101,24 @@ def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
     teacher = model_files.as_student(loaded, name).set_activation_dtype(runtime.dtype).to(runtime.device)
     shards, seq_len = TokenShards(SHARDS, "train"), config.at.batch.seq_len
     labelled = cached_windows(shards, seq_len, config.at.teacher.windows)
-    chosen = labelled[evenly_spaced(len(labelled), wanted.calibration_windows)]
-    batch = read_batch(shards, chosen, seq_len)
-    scores, shape, losses = pruning.importance(teacher, batch), teacher.shape, None
-    layers = tuple(range(shape.layers))
+    batch = read_batch(shards, labelled[evenly_spaced(len(labelled), wanted.calibration_windows)], seq_len)
+    scores, shape, removed = pruning.importance(teacher, batch), pruned_shape(wanted, teacher.shape), None
     if isinstance(wanted.layers, list):
         layers = tuple(wanted.layers)
-    elif wanted.layers is not None and wanted.choose == "influence":
-        layers = tuple(pruning.most_important(scores.layers, wanted.layers).tolist())
-    elif wanted.layers is not None:
-        with progress_bar(pruning.tries(shape.layers, wanted.layers), 0, "try", "start: layers") as bar:
-            layers, losses = pruning.by_loss(teacher, batch, wanted.layers, token_nats, bar.update)
-    student = pruning.cut(teacher.cpu(), _kept(scores, layers, wanted, shape))
-    told = {"teacher_parameters": teacher.parameter_count(), "kept": student.parameter_count()}
-    told["kept"] /= told["teacher_parameters"]
-    return student, told | {"layers": list(layers)}, _table(scores.layers, layers, losses)
-
-
-def _kept(scores: pruning.Importance, layers: tuple[int, ...], wanted: StartConfig, shape: ModelShape) -> pruning.Kept:
-    group = shape.heads // shape.kv_heads
-    groups = (wanted.heads or shape.heads) // group
-    return pruning.Kept(
+    elif wanted.layers is None or wanted.choose == "influence":
+        layers = tuple(pruning.most_important(scores.layers, shape.layers).tolist())
+    else:
+        with progress_bar(pruning.tries(teacher.shape.layers, shape.layers), 0, "try", "start: layers") as bar:
+            layers, removed = pruning.by_loss(teacher, batch, shape.layers, token_nats, bar.update)
+    kept = pruning.Kept(
         layers,
-        pruning.most_important(scores.hidden, wanted.hidden_size or shape.hidden_size),
-        tuple(pruning.most_important(scores.groups[layer], groups) for layer in layers),
-        tuple(
-            pruning.most_important(scores.neurons[layer], wanted.intermediate_size or shape.intermediate_size)
-            for layer in layers
-        ),
+        pruning.most_important(scores.hidden, shape.hidden_size),
+        tuple(pruning.most_important(scores.groups[layer], shape.kv_heads) for layer in layers),
+        tuple(pruning.most_important(scores.neurons[layer], shape.intermediate_size) for layer in layers),
     )
+    student, whole = pruning.cut(teacher.cpu(), kept), teacher.parameter_count()
+    told = {"teacher_parameters": whole, "kept": student.parameter_count() / whole, "layers": list(layers)}
+    return student, told, _table(scores.layers.tolist(), layers, removed)
 
 
 def _teacher(config: Config, tokenizer: Tokenizer) -> Any:
@@ -146,18 +133,15 @@ def _teacher(config: Config, tokenizer: Tokenizer) -> Any:
     return source.load(torch.float32)
 
 
-def _count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _untouched(model: StudentLM) -> pd.DataFrame:
+    return _table([0.0] * model.shape.layers, range(model.shape.layers))
 
 
-def _table(
-    influence: torch.Tensor, kept: range | tuple[int, ...], losses: list[tuple[int, float]] | None = None
-) -> pd.DataFrame:
-    """A row for each layer: its influence, whether it stays, and where losses were asked for, the loss without it."""
+def _table(influence: list[float], kept: Sequence[int], removed: list[tuple[int, float]] | None = None) -> pd.DataFrame:
+    """A row for each layer: its influence, whether it stays; where losses chose, its turn and the loss without it."""
     layers = range(len(influence))
-    table = pd.DataFrame({"layer": layers, "influence": influence.tolist(), "kept": [int(i in kept) for i in layers]})
-    if losses is not None:
-        order = {layer: (turn, loss) for turn, (layer, loss) in enumerate(losses, start=1)}
-        table["removed"] = [order.get(layer, (None, None))[0] for layer in layers]
-        table["loss"] = [order.get(layer, (None, None))[1] for layer in layers]
+    table = pd.DataFrame({"layer": layers, "influence": influence, "kept": [int(i in kept) for i in layers]})
+    if removed is not None:
+        order = {layer: (turn, loss) for turn, (layer, loss) in enumerate(removed, start=1)}
+        table["removed"], table["loss"] = zip(*(order.get(layer, (None, None)) for layer in layers))
     return table

@@ -91,7 +91,7 @@ def training_memory(
         "optimizer": optimizer_bytes(shape, optimizer, gpus),
     }
     embedding = FLOAT32 * shape.padded_vocab * shape.hidden_size
-    parts = -(-(batch.rows // batch.micro_batch_rows) // gpus)
+    parts = -(-batch.micro_batches // gpus)
     head = head_bytes(shape, tokens, precision, device) + ENTRY_BYTES * tokens * top_k
     # with several parts a step, the head's new gradient stands beside the sum of the earlier ones
     passing = {

@@ -17,8 +17,9 @@ from microlm.errors import UserError
 from microlm.evaluation.scoring.held_out_loss import loss_on
 from microlm.files import read_json
 from microlm.models.model_files import load_student
-from microlm.pipeline.select import WINDOWS, largest_differences, read_windows, select_windows
-from microlm.pipeline.training_stages import _Start, distill
+from microlm.pipeline.select import chosen_windows, largest_differences, select_windows
+from microlm.pipeline.training_stages import continuation, distill
+from microlm.runtime.paths import WINDOWS
 from microlm.teacher.cache import TeacherCache, cache_identity
 from tests.support.tiny_teacher import write_tiny_teacher
 from tests.support.workspace import RUNTIME, WHEELS, config_of, inside, make_workspace
@@ -36,7 +37,7 @@ def with_windows(config: Config, windows: str, fraction: float = 0.25) -> Config
 
 def selected(config: Config) -> np.ndarray:
     select_windows(config, RUNTIME)
-    return read_windows()
+    return chosen_windows(config, TokenShards(Path("data/shards"), "train"))
 
 
 nats = arrays.arrays(np.float64, 12, elements=st.floats(0, 20))
@@ -90,7 +91,9 @@ def test_every_choice_trains_for_as_many_steps(workspace: Path) -> None:
         for windows in ("cached", "difference", "random", "any"):
             chosen = with_windows(config, windows)
             select_windows(chosen, RUNTIME)
-            steps |= {_Start(replace(chosen, init=init)).steps for init in ("control", "scratch")}
+            steps |= {
+                continuation(replace(chosen, init=init), "continued").plan.steps for init in ("control", "scratch")
+            }
         assert len(steps) == 1
 
 
@@ -98,23 +101,24 @@ def test_from_scratch_the_control_is_not_looked_at(workspace: Path) -> None:
     with inside(workspace):
         config = config_of(workspace)
         select_windows(config, RUNTIME)
-        from_control, fresh = _Start(replace(config, init="control")), _Start(replace(config, init="scratch"))
-        assert from_control.first_step == config.at.pretrain.tokens // config.at.batch.batch_tokens
-        assert (fresh.first_step, fresh.rates) == (0, config.at.pretrain)
+        from_control, fresh = (continuation(replace(config, init=init), "student") for init in ("control", "scratch"))
+        assert from_control.plan.first_step == config.at.pretrain.tokens // config.at.batch.batch_tokens
+        assert (fresh.plan.first_step, fresh.plan.optimization) == (0, config.at.pretrain)
         shutil.rmtree("models/control")
-        _Start(replace(config, init="scratch"))
+        continuation(replace(config, init="scratch"), "student")
         with pytest.raises(UserError, match="models/control"):
-            _Start(replace(config, init="control"))
+            continuation(replace(config, init="control"), "student")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not numpy"])
 def test_windows_that_are_absent_or_damaged_are_named(workspace: Path, content: bytes | None) -> None:
     with inside(workspace):
+        config, shards = config_of(workspace), TokenShards(Path("data/shards"), "train")
         if content is not None:
             WINDOWS.parent.mkdir(exist_ok=True)
             WINDOWS.write_bytes(content)
         with pytest.raises(UserError, match=r"^data/windows\.npy is (not there|damaged).* dvc repro .*select"):
-            read_windows()
+            chosen_windows(config, shards)
 
 
 def test_minillm_without_the_teachers_weights_is_refused_before_training(workspace: Path) -> None:

@@ -47,7 +47,7 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
         "stages": _stages(sizes, machine),
         "uncounted_tasks": sorted(benchmarks - {"hellaswag"}),  # how long their questions are is known with their data
         "busy_share": busy_share(config, machine.gpus),
-        "micro_batches": at.batch.rows // at.batch.micro_batch_rows,
+        "micro_batches": at.batch.micro_batches,
         "break_even": _break_even(sizes, machine),
         "cache_bytes_per_token": sizes.cache.token_bytes,
         "sources": _sources(sizes, machine),
@@ -58,7 +58,7 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
 
 def busy_share(config: Config, gpus: int) -> float:
     """Share of `gpus` that work in a training: a step's micro-batches are dealt out whole."""
-    parts = config.at.batch.rows // config.at.batch.micro_batch_rows
+    parts = config.at.batch.micro_batches
     return parts / (gpus * math.ceil(parts / gpus))
 
 

@@ -16,7 +16,7 @@ from microlm.models.architecture import ModelShape
 from microlm.models.start_request import known_shape, pruned_shape
 from microlm.models.student import parameter_count
 from microlm.parameters import CorpusConfig, HubText, ScaleConfig
-from microlm.pipeline.start import VOCABULARY_MULTIPLE
+from microlm.pipeline.start import fresh_shape
 from microlm.teacher.cache import CacheIdentity
 from microlm.training.memory import FLOAT32
 
@@ -145,9 +145,8 @@ def vocabulary_of(tokenizer: str) -> Vocabulary:
 
 def student_shape(config: Config, vocabulary: Vocabulary) -> ModelShape:
     """UserError where it is cut out of a teacher whose shape is not known here."""
-    padded = -(-vocabulary.size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if config.start_kind != "pruned":
-        return ModelShape(n_vocab=vocabulary.size, padded_vocab=padded, **vars(config.at.model))
+        return fresh_shape(config.at.model, vocabulary.size)
     teacher = known_shape(config.at.teacher.model, vocabulary.size)
     if teacher is None:
         raise UserError(
