@@ -53,14 +53,14 @@ def capture_teacher(config: Config, runtime: Runtime) -> None:
         "tokens": len(windows) * identity.seq_len,
         "top_k": identity.top_k,
     }
-    banner(
-        f"teacher: {at.teacher.model}, {told['parameters']:,} parameters",
-        [
-            *runtime.lines(),
-            _what_is_written(identity, told["tokens"]),
-            *([f"tokens   {projection.teacher.name}'s, projected to {tokenizer.name}'s"] if projection else []),
-        ],
-    )
+    written = "none: the teacher runs in the students' steps (teacher.source: live); its mean distribution alone"
+    if identity.source == "cache":
+        size = f"{identity.token_bytes} bytes each: {told['tokens'] * identity.token_bytes / 2**20:,.0f} MiB"
+        written = f"{told['tokens']:,} tokens, top {identity.top_k}, {identity.record} records, {size}"
+    lines = [*runtime.lines(), f"cache    {written}"]
+    if projection:
+        lines.append(f"tokens   {projection.teacher.name}'s, projected to {tokenizer.name}'s")
+    banner(f"teacher: {at.teacher.model}, {told['parameters']:,} parameters", lines)
     inputs = [identity.as_json(), weights_sha256, str(runtime.dtype), runtime.compiled, stage_code("teacher")]
     began = time.perf_counter()
     with resumable("teacher", inputs) as directory:
@@ -81,18 +81,6 @@ def capture_teacher(config: Config, runtime: Runtime) -> None:
         told |= _held_out(model, config, identity, tokenizer, projection, labelled)
         speed |= {"elapsed_s": round(time.perf_counter() - began, 1), "peak_memory_bytes": peak_memory_bytes()}
         write_json(METRICS / "teacher.json", told | speed)
-
-
-def _what_is_written(identity: CacheIdentity, tokens: int) -> str:
-    if identity.source == "live":
-        return (
-            "cache    none: the teacher runs in the students' steps (teacher.source: live); its mean distribution alone"
-        )
-    size = tokens * identity.token_bytes / 2**20
-    return (
-        f"cache    {tokens:,} tokens, top {identity.top_k}, {identity.record} records, {identity.token_bytes} bytes "
-        f"each: {size:,.0f} MiB"
-    )
 
 
 def publish(source: Path, manifest: dict[str, Any]) -> None:

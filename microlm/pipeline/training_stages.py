@@ -1,25 +1,34 @@
 """The trainings: control, continued and student. The loss alone differs between the last two."""
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from microlm.config import Config, load_config
-from microlm.corpus.batches import Batches, cached_windows, uncached_windows
+from microlm.corpus.batches import Batches, cached_windows, evenly_spaced, uncached_windows, window_count
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import ParameterError, UserError
+from microlm.evaluation.results.answers import answers, curve_figures
+from microlm.evaluation.scoring.encoding import Encoded, encode
+from microlm.evaluation.scoring.engine import score
+from microlm.evaluation.scoring.held_out_loss import ValidationLoss, loss_on
 from microlm.evaluation.scoring.yardsticks import held_out
+from microlm.evaluation.tasks.data import DataNotAvailable, read_rows
+from microlm.evaluation.tasks.prompts import questions
+from microlm.evaluation.tasks.task import stratified_subset, task_named
 from microlm.files import sha256_bytes, sha256_file, write_json
 from microlm.models.interface import LanguageModel
 from microlm.models.model_files import OPTIMIZER, WEIGHTS, load_student, save_student
+from microlm.models.student import StudentLM
 from microlm.models.teacher_source import teacher_source
 from microlm.objective.on_policy import MiniLLM
+from microlm.parameters import BatchConfig
 from microlm.pipeline.asked_objective import objective_schedule
-from microlm.pipeline.evaluator import Evaluator, asked_questions
 from microlm.pipeline.select import chosen_windows
 from microlm.runtime import distributed
 from microlm.runtime.device import Runtime, peak_memory_bytes
@@ -31,9 +40,11 @@ from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, cache_i
 from microlm.teacher.live_teacher import LiveTeacher
 from microlm.teacher.loading import load_fitting_teacher, load_labelling_teacher
 from microlm.training import losses
-from microlm.training.history import History
+from microlm.training.history import Evaluation, History
 from microlm.training.loop import Loss, Plan, train
 from microlm.training.optimizer import Optimizers
+
+TASK, PROTOCOL = "hellaswag", "completion"  # of the curves
 
 
 def pretrain(config: Config, runtime: Runtime) -> None:
@@ -204,6 +215,53 @@ class Training:
                 f"/ (batch.micro_batch_rows * batch.seq_len) in params.yaml); set {PROCESSES}={batch.micro_batches}, "
                 f"or lower batch.micro_batch_rows to {max(1, batch.rows // size)}"
             )
+
+
+def asked_questions(items: int, tokenizer: Tokenizer, context: int) -> list[Encoded]:
+    """A fixed subset of `items` questions. UserError where they are not there."""
+    task = task_named(TASK)
+    try:
+        asked = stratified_subset(questions(task, PROTOCOL, read_rows(task, None, hub=False)), items)
+    except DataNotAvailable as missing:
+        raise UserError(missing.reason) from None
+    return encode(asked, tokenizer, context, tokenizer.eot_id, joint=False).questions
+
+
+@dataclass
+class Evaluator:
+    """What is measured during training: the same held-out windows and HellaSwag questions at every point of each.
+
+    Several processes deal the batches among them, and every one gets the figures of one process, bit for bit. Blocks
+    stay eager on CUDA too: compiled ones round at other places, and a curve's last point is to be what stage `evaluate`
+    finds.
+    """
+
+    training: TokenShards
+    validation: TokenShards
+    byte_lengths: np.ndarray
+    encoded: list[Encoded]
+    batch: BatchConfig
+    validation_windows: int
+    outside: TokenShards | None = None  # text of another kind, as many windows of it
+
+    def __call__(self, model: StudentLM, train_windows: np.ndarray | None) -> Evaluation:
+        seen = self._loss(model, self.validation)
+        ood_bpb = self._loss(model, self.outside).bpb if self.outside else None
+        train_nats = self._loss(model, self.training, train_windows).nats if train_windows is not None else None
+        return Evaluation(train_nats, seen.nats, seen.bpb, self._hellaswag(model), ood_bpb)
+
+    def _loss(self, model: StudentLM, shards: TokenShards, windows: np.ndarray | None = None) -> ValidationLoss:
+        """On `windows`, or on evenly spaced ones."""
+        seq_len, rows = self.batch.seq_len, self.batch.micro_batch_rows
+        if windows is None:
+            windows = evenly_spaced(window_count(shards, seq_len), self.validation_windows)
+        return loss_on(model, shards, self.byte_lengths, seq_len, windows, rows, together=True)
+
+    def _hellaswag(self, model: StudentLM) -> dict[str, float]:
+        batch_tokens = max(self.batch.micro_batch_rows * self.batch.seq_len, 2048)
+        nats = score(model, self.encoded, batch_tokens, backend="tree", together=True)
+        lengths = [np.array([len(ending) for ending in item.endings]) for item in self.encoded]
+        return curve_figures(answers([item.question for item in self.encoded], nats, lengths, None, PROTOCOL), PROTOCOL)
 
 
 def _load_moments(optimizers: Optimizers, path: Path) -> None:

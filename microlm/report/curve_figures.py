@@ -23,11 +23,11 @@ OUTSIDE_COLUMN = "ood_bpb"  # in plots/loss too, where there is text of another 
 Curves = Mapping[str, pd.DataFrame]
 
 
-def read_curves(name: str, columns: list[str], plots: Path = PLOTS) -> dict[str, pd.DataFrame]:
+def read_curves(name: str, columns: list[str]) -> dict[str, pd.DataFrame]:
     """plots/<name>/<model>.csv of each model. UserError if one is absent, empty, or lacks a number in `columns`."""
     curves = {}
     for model, stage in TRAINED_MODELS.items():
-        path = plots / name / f"{model}.csv"
+        path = PLOTS / name / f"{model}.csv"
         curve = read_made(path, stage, lambda path: pd.read_csv(path)[columns].astype(float))
         if curve.empty or not np.isfinite(curve).all(axis=None):
             raise UserError(f"{path} has a blank cell or no row; make it again with: dvc repro -f -s {stage}")
@@ -35,8 +35,8 @@ def read_curves(name: str, columns: list[str], plots: Path = PLOTS) -> dict[str,
     return curves
 
 
-def draw_figures(items: Mapping[str, int], outside: bool = False, plots: Path = PLOTS) -> list[Path]:
-    """Write plots/hellaswag.png and plots/loss.png from the curves in `plots`.
+def draw_figures(items: Mapping[str, int], outside: bool = False) -> list[Path]:
+    """Write plots/hellaswag.png and plots/loss.png from the curves.
 
     Args:
         items: HellaSwag questions behind each point of a model's curve, for its band of one standard error.
@@ -44,8 +44,8 @@ def draw_figures(items: Mapping[str, int], outside: bool = False, plots: Path = 
     """
     loss = ["step", "log10_train", "log10_val", *([OUTSIDE_COLUMN] if outside else [])]
     figures = {
-        plots / "hellaswag.png": hellaswag_figure(read_curves("hellaswag", ["step", "acc_norm"], plots), items),
-        plots / "loss.png": loss_figure(read_curves("loss", loss, plots), outside),
+        PLOTS / "hellaswag.png": hellaswag_figure(read_curves("hellaswag", ["step", "acc_norm"]), items),
+        PLOTS / "loss.png": loss_figure(read_curves("loss", loss), outside),
     }
     for path, figure in figures.items():
         save(figure, path)

@@ -34,6 +34,11 @@ YARDSTICKS = {"val_bpb": ("validation", "val"), "ood_bpb": ("outside", "outside"
 HEADLINE = ("hellaswag", "completion", "0-shot")
 WINDOWS_PER_BLOCK = 4  # a document runs across the borders of windows, so neighbours are resampled together
 FEWEST_BLOCKS = 20  # shorter validation splits have smaller blocks rather than fewer
+VERDICTS = {
+    -1: "distillation better than continuation",
+    0: "no difference shown",
+    1: "continuation better than distillation",
+}
 COLUMN = ("task", "protocol", "shots", "limit")  # what the results of one benchmark share
 
 Row = dict[str, Any]
@@ -54,18 +59,18 @@ class Scores:
         return self.windows[self.windows["split"] == split].reset_index(drop=True)
 
 
-def read_scores(data: Path = SCORES, metrics: Path = METRICS) -> dict[str, Scores]:
+def read_scores() -> dict[str, Scores]:
     """The scores of each model. UserError if one is absent, damaged, or about other questions or windows."""
     scores = {}
     for name in SCORED_MODELS:
-        folder, stage = data / name, f"evaluate@{name}"
+        folder, stage = SCORES / name, f"evaluate@{name}"
         if folder.is_dir():
             check_sums(folder, os.listdir(folder), f"make it again with: dvc repro -f -s {stage}")
         items, windows = (
             read_made(path, stage, pd.read_parquet, pa.ArrowException, OSError)
             for path in (_headline(folder, stage), folder / "windows.parquet")
         )
-        scores[name] = Scores(read_json(metrics / "evaluation" / f"{name}.json", stage), items, windows)
+        scores[name] = Scores(read_json(METRICS / "evaluation" / f"{name}.json", stage), items, windows)
     for name in SCORED_MODELS[1:]:
         for table, keys in (
             ("items", ["item", "label", "bytes_0", "bytes_1", "bytes_2", "bytes_3"]),
@@ -121,7 +126,7 @@ def summarize(
     for a, b in COMPARISONS:
         summary[f"{a}_minus_{b}"] = _difference(scores[a], scores[b], draws, seed)
     difference = summary["student_minus_continued"]
-    summary["verdict"] = {key: _verdict(difference, key) for key in YARDSTICKS if key in difference}
+    summary["verdict"] = {key: VERDICTS[side_of_zero(difference, key)] for key in YARDSTICKS if key in difference}
     return summary
 
 
@@ -173,12 +178,9 @@ def _bits_per_byte(a: pd.DataFrame, b: pd.DataFrame, draws: int, seed: int) -> I
     return paired_bootstrap(*bits, block, draws, seed)
 
 
-def _verdict(difference: Mapping[str, float], yardstick: str) -> str:
-    if difference[f"{yardstick}_high"] < 0:
-        return "distillation better than continuation"
-    if difference[f"{yardstick}_low"] > 0:
-        return "continuation better than distillation"
-    return "no difference shown"
+def side_of_zero(difference: Mapping[str, Any], measure: str) -> int:
+    """-1 where the interval lies below 0, 1 where above it, 0 where it covers it."""
+    return (difference[f"{measure}_low"] > 0) - (difference[f"{measure}_high"] < 0)
 
 
 def entries(name: str, found: Interval) -> dict[str, float]:

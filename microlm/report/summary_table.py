@@ -8,7 +8,7 @@ from typing import Any
 from microlm.evaluation import GPT2_124M_ACC_NORM, SCORED_MODELS
 from microlm.evaluation.results.store import LEFT_OUT, NOT_AVAILABLE
 from microlm.evaluation.tasks.task import CHANCE
-from microlm.report.summary import COMPARISONS
+from microlm.report.summary import COMPARISONS, side_of_zero
 from microlm.report.text_table import WIDTH, Grid, blocks
 from microlm.report.text_table import markdown as in_markdown
 from microlm.runtime.paths import TRAINED_MODELS
@@ -21,6 +21,7 @@ MEASURES = {
     "acc_norm": "HellaSwag acc_norm",
     "centred_mean": "centred mean of all accuracies",
 }
+WINNERS = {-1: "distillation beat plain continuation", 0: "", 1: "plain continuation beat distillation"}
 ABSENT = {
     NOT_AVAILABLE: "Data not available",
     LEFT_OUT: "Left out, since their texts are in the corpus",
@@ -148,7 +149,8 @@ def sentences(summary: Summary) -> list[str]:
 
 def _on_bits_per_byte(d: Summary) -> str:
     """Student against continued, on both yardsticks where there are two: whether they agree."""
-    inside, winner, detectable = _found(d, "val_bpb"), _winner(d, "val_bpb"), f"{d['val_bpb_detectable']:.4f}"
+    inside, winner = _found(d, "val_bpb"), WINNERS[side_of_zero(d, "val_bpb")]
+    detectable = f"{d['val_bpb_detectable']:.4f}"
     first = "bits per byte do not tell distillation from plain continuation at the same tokens"
     if winner:
         first = f"{winner} at the same tokens, by {abs(d['val_bpb']):.4f}"
@@ -156,7 +158,7 @@ def _on_bits_per_byte(d: Summary) -> str:
         if winner:
             return f"On bits per byte {first} ({inside})."
         return f"{first.capitalize()}: {inside}. A true difference of {detectable} would be found four times in five."
-    outside, other, size = _found(d, "ood_bpb"), _winner(d, "ood_bpb"), f"by {abs(d['ood_bpb']):.4f}"
+    outside, other, size = _found(d, "ood_bpb"), WINNERS[side_of_zero(d, "ood_bpb")], f"by {abs(d['ood_bpb']):.4f}"
     if not winner and not other:
         return (
             f"{first.capitalize()}, neither inside the corpus's kind of text ({inside}) nor outside it ({outside}). "
@@ -175,21 +177,14 @@ def _on_bits_per_byte(d: Summary) -> str:
 def _found(d: Summary, measure: str) -> str:
     """The interval; before it the difference, where that has not been told as who won by how much."""
     span = f"95 % interval {d[measure + '_low']:+.4f} to {d[measure + '_high']:+.4f}"
-    return f"{span}, excludes 0" if _excludes_zero(d, measure) else f"{d[measure]:+.4f}, {span}, covers 0"
-
-
-def _winner(d: Summary, measure: str) -> str:
-    """Who beat whom, "" where the interval does not say."""
-    if not _excludes_zero(d, measure):
-        return ""
-    both = ["distillation", "plain continuation"]
-    return " beat ".join(both if d[measure] < 0 else reversed(both))
+    return f"{span}, excludes 0" if side_of_zero(d, measure) else f"{d[measure]:+.4f}, {span}, covers 0"
 
 
 def _against_control(summary: Summary) -> str:
     d, more = summary["student_minus_control"], amount(summary["student"]["tokens"])
-    found = _change(d, "val_bpb")
-    if "ood_bpb" in d and (outside := _change(d, "ood_bpb")) != found:
+    change = {-1: "better", 0: "neither better nor worse", 1: "worse"}
+    found = change[side_of_zero(d, "val_bpb")]
+    if "ood_bpb" in d and (outside := change[side_of_zero(d, "ood_bpb")]) != found:
         found = f"{found} inside the corpus's kind of text and {outside} outside it"
     return (
         f"On bits per byte the student is shown {found} than the control it starts from. It also saw {more} tokens "
@@ -197,17 +192,11 @@ def _against_control(summary: Summary) -> str:
     )
 
 
-def _change(d: Summary, measure: str) -> str:
-    if not _excludes_zero(d, measure):
-        return "neither better nor worse"
-    return "better" if d[measure] < 0 else "worse"
-
-
 def _on_hellaswag(d: Summary) -> str:
     mean, low, high, detectable = (100 * d["acc_norm" + end] for end in ("", "_low", "_high", "_detectable"))
     points = f"{mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
     power = f"The smallest true difference it would find four times in five is {detectable:.1f} points"
-    if not _excludes_zero(d, "acc_norm"):
+    if not side_of_zero(d, "acc_norm"):
         return f"HellaSwag does not tell student from continued ({points}, covers 0). {power}: less may go unseen."
     better = "student" if mean > 0 else "continued"
     return f"HellaSwag is higher for {better} ({points}, excludes 0). {power}."
@@ -237,10 +226,6 @@ def _teacher_cost(summary: Summary) -> str:
         f"itself. The arms are matched by tokens. Matched by arithmetic, continued would see "
         f"{amount(tokens * (1 + ratio))} tokens in place of {amount(tokens)}; no such run is here."
     )
-
-
-def _excludes_zero(difference: Summary, measure: str) -> bool:
-    return difference[measure + "_low"] > 0 or difference[measure + "_high"] < 0
 
 
 def amount(number: float) -> str:

@@ -1,4 +1,4 @@
-"""Batches are a pure function of the step, and the same in every arm."""
+"""Batches are a pure function of the step, and the same in every training."""
 
 import numpy as np
 import pytest

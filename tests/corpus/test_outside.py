@@ -34,7 +34,7 @@ from microlm.corpus.sources import refuse_unfit
 from microlm.errors import UserError
 from microlm.evaluation.scoring.yardsticks import held_out
 from microlm.parameters import BatchConfig, HubText
-from microlm.pipeline.evaluator import Evaluator
+from microlm.pipeline.training_stages import Evaluator
 from microlm.report.summary_table import sentences
 from microlm.training.history import Evaluation, History
 from tests.support.clones import ROOT
@@ -267,9 +267,9 @@ def difference(measure: str, sign: int) -> dict[str, float]:
 def test_first_sentence_speaks_of_both_texts_and_says_where_they_disagree(inside: int, outer: int) -> None:
     against = difference("val_bpb", inside) | difference("ood_bpb", outer)
     against |= {f"acc_norm{end}": 0.0 for end in ("", "_low", "_high", "_detectable")}
-    arm = {"acc_norm": 0.5, "acc_norm_se": 0.01, "tokens": 100}
+    trained = {"acc_norm": 0.5, "acc_norm_se": 0.01, "tokens": 100}
     teacher = {"source": "cache", "tokens_labelled": 50, "labelling_to_distilling_flops": 0.1}
-    summary = {"control": arm, "continued": arm, "student": arm, "teacher": teacher}
+    summary = {"control": trained, "continued": trained, "student": trained, "teacher": teacher}
     summary |= {"student_minus_continued": against, "student_minus_control": against}
     said = sentences(summary)[0]
     assert "inside the corpus's kind of text" in said.lower() and "outside it" in said

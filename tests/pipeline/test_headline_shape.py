@@ -91,9 +91,9 @@ def test_headline_scale_runs_to_its_report_on_the_cpu(tmp_path: Path, parts: Pat
     for name in ("control", "continued", "student", "teacher"):
         clone.run(sys.executable, "-m", "stages.evaluate", name)
     clone.run(sys.executable, "-m", "stages.compare")
-    for arm in ("control", "continued", "student"):
-        assert read_json(tmp_path / f"metrics/{arm}.json", arm)["parameters"] == PARAMETERS
-        assert_loads_in_transformers(tmp_path / "models" / arm)
+    for name in ("control", "continued", "student"):
+        assert read_json(tmp_path / f"metrics/{name}.json", name)["parameters"] == PARAMETERS
+        assert_loads_in_transformers(tmp_path / "models" / name)
     assert read_json(tmp_path / "metrics/summary.json", "compare")["student"]["parameters"] == PARAMETERS
     with safe_open(tmp_path / "models/control/model.safetensors", "pt") as weights:
         assert sum(weights.get_tensor(name).numel() for name in weights.keys()) == PARAMETERS  # noqa: SIM118

@@ -81,9 +81,9 @@ def test_tokens_steps_and_parameters_are_those_of_the_laptop_run() -> None:
     assert plan["tokens"]["labelled"] == measured("teacher")["tokens"]
     assert plan["cache_bytes_per_token"] == measured("teacher")["bytes_per_token"]
     assert plan["teacher"]["parameters"] == measured("teacher")["parameters"]
-    for stage, arm in (("pretrain", "control"), ("continue", "continued"), ("distill", "student")):
-        assert plan["stages"][stage]["steps"] == measured(arm)["steps"]
-        assert plan["stages"][stage]["tokens"] == measured(arm)["tokens"]
+    for stage, name in (("pretrain", "control"), ("continue", "continued"), ("distill", "student")):
+        assert plan["stages"][stage]["steps"] == measured(name)["steps"]
+        assert plan["stages"][stage]["tokens"] == measured(name)["tokens"]
     assert plan["student"]["parameters"] == measured("control")["parameters"]
 
 

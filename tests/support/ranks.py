@@ -26,8 +26,8 @@ from microlm.objective.fused_head import HeadLoss
 from microlm.parameters import BatchConfig, PretrainConfig
 from microlm.pipeline import training_stages
 from microlm.pipeline.capture import capture_teacher
-from microlm.pipeline.evaluator import Evaluator
 from microlm.pipeline.select import select_windows
+from microlm.pipeline.training_stages import Evaluator
 from microlm.runtime import distributed
 from microlm.runtime.device import set_up
 from microlm.runtime.launcher import run_shared_stage

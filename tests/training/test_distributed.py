@@ -117,19 +117,19 @@ def own(slow: Path, tmp_path: Path) -> Path:
     return copied_to(slow, tmp_path / "own")
 
 
-def log(directory: Path, arm: str) -> tuple[list[str], list[float]]:
+def log(directory: Path, name: str) -> tuple[list[str], list[float]]:
     """Steps and kinds of the log's lines, and their values."""
-    lines = [line.split() for line in (directory / "metrics" / f"{arm}.log").read_text().splitlines()]
+    lines = [line.split() for line in (directory / "metrics" / f"{name}.log").read_text().splitlines()]
     return [" ".join(line[:2]) for line in lines], [float(line[2]) for line in lines]
 
 
-@pytest.mark.parametrize("arm", ["control", "continued", "student", "minillm"])
-def test_two_processes_have_the_losses_of_one(alone: Path, together: Path, arm: str) -> None:
-    (labels, values), (their_labels, their_values) = log(alone, arm), log(together, arm)
+@pytest.mark.parametrize("name", ["control", "continued", "student", "minillm"])
+def test_two_processes_have_the_losses_of_one(alone: Path, together: Path, name: str) -> None:
+    (labels, values), (their_labels, their_values) = log(alone, name), log(together, name)
     assert labels == their_labels and len(labels) > 12
     assert their_values == pytest.approx(values, abs=1e-5)
-    if arm != "minillm":
-        ours, theirs = (load_file(each / "models" / arm / "model.safetensors") for each in (alone, together))
+    if name != "minillm":
+        ours, theirs = (load_file(each / "models" / name / "model.safetensors") for each in (alone, together))
         for name, weight in ours.items():
             torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-5)
 
