@@ -6,6 +6,8 @@ tokens: uint16 where the vocabulary allows, else uint32. `manifest.json`, writte
 
 import hashlib
 import struct
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +22,6 @@ MAGIC = b"MICROLM1"
 HEADER = struct.Struct("<8sIIQ232x")  # magic, version, bytes a token, tokens: 256 bytes
 
 Split = Literal["train", "val", "outside"]
-
-
-def made_by(split: Split) -> str:
-    """The stage that makes a split."""
-    return "outside" if split == "outside" else "tokenize"
 
 
 def token_dtype(n_vocab: int) -> np.dtype:
@@ -51,48 +48,38 @@ class TokenShards:
 
     def __init__(self, directory: Path, split: Split) -> None:
         """Raises UserError naming the file and the check that failed."""
-        directory = Path(directory)
-        self.split = split
-        remake = f"make it again with: dvc repro -f -s {made_by(split)}"
-        self.manifest = read_json(directory / "manifest.json", made_by(split))
-        refuse_unsealed(self.manifest, directory / "manifest.json", remake)
+        path = Path(directory) / "manifest.json"
+        stage = "outside" if split == "outside" else "tokenize"
+        remake = f"make it again with: dvc repro -f -s {stage}"
+        self.split, self.manifest = split, read_json(path, stage)
+        refuse_unsealed(self.manifest, path, remake)
         if (self.manifest.get("format"), self.manifest.get("version")) != (FORMAT, VERSION):
-            raise UserError(f"{directory / 'manifest.json'}: not {FORMAT} version {VERSION}; {remake}")
+            raise UserError(f"{path}: not {FORMAT} version {VERSION}; {remake}")
         if split not in self.manifest["splits"]:
-            raise UserError(f"{directory / 'manifest.json'}: has no split {split}; {remake}")
+            raise UserError(f"{path}: has no split {split}; {remake}")
         entry = self.manifest["splits"][split]
         self.dtype = token_dtype(self.manifest["tokenizer"]["n_vocab"])
-        self._shards = [_open_shard(directory / shard["file"], shard, self.dtype, remake) for shard in entry["shards"]]
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
-        self.n_tokens = int(self._ends[-1])
+        self._shards = [_open_shard(path.with_name(of["file"]), of, self.dtype, remake) for of in entry["shards"]]
+        *self._begins, self.n_tokens = accumulate(map(len, self._shards), initial=0)
         self.digest: str = entry["digest"]
-        if (
-            self.digest != sha256_json([shard["sha256"] for shard in entry["shards"]])
-            or self.n_tokens != entry["tokens"]
-        ):
-            raise UserError(
-                f"{directory / 'manifest.json'}: digest or token count of {split} is not that of its shards; {remake}"
-            )
+        digest = sha256_json([shard["sha256"] for shard in entry["shards"]])
+        if (self.digest, entry["tokens"]) != (digest, self.n_tokens):
+            raise UserError(f"{path}: digest or token count of {split} is not that of its shards; {remake}")
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens start .. start + length - 1, [length] of `dtype`. IndexError outside the split."""
-        if start < 0 or length < 0 or start + length > self.n_tokens:
-            raise IndexError(f"tokens {start}..{start + length} of a split of {self.n_tokens}")
-        pieces = []
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while length > 0:
-            begin = start - (self._ends[shard] - len(self._shards[shard]))
-            pieces.append(self._shards[shard][begin : begin + length])
-            start += len(pieces[-1])
-            length -= len(pieces[-1])
-            shard += 1
-        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+        end = start + length
+        if not 0 <= start <= end <= self.n_tokens:
+            raise IndexError(f"tokens {start}..{end} of a split of {self.n_tokens}")
+        first, last = bisect_right(self._begins, start) - 1, bisect_right(self._begins, end)
+        touched = zip(self._begins[first:last], self._shards[first:last])
+        return np.concatenate([shard[max(0, start - begin) : end - begin] for begin, shard in touched])
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Windows of `length` tokens from each of `starts` [n]: [n, length] int64."""
         out = np.empty((len(starts), length), np.int64)
-        for row, start in zip(out, starts, strict=True):
-            row[:] = self.read(int(start), length)
+        for row, start in enumerate(starts):
+            out[row] = self.read(int(start), length)
         return out
 
 
@@ -100,10 +87,10 @@ def _open_shard(path: Path, entry: dict[str, Any], dtype: np.dtype, remake: str)
     """Memory-map a shard after checking its size, header and sha256 against its entry in the manifest."""
     if not path.is_file():
         raise UserError(f"{path} is not there; {remake}")
-    tokens = entry["tokens"]
+    tokens, size = entry["tokens"], path.stat().st_size
     expected = HEADER.size + tokens * dtype.itemsize
-    if path.stat().st_size != expected:
-        raise UserError(f"{path}: {path.stat().st_size} bytes long, expected {expected}; {remake}")
+    if size != expected:
+        raise UserError(f"{path}: {size} bytes long, expected {expected}; {remake}")
     with open(path, "rb") as file:
         header = HEADER.unpack(file.read(HEADER.size))
     if header != (MAGIC, VERSION, dtype.itemsize, tokens):

@@ -8,9 +8,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +80,13 @@ class Tokenizer:
         self.byte_lengths = np.array([len(content) for content in self._bytes], np.int32)
         pattern = cutting_pattern(definition.get("pre_tokenizer"), source)
         self._normalizer = text_normalizer(definition.get("normalizer"), source)
-        self._splitter = _splitter(self._added)
+        longest_first = map(re.escape, sorted(self._added, key=len, reverse=True))
+        self._splitter = re.compile(f"({'|'.join(longest_first)})")
         # enough to tell that none is in a text: a run of 24 spaces is not there where a run of 2 is not
         self._shortest_added = [a for a in self._added if not any(b in a for b in self._added if b != a)]
-        self.fingerprint = self._fingerprint(pattern)
+        tokens = sha256_bytes(b"".join(len(content).to_bytes(4, "little") + content for content in self._bytes))
+        decisive = {"tokens": tokens, "special": self.special_tokens, "added": self._added, "pattern": pattern}
+        self.fingerprint = sha256_json(decisive | {"normalizer": definition.get("normalizer")})
         # tiktoken must know every byte; those that the vocabulary lacks (rare control characters) get ids past its end
         lacking = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         ranks |= {byte: self.n_vocab + i for i, byte in enumerate(lacking)}
@@ -97,43 +99,24 @@ class Tokenizer:
         # for another process: a copied reference would forget to read special spellings as plain text
         return Tokenizer, (self.name, self._definition, self._source)
 
-    def _fingerprint(self, pattern: str) -> str:
-        tokens = sha256_bytes(b"".join(len(content).to_bytes(4, "little") + content for content in self._bytes))
-        normalizer = self._definition.get("normalizer")
-        return sha256_json(
-            {
-                "tokens": tokens,
-                "special": self.special_tokens,
-                "added": self._added,
-                "pattern": pattern,
-                "normalizer": normalizer,
-            }
-        )
-
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Special tokens are never among them."""
         return self._encode(text).tolist()
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, uint32, in order."""
-        if threads == 1:
-            return list(map(self._encode, texts))
-        # a slice a thread, not a task a text: handing over the interpreter's lock costs more than a short text does
-        size = max(1, -(-len(texts) // threads))
-        slices = [texts[start : start + size] for start in range(0, len(texts), size)]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(chain.from_iterable(pool.map(self.encode_batch, slices)))
+        return list(map(self._encode, texts))
 
     def _encode(self, text: str) -> np.ndarray:
-        plain = text
-        if self._normalizer and not text.isascii():
-            plain = self._normalizer.normalize_str(text)
-        ids = self.encode_as_it_is(plain)
-        if (
-            len(ids) and ids.max() >= self.n_vocab
-        ):  # a byte without an id: the reference drops it, then merges its neighbours
-            return np.array(self.reference.encode(text, add_special_tokens=False).ids, np.uint32)
+        normal = not self._normalizer or text.isascii()
+        ids = self.encode_as_it_is(text if normal else self._normalizer.normalize_str(text))
+        if len(ids) and ids.max() >= self.n_vocab:
+            # a byte without an id: the reference drops it, then merges its neighbours
+            return np.array(self._reference_ids(text), np.uint32)
         return ids
+
+    def _reference_ids(self, text: str) -> list[int]:
+        return self.reference.encode(text, add_special_tokens=False).ids
 
     def encode_as_it_is(self, text: str) -> np.ndarray:
         """Ids of `text` without the normalizer, uint32. A byte that the vocabulary lacks has one from n_vocab on."""
@@ -151,15 +134,15 @@ class Tokenizer:
 
     def _encode_around_added(self, text: str) -> np.ndarray:
         """Added tokens that are not special cut the text before the pattern sees it, the longest first."""
-        pieces = self._splitter.split(text)  # plain, added, plain, added, ..., plain
-        encoded = [
-            np.array([self._added[piece]], np.uint32)
-            if i % 2
-            else self._core.encode_to_numpy(piece, disallowed_special=())
-            for i, piece in enumerate(pieces)
-            if piece
-        ]
-        return np.concatenate(encoded)
+        pieces = filter(None, self._splitter.split(text))
+        return np.concatenate(
+            [
+                np.array([self._added[piece]], np.uint32)
+                if piece in self._added
+                else self._core.encode_to_numpy(piece, disallowed_special=())
+                for piece in pieces
+            ]
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens are left out, broken UTF-8 becomes U+FFFD."""
@@ -175,13 +158,9 @@ class Tokenizer:
     def check(self, texts: Iterable[str]) -> None:
         """Compare with the reference. UserError names the first text whose ids differ."""
         for text in texts:
-            ours = self.encode(text)
-            theirs = self.reference.encode(text, add_special_tokens=False).ids
+            ours, theirs = self.encode(text), self._reference_ids(text)
             if ours != theirs:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-                    min(len(ours), len(theirs)),
-                )
+                at = next(i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)
                 raise UserError(
                     f"tokenizer {self.name}: its ids differ from the reference implementation's at token {at} "
                     f"of the text {text[:60]!r}; use another tokenizer"
@@ -194,27 +173,17 @@ class Tokenizer:
         with atomic_file(directory / "tokenizer.json", "w") as file:
             # at once: json.dump encodes piece by piece in Python, in six times as long
             file.write(json.dumps(self._definition, ensure_ascii=False, separators=(",", ":")))
-        write_json(
-            directory / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "name_or_path": self.name,
-                "bos_token": END_OF_TEXT,
-                "eos_token": END_OF_TEXT,
-                "pad_token": END_OF_TEXT,
-                "add_prefix_space": False,
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": model_max_length or 10**30,  # transformers' own word for "no limit"
-            },
-        )
-        write_json(
-            directory / "special_tokens_map.json", dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-        )
-
-
-def _splitter(added: dict[str, int]) -> re.Pattern[str] | None:
-    longest_first = sorted(added, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "name_or_path": self.name,
+            **special,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model_max_length or 10**30,  # transformers' own word for "no limit"
+        }
+        write_json(directory / "tokenizer_config.json", config)
+        write_json(directory / "special_tokens_map.json", special)
 
 
 def smollm2_tokenizer(gguf: Path) -> Tokenizer:
@@ -226,21 +195,14 @@ def smollm2_tokenizer(gguf: Path) -> Tokenizer:
         names = ("tokens", "token_type", "merges", "pre")
         tokens, kinds, merges, pre = (fields[f"tokenizer.ggml.{name}"].contents() for name in names)
     except (ValueError, KeyError, IndexError) as error:
-        raise UserError(
-            f"{gguf}: not a GGUF file with a tokenizer ({error}); make it again with: dvc repro -f -s fetch"
-        ) from None
+        raise UserError(f"{gguf}: not a GGUF file with a tokenizer ({error}); {packaged.FETCH_AGAIN}") from None
     if pre != "smollm":
-        raise UserError(
-            f"{gguf}: its pre-tokenizer is {pre!r}, expected 'smollm'; make it again with: dvc repro -f -s fetch"
-        )
+        raise UserError(f"{gguf}: its pre-tokenizer is {pre!r}, expected 'smollm'; {packaged.FETCH_AGAIN}")
     control = 3  # llama.cpp's token type for special tokens
     special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == control}
     vocab = {token: i for i, token in enumerate(tokens)}
-    return Tokenizer(
-        "smollm2",
-        byte_level_definition(vocab, merges, special, {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}),
-        str(gguf),
-    )
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}
+    return Tokenizer("smollm2", byte_level_definition(vocab, merges, special, pre_tokenizer), str(gguf))
 
 
 def gpt2_tokenizer(encoder_json: Path, vocab_bpe: Path) -> Tokenizer:
@@ -250,9 +212,7 @@ def gpt2_tokenizer(encoder_json: Path, vocab_bpe: Path) -> Tokenizer:
         merges = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:-1]  # the first line is a version
         special = {END_OF_TEXT: vocab[END_OF_TEXT]}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{encoder_json}: not GPT-2's tokenizer ({error}); make it again with: dvc repro -f -s fetch"
-        ) from None
+        raise UserError(f"{encoder_json}: not GPT-2's tokenizer ({error}); {packaged.FETCH_AGAIN}") from None
     return Tokenizer("gpt2", byte_level_definition(vocab, merges, special, BYTE_LEVEL), str(encoder_json))
 
 
@@ -277,11 +237,8 @@ def build_tokenizer(spec: str, parts: Path = packaged.PARTS_DIRECTORY) -> Tokeni
     if spec == "smollm2":
         return smollm2_tokenizer(packaged.part_file(packaged.SMOLLM2, packaged.SMOLLM2_GGUF, parts))
     if spec == "gpt2":
-        files = (
-            packaged.part_file(packaged.GPT2_TOKENIZER, member, parts)
-            for member in (packaged.GPT2_ENCODER, packaged.GPT2_MERGES)
-        )
-        return gpt2_tokenizer(*files)
+        members = (packaged.GPT2_ENCODER, packaged.GPT2_MERGES)
+        return gpt2_tokenizer(*(packaged.part_file(packaged.GPT2_TOKENIZER, member, parts) for member in members))
     if spec == "olmo":
         return json_tokenizer(packaged.part_file(packaged.EVALUATION, packaged.OLMO_TOKENIZER, parts), "olmo")
     return json_tokenizer(Path(spec))
@@ -289,13 +246,10 @@ def build_tokenizer(spec: str, parts: Path = packaged.PARTS_DIRECTORY) -> Tokeni
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote: the same ids and fingerprint."""
-    directory = Path(directory)
-    check_sums(directory, ("tokenizer.json", "tokenizer_config.json"), "make it again with: dvc repro -f -s tokenize")
+    config, mend = Path(directory) / "tokenizer_config.json", "make it again with: dvc repro -f -s tokenize"
+    check_sums(config.parent, ("tokenizer.json", config.name), mend)
     try:
-        name = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("name_or_path")
+        name = json.loads(config.read_text(encoding="utf-8")).get("name_or_path")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{directory / 'tokenizer_config.json'}: not readable ({error}); "
-            "make it again with: dvc repro -f -s tokenize"
-        ) from None
-    return json_tokenizer(directory / "tokenizer.json", name)
+        raise UserError(f"{config}: not readable ({error}); {mend}") from None
+    return json_tokenizer(config.parent / "tokenizer.json", name)
