@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from microlm.config import PARAMS, load_config
 from microlm.errors import UserError, plain, run_stage
-from microlm.evaluation.benchmarks import Benchmark, benchmarks
+from microlm.evaluation.benchmarks import benchmarks
 from microlm.evaluation.candidates import Candidate, WeightsNotAvailable, load_candidate
 from microlm.evaluation.results.comparison import compare
 from microlm.evaluation.results.store import Result, model_slug
@@ -62,42 +62,37 @@ def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser("microlm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     scoring = argparse.ArgumentParser(add_help=False)
-    scoring.add_argument("--tasks", default="hellaswag", help=f"with commas, or all: {', '.join(TASKS)}")
-    scoring.add_argument("--shots", default="0", help="with commas, e.g. 0,5 (default 0)")
+    add = scoring.add_argument
+    add("--tasks", default="hellaswag", help=f"with commas, or all: {', '.join(TASKS)}")
+    add("--shots", default="0", help="with commas, e.g. 0,5 (default 0)")
     protocols = f"of {', '.join(PROTOCOLS)} (default: the task's own, completion for HellaSwag)"
-    scoring.add_argument("--protocol", metavar="NAME", help=protocols)
-    scoring.add_argument("--limit", type=int, metavar="N", help="a fixed stratified subset of N questions of each task")
-    scoring.add_argument("--data", type=Path, metavar="FOLDER", help="tasks' files in their published formats")
-    scoring.add_argument("--offline", action="store_true", help="do not ask the hub for data")
-    scoring.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32", help="default float32")
-    scoring.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, metavar="N", help="in one forward pass")
-    scoring.add_argument("--pmi", action="store_true", help="score HellaSwag's endings without their question too")
-    scoring.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="where results lie (evaluations)")
-    scoring.add_argument("--table", choices=("text", "markdown"), default="text")
-    shown = "of each task in the table (default all)"
-    scoring.add_argument("--metrics", choices=("all", "primary"), default="all", help=shown)
-    found = commands.add_parser("evaluate", parents=[scoring], help="score models; run again, it goes on")
-    found.add_argument("models", nargs="+", metavar="MODEL", help="a model directory, a hub id[@revision] or packaged")
+    add("--protocol", metavar="NAME", help=protocols)
+    add("--limit", type=int, metavar="N", help="a fixed stratified subset of N questions of each task")
+    add("--data", type=Path, metavar="FOLDER", help="tasks' files in their published formats")
+    add("--offline", action="store_true", help="do not ask the hub for data")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="float32", help="default float32")
+    add("--batch-tokens", type=int, default=BATCH_TOKENS, metavar="N", help="in one forward pass")
+    add("--pmi", action="store_true", help="score HellaSwag's endings without their question too")
+    add("--out", type=Path, default=OUT, metavar="FOLDER", help="where results lie (evaluations)")
+    add("--table", choices=("text", "markdown"), default="text")
+    add("--metrics", choices=("all", "primary"), default="all", help="of each task in the table (default all)")
+    add = commands.add_parser("evaluate", parents=[scoring], help="score models; run again, it goes on").add_argument
+    add("models", nargs="+", metavar="MODEL", help="a model directory, a hub id[@revision] or packaged")
     commands.add_parser("references", parents=[scoring], help="score the hub models that params.yaml lists")
-    found = commands.add_parser("compare", help="two models on the same questions: A minus B, paired")
+    add = commands.add_parser("compare", help="two models on the same questions: A minus B, paired").add_argument
     for side in ("A", "B"):
-        found.add_argument(side, help="a model as evaluated; several seeds of one arm: A1,A2,A3")
-    found.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="where results lie (evaluations)")
-    found = commands.add_parser("plan", help="tokens, FLOPs, bytes, memory and hours of a scale, before it is run")
-    found.add_argument("--scale", metavar="NAME", help="a scale of params.yaml (default: the one it chooses)")
-    found.add_argument("--gpus", type=int, default=1, metavar="N")
-    found.add_argument(
-        "--card", metavar="NAME", help="as measured by make gpu: a file of bench/gpu (default the only one)"
-    )
-    found.add_argument(
-        "--peak-tflops", type=float, help="of one GPU (default the card's; an H100's if none is measured)"
-    )
-    found.add_argument(
-        "--utilisation", type=float, help="share of the peak (default the card's; 0.4 if none is measured)"
-    )
-    found.add_argument("--price-per-gpu-hour", type=float, metavar="X")
-    found.add_argument("--teacher-parameters", type=int, metavar="N", help="of a teacher that is not known here")
-    found.add_argument("--json", action="store_true")
+        add(side, help="a model as evaluated; several seeds of one arm: A1,A2,A3")
+    add("--out", type=Path, default=OUT, metavar="FOLDER", help="where results lie (evaluations)")
+    plan = commands.add_parser("plan", help="tokens, FLOPs, bytes, memory and hours of a scale, before it is run")
+    add = plan.add_argument
+    add("--scale", metavar="NAME", help="a scale of params.yaml (default: the one it chooses)")
+    add("--gpus", type=int, default=1, metavar="N")
+    add("--card", metavar="NAME", help="as measured by make gpu: a file of bench/gpu (default the only one)")
+    add("--peak-tflops", type=float, help="of one GPU (default the card's; an H100's if none is measured)")
+    add("--utilisation", type=float, help="share of the peak (default the card's; 0.4 if none is measured)")
+    add("--price-per-gpu-hour", type=float, metavar="X")
+    add("--teacher-parameters", type=int, metavar="N", help="of a teacher that is not known here")
+    add("--json", action="store_true")
     return parser
 
 
@@ -142,10 +137,6 @@ def _gathered(arguments: argparse.Namespace) -> list[Material]:
         raise UserError(f"--out: {arguments.out} is no folder; name another, or move the file away")
     names = list(TASKS) if arguments.tasks == "all" else arguments.tasks.split(",")
     _refuse_repetition("--tasks", names)
-    return gather(_asked(names, arguments), arguments.data, not arguments.offline)
-
-
-def _asked(names: Sequence[str], arguments: argparse.Namespace) -> list[Benchmark]:
     try:
         shots = [int(number) for number in arguments.shots.split(",")]
     except ValueError:
@@ -153,7 +144,8 @@ def _asked(names: Sequence[str], arguments: argparse.Namespace) -> list[Benchmar
     if min(shots) < 0:
         raise UserError(f"--shots: {min(shots)} is less than 0; 0 is the fewest")
     _refuse_repetition("--shots", shots)
-    return benchmarks(names, arguments.protocol, shots, arguments.limit)
+    asked = benchmarks(names, arguments.protocol, shots, arguments.limit)
+    return gather(asked, arguments.data, not arguments.offline)
 
 
 def _refuse_repetition(key: str, given: Sequence[object]) -> None:
@@ -194,22 +186,17 @@ def _score(name: str, arguments: argparse.Namespace, gathered: Sequence[Material
 
 def _choices(runtime: Runtime, dtype: str) -> list[str]:
     """The banner's lines. params.yaml has no say in them."""
-    asked = {
-        "auto": runtime.reasons["dtype"],
-        "float32": "float32 (as --dtype says, or its default)",
-        "bfloat16": "bfloat16 (as --dtype says)",
-    }
-    reasons = runtime.reasons | {"dtype": asked[dtype]}
+    asked = {"float32": "float32 (as --dtype says, or its default)", "bfloat16": "bfloat16 (as --dtype says)"}
+    reasons = {**runtime.reasons, "dtype": asked.get(dtype, runtime.reasons["dtype"])}
     if not runtime.compiled:
         del reasons["compile"]  # it speaks of training
     return replace(runtime, reasons=reasons).lines()
 
 
 def _references(arguments: argparse.Namespace) -> None:
-    listed = load_config(PARAMS).references
-    gathered = _gathered(arguments)
+    listed, gathered = load_config(PARAMS).references, _gathered(arguments)
     results: list[Result] = []
-    missing: list[str] = []
+    missing: list[UserError] = []
     mistake: UserError | None = None
     for reference in listed:
         name = reference.model if reference.revision is None else f"{reference.model}@{reference.revision}"
@@ -217,14 +204,14 @@ def _references(arguments: argparse.Namespace) -> None:
             for result in _score(name, arguments, gathered):
                 results.append(result)
         except WeightsNotAvailable as error:
-            missing.append(str(error))
+            missing.append(error)
         except UserError as error:  # what was measured before it is shown first
             mistake = error
             break
     if results:
         _print_table(results, arguments)
-    for line in missing:
-        print(f"not measured: {plain(line)}", file=sys.stderr)
+    for error in missing:
+        print(f"not measured: {plain(str(error))}", file=sys.stderr)
     if mistake is not None:
         raise mistake
     if not results:

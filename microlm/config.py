@@ -17,7 +17,7 @@ from microlm.schema import parse, positive, shown, within
 
 PARAMS = Path("params.yaml")
 OVERRIDES = "fresh"  # the block of `start` that holds what a start in the student's own shape changes
-OVERRIDDEN = ("batch", "pretrain", "continuation")
+# the blocks that it changes, and what of each stays
 FIXED = {"batch": ("seq_len",)} | dict.fromkeys(("pretrain", "continuation"), ("validation_windows", "hellaswag_items"))
 
 
@@ -107,9 +107,11 @@ def load_config(path: str | Path = PARAMS, **instead: str) -> Config:
     Raises:
         ConfigError: one line for each thing that is wrong, naming file, key and mend.
     """
-    raw = _read_yaml(Path(path))
+    try:
+        raw = read_yaml(Path(path), "run from the top folder of the repository", "scale: laptop") | instead
+    except UserError as error:
+        raise ConfigError(str(error)) from None
     found: list[str] = []
-    raw |= instead
     scales = raw.pop("scales", None)
     if not isinstance(scales, dict) or not scales:
         raise ConfigError(f"{path}: scales: must hold one block for each scale, e.g. laptop")
@@ -117,18 +119,15 @@ def load_config(path: str | Path = PARAMS, **instead: str) -> Config:
     if odd:
         raise ConfigError(f"{path}: scales: {odd[0]} is not a name of a scale; write a text, e.g. laptop")
     blocks = {name: _parse_scale(name, block, found) for name, block in scales.items()}
-    name = raw.get("scale")
-    if not isinstance(name, str) or name not in blocks:
-        found.append(f"scale: {shown(name)} is not a scale; choose one of {', '.join(map(str, blocks))}")
-        raw["at"] = None
-    else:
-        pruned, own = blocks[name]
-        kind = raw.get("start")
-        if kind == "auto" and pruned is not None:
-            kind = pruned.start.default
-        raw["at"] = pruned if kind == "pruned" else own
-    config = parse(Config, raw, "", found)
-    if config is None or found:
+    name, kind = raw.get("scale"), raw.get("start")
+    known = isinstance(name, str) and name in blocks
+    if not known:
+        found.append(f"scale: {shown(name)} is not a scale; choose one of {', '.join(blocks)}")
+    pruned, own = blocks[name] if known else (None, None)
+    if kind == "auto" and pruned is not None:
+        kind = pruned.start.default
+    config = parse(Config, raw | {"at": pruned if kind == "pruned" else own}, "", found)
+    if found:
         raise ConfigError("\n".join(f"{path}: {line}" for line in found))
     return config
 
@@ -146,8 +145,8 @@ def _parse_scale(name: str, block: Any, found: list[str]) -> tuple[ScaleConfig |
         found.append(f"{where.rstrip('.')}: must hold blocks of keys and values, or {{}}, not {shown(changes)}")
         return pruned, None
     for key in changes:
-        if key not in OVERRIDDEN:
-            found.append(f"{where}{shown(key)}: unknown block; known here: {', '.join(OVERRIDDEN)}")
+        if key not in FIXED:
+            found.append(f"{where}{shown(key)}: unknown block; known here: {', '.join(FIXED)}")
     for key, change in changes.items():
         for fixed in FIXED.get(key, ()):  # one cache and one set of questions serve every start
             if fixed in change:
@@ -156,10 +155,3 @@ def _parse_scale(name: str, block: Any, found: list[str]) -> tuple[ScaleConfig |
         return pruned, None
     changed = {key: {**block[key], **change} for key, change in changes.items()}
     return pruned, parse(ScaleConfig, block | changed, where, found)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        return read_yaml(path, "run from the top folder of the repository", "scale: laptop")
-    except UserError as error:
-        raise ConfigError(str(error)) from None

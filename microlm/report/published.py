@@ -7,7 +7,7 @@ from typing import Literal
 
 from microlm.errors import UserError
 from microlm.files import read_yaml
-from microlm.schema import COUNT, parse, within
+from microlm.schema import LARGEST_COUNT, parse, within
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
@@ -20,7 +20,7 @@ class Figure:
     task: str
     metric: str
     value: float = within(-1, 1)
-    shots: int | None = within(0, COUNT.high)
+    shots: int | None = within(0, LARGEST_COUNT)
     protocol: str
     source: str
     checked: Literal["read at the source", "second hand"]
