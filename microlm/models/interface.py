@@ -1,6 +1,7 @@
 """What every language model is to the rest of MicroLM: hidden states first, logits only where they are needed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,10 @@ class LanguageModel(nn.Module):
 
         After `prefix`, if there is one: its tokens count as read before.
         """
+        raise NotImplementedError
+
+    def extend(self, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """tokens [B, T] that follow those in `cache` (None: none) -> hidden states [B, T, D], the longer cache."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:

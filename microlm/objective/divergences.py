@@ -9,20 +9,22 @@ neither dropped, renormalized nor floored.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+Parameter = float | Tensor
 LARGEST_LOG_RATIO = 80.0  # of p to q; exp of it is finite in float32
 
 
-def _times(log_weight: Tensor, factor: Tensor) -> Tensor:
-    """exp(log_weight) * factor, with 0 * (anything) = 0, in the value and in the gradient."""
-    present = log_weight > -torch.inf
-    return torch.where(present, log_weight.exp() * torch.where(present, factor, 0.0), 0.0)
+def _kl(log_x: Tensor, log_y: Tensor) -> Tensor:
+    """x log(x / y), and 0 where x = 0, in the value and in the gradient."""
+    log_ratio, present = log_x - log_y, log_x > -torch.inf
+    return torch.where(present, log_x.exp() * torch.where(present, log_ratio, 0.0), 0.0)
 
 
-def _mixture(log_p: Tensor, log_q: Tensor, share: float | Tensor) -> Tensor:
+def mixture(log_p: Tensor, log_q: Tensor, share: Parameter) -> Tensor:
     """log(share * p + (1 - share) * q), -inf where both are 0."""
     present = torch.maximum(log_p, log_q) > -torch.inf
     a, b = torch.where(present, log_p, 0.0), torch.where(present, log_q, 0.0)
@@ -30,79 +32,50 @@ def _mixture(log_p: Tensor, log_q: Tensor, share: float | Tensor) -> Tensor:
     return torch.where(present, torch.logaddexp(a + share.log(), b + torch.log1p(-share)), -torch.inf)
 
 
-def _forward_kl(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
-    return _times(log_p, log_p - log_q)
+def _jsd(log_p: Tensor, log_q: Tensor, beta: Parameter) -> Tensor:
+    log_m = mixture(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
-    return _times(log_q, log_q - log_p)
+def _notebook(log_p: Tensor, log_q: Tensor, mix: Parameter) -> Tensor:
+    log_m = mixture(log_p, log_q, mix)
+    return _kl(log_m, log_q)
 
 
-def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    log_m = _mixture(log_p, log_q, beta)
-    return beta * _times(log_p, log_p - log_m) + (1 - beta) * _times(log_q, log_q - log_m)
-
-
-def _skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
-    return _times(log_p, log_p - _mixture(log_p, log_q, skew))
-
-
-def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
-    return _times(log_q, log_q - _mixture(log_p, log_q, 1 - skew))
-
-
-def _tvd(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
-    return 0.5 * (log_p.exp() - log_q.exp()).abs()
-
-
-def _notebook(log_p: Tensor, log_q: Tensor, a: float) -> Tensor:
-    log_m = _mixture(log_p, log_q, a)
-    return _times(log_m, log_m - log_q)
-
-
-def _forward_kl_slope(log_r: Tensor, _: float) -> Tensor:
-    return -log_r.exp()
-
-
-def _reverse_kl_slope(log_r: Tensor, _: float) -> Tensor:
-    return 1 - log_r
-
-
-def _jsd_slope(log_r: Tensor, beta: float) -> Tensor:
-    return -(1 - beta) * torch.log(beta * log_r.exp() + (1 - beta))
-
-
-def _skew_forward_kl_slope(log_r: Tensor, skew: float) -> Tensor:
+def _skew_forward_kl_slope(log_r: Tensor, skew: Parameter) -> Tensor:
     r = log_r.exp()
     return -(1 - skew) * r / (skew * r + (1 - skew))
 
 
-def _skew_reverse_kl_slope(log_r: Tensor, skew: float) -> Tensor:
+def _skew_reverse_kl_slope(log_r: Tensor, skew: Parameter) -> Tensor:
     u = (1 - skew) * log_r.exp() + skew
     return 1 - torch.log(u) - skew / u
 
 
-def _tvd_slope(log_r: Tensor, _: float) -> Tensor:
-    return -0.5 * torch.sign(log_r)
+def _notebook_slope(log_r: Tensor, mix: Parameter) -> Tensor:
+    u = mix * log_r.exp() + (1 - mix)
+    return (1 - mix) * (torch.log(u) + 1) - u
 
 
-def _notebook_slope(log_r: Tensor, a: float) -> Tensor:
-    u = a * log_r.exp() + (1 - a)
-    return (1 - a) * (torch.log(u) + 1) - u
+class Formula(NamedTuple):
+    """Of a divergence sum_i phi(p_i, q_i). A parameter in a tensor lets a compiled caller serve every value of it."""
+
+    term: Callable[[Tensor, Tensor, Parameter], Tensor]  # phi of log p, log q
+    slope: Callable[[Tensor, Parameter], Tensor]  # d phi / d q, a function of log(p / q) alone
 
 
-Term = Callable[[Tensor, Tensor, float], Tensor]
-Slope = Callable[[Tensor, float], Tensor]
-_FORMULAS: dict[str, tuple[Term, Slope]] = {
-    "fkl": (_forward_kl, _forward_kl_slope),
-    "rkl": (_reverse_kl, _reverse_kl_slope),
-    "jsd": (_jsd, _jsd_slope),
-    "skew_fkl": (_skew_forward_kl, _skew_forward_kl_slope),
-    "skew_rkl": (_skew_reverse_kl, _skew_reverse_kl_slope),
-    "tvd": (_tvd, _tvd_slope),
-    "notebook": (_notebook, _notebook_slope),
+FORMULAS = {
+    "fkl": Formula(lambda log_p, log_q, _: _kl(log_p, log_q), lambda log_r, _: -log_r.exp()),
+    "rkl": Formula(lambda log_p, log_q, _: _kl(log_q, log_p), lambda log_r, _: 1 - log_r),
+    "jsd": Formula(_jsd, lambda log_r, b: -(1 - b) * torch.log(b * log_r.exp() + (1 - b))),
+    "skew_fkl": Formula(lambda log_p, log_q, s: _kl(log_p, mixture(log_p, log_q, s)), _skew_forward_kl_slope),
+    "skew_rkl": Formula(lambda log_p, log_q, s: _kl(log_q, mixture(log_p, log_q, 1 - s)), _skew_reverse_kl_slope),
+    "tvd": Formula(
+        lambda log_p, log_q, _: 0.5 * (log_p.exp() - log_q.exp()).abs(), lambda log_r, _: -0.5 * log_r.sign()
+    ),
+    "notebook": Formula(_notebook, _notebook_slope),
 }
-DIVERGENCES = tuple(_FORMULAS)
+DIVERGENCES = tuple(FORMULAS)
 
 
 @dataclass(frozen=True)
@@ -126,45 +99,34 @@ class Divergence:
     parameter: float = math.nan
 
     def __post_init__(self) -> None:
-        if self.name not in _FORMULAS:
+        if self.name not in FORMULAS:
             raise ValueError(f"{self.name} is none of {', '.join(DIVERGENCES)}")
 
     def term(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """phi(p_i, q_i), the shape of both."""
-        return _FORMULAS[self.name][0](log_p, log_q, self.parameter)
+        return FORMULAS[self.name].term(log_p, log_q, self.parameter)
 
     def slope(self, log_ratio: Tensor) -> Tensor:
         """d phi / d q, a function of log(p / q) alone."""
-        return _FORMULAS[self.name][1](log_ratio, self.parameter)
+        return FORMULAS[self.name].slope(log_ratio, self.parameter)
 
     def __call__(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """[..., S], [..., S] -> nats [...]."""
         return self.term(log_p, log_q).sum(-1)
 
 
-def slope_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """`Divergence.slope` with the parameter as a tensor, so that a compiled caller serves every value of it."""
-    return _FORMULAS[name][1]
+@dataclass(frozen=True)
+class SparseTeacher:
+    """What the cache says of N positions."""
 
+    ids: Tensor  # int64 [N, k], distinct in each row
+    log_p: Tensor  # float [N, k + 1] at the objective's temperature, the tail's log-mass last
+    log_table: Tensor | None = None  # float [V], for tail: table, at the objective's temperature
+    covered: Tensor | None = None  # bool [N], where the teacher speaks; None: everywhere
 
-def term_of(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`Divergence.term` with the parameter as a tensor."""
-    return _FORMULAS[name][0]
-
-
-def lump(log_probabilities: Tensor, ids: Tensor) -> Tensor:
-    """Coarsen dense distributions to the symbols `ids` and one for all the others.
-
-    Args:
-        log_probabilities: [..., V].
-        ids: int64 [..., k], distinct in each row.
-
-    Returns:
-        [..., k + 1], the tail's log-mass last; -inf where k = V leaves no tail.
-    """
-    head = log_probabilities.gather(-1, ids)
-    rest = log_probabilities.scatter(-1, ids, -torch.inf)
-    return torch.cat((head, rest.logsumexp(-1, keepdim=True)), dim=-1)
+    def of(self, rows: Tensor) -> "SparseTeacher":
+        """The rows numbered `rows`, int64 [n], all of them covered."""
+        return SparseTeacher(self.ids[rows], self.log_p[rows], self.log_table)
 
 
 def temper(log_p_head: Tensor, log_tail: Tensor, temperature: float) -> Tensor:

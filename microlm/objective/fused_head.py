@@ -10,24 +10,23 @@ models", arXiv:2411.09009, for cross-entropy alone). Both ways give the same bit
 A lumped divergence sees a row through k + 1 numbers: the logits of the cached ids and the tail's logsumexp. Autograd
 differentiates it there, on [N, k + 1]; its gradient on a tail token j is that on the tail's logsumexp times
 softmax_tail(j). A capped tail adds slopes on the few tokens that the cap binds (capped_tail.py). A tabled tail, and on
-CUDA a capped one, has a slope of its own for each token (dense_tail.py): a sweep between the two takes the means.
+CUDA a capped one, has a slope of its own for each token: a sweep between the two takes the means (tails.py).
 
 Shapes: N tokens, D hidden size, V real vocabulary, k cached ids.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from microlm.objective.definition import Objective, SparseTeacher
-from microlm.objective.tails import TAILS, DistillationTerm, RowStatistics
-from microlm.objective.vocabulary_blocks import EAGER, GROUP, LOWEST, AnyEntries, Entries, VocabularyBlocks, kernel
+from microlm.objective.divergences import SparseTeacher
+from microlm.objective.schedule import Objective
+from microlm.objective.tails import TAILS, DistillationTerm
+from microlm.objective.vocabulary_blocks import AnyEntries, Entries, StudentRows, VocabularyBlocks, first_sweep, kernel
 
 
-@dataclass(frozen=True)
-class HeadLoss:
+class HeadLoss(NamedTuple):
     """`loss` carries the gradient; the other two are sums over the N tokens, in nats."""
 
     loss: Tensor
@@ -38,9 +37,8 @@ class HeadLoss:
 def token_nats(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
     """Cross-entropy of each token, nats [N], without a gradient. Arguments as `fused_head_loss`."""
     with torch.no_grad():
-        blocks = VocabularyBlocks(hidden, weight, n_vocab)
-        rows = _first_sweep(blocks, blocks.entries(targets[:, None]))
-        return rows.log_normalizer - rows.gold
+        student = first_sweep(VocabularyBlocks(hidden, weight, n_vocab), targets)
+        return student.log_normalizer - student.gold_logits
 
 
 def fused_head_loss(
@@ -65,33 +63,15 @@ def fused_head_loss(
     """
     if objective.kd_weight > 0 and teacher is None:
         raise ValueError("kd_weight > 0 needs a teacher")
-    if objective.kd_weight > 0 and teacher.covered is not None:
-        return _partly_covered(hidden, weight, targets, n_vocab, objective, teacher, count)
-    loss, cross_entropy, divergence = _FusedHead.apply(hidden, weight, targets, n_vocab, objective, teacher, count)
-    return HeadLoss(loss, cross_entropy, divergence)
-
-
-def _partly_covered(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    n_vocab: int,
-    objective: Objective,
-    teacher: SparseTeacher,
-    count: int,
-) -> HeadLoss:
-    """Covered rows and the others, each for themselves: both have all of their loss in one call of the head."""
-    parts, alone = [], Objective(z_loss=objective.z_loss)
-    for mask, wanted in ((teacher.covered, objective), (~teacher.covered, alone)):
+    if objective.kd_weight == 0 or teacher.covered is None:
+        return HeadLoss(*_FusedHead.apply(hidden, weight, targets, n_vocab, objective, teacher, count))
+    parts = []  # covered rows and the others, each for themselves: both have all of their loss in one call of the head
+    for mask, wanted in ((teacher.covered, objective), (~teacher.covered, Objective(z_loss=objective.z_loss))):
         rows = mask.nonzero()[:, 0]  # once: each selection by a mask would ask how many there are
         if len(rows):
             said = teacher.of(rows) if wanted is objective else None
             parts.append(fused_head_loss(hidden[rows], weight, targets[rows], n_vocab, wanted, said, count))
-    return HeadLoss(*(sum(getattr(part, name) for part in parts) for name in ("loss", "cross_entropy", "divergence")))
-
-
-def _pass(name: str) -> Callable[..., None]:
-    return kernel(name, lambda: EAGER[name])
+    return HeadLoss(*map(sum, zip(*parts)))
 
 
 class _FusedHead(torch.autograd.Function):
@@ -99,29 +79,29 @@ class _FusedHead(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, n_vocab, objective, teacher, count):
         wanted = any(ctx.needs_input_grad[:2])
         blocks = VocabularyBlocks(hidden, weight, n_vocab, keep=wanted)
-        gold = blocks.entries(targets[:, None])
         distilling = objective.kd_weight > 0
-        cached = blocks.entries(teacher.ids) if distilling else None
-        width = teacher.ids.shape[1] if distilling else 0
-        tail = "lumped" if width == n_vocab else objective.tail  # with every id cached there is no tail to treat
-        groups = tail == "capped" and not blocks.whole_passes
-        rows = _first_sweep(blocks, gold, cached, width, objective.temperature, groups)
+        if distilling:
+            # with every id cached there is no tail to treat
+            tail = "lumped" if teacher.ids.shape[1] == n_vocab else objective.tail
+            groups = tail == "capped" and not blocks.layout.whole_passes
+            student = first_sweep(blocks, targets, teacher.ids, 1 / objective.temperature, groups)
+        else:
+            student = first_sweep(blocks, targets)
 
-        nats = rows.log_normalizer - rows.gold
+        nats = student.log_normalizer - student.gold_logits
         ce_weight = objective.ce_weight / count
         loss = ce_weight * nats.sum()
         q_weight = torch.full_like(nats, ce_weight)  # of softmax(z) in the gradient
         if objective.z_loss:
-            loss = loss + objective.z_loss / count * rows.log_normalizer.square().sum()
-            q_weight = q_weight + 2 * objective.z_loss / count * rows.log_normalizer
+            loss = loss + objective.z_loss / count * student.log_normalizer.square().sum()
+            q_weight = q_weight + 2 * objective.z_loss / count * student.log_normalizer
         term, total = None, nats.new_zeros(())
         if distilling:
-            term = TAILS[tail](blocks, rows, teacher, cached, objective, objective.kd_weight / count)
+            term = TAILS[tail](student, teacher, objective, objective.kd_weight / count)
             total = term.total
             loss = loss + objective.kd_weight / count * total
         if wanted:
-            sweep = _GradientSweep(blocks, rows, q_weight, term, cached, objective.temperature)
-            ctx.save_for_backward(*_gradients(sweep, gold, ce_weight, weight))
+            ctx.save_for_backward(*_gradients(student, term, q_weight, ce_weight, weight))
         ctx.mark_non_differentiable(total)
         return loss, nats.sum(), total
 
@@ -135,95 +115,69 @@ class _FusedHead(torch.autograd.Function):
         return *gradients, None, None, None, None, None
 
 
-def _first_sweep(
-    blocks: VocabularyBlocks,
-    gold: AnyEntries,
-    head: AnyEntries | None = None,
-    width: int = 0,
-    temperature: float = 1.0,
-    groups: bool = False,
-) -> RowStatistics:
-    peak, total = blocks.filled(LOWEST), blocks.filled(0)
-    gold_logits = blocks.filled(0)
-    head_logits = torch.empty(len(gold_logits) * width, dtype=blocks.exact, device=gold_logits.device)
-    scale = 1.0 if head is None else 1.0 / temperature
-    tempered = scale != 1
-    tail_peak, tail_total = (blocks.filled(LOWEST), blocks.filled(0)) if tempered else (peak, total)
-    n_groups = -(-blocks.n_vocab // GROUP) if groups else 0
-    largest = peak.new_empty(len(peak), n_groups)
-    for index, part, z in blocks:
-        gold.read(index, z, gold_logits)
-        if head is not None:
-            head.read(index, z, head_logits)
-            head.write(index, z, -torch.inf)  # what is left of the row is the tail
-        if tempered:
-            _pass("update_statistics")(z, 1.0, peak, total)
-        if groups:
-            held = largest[:, part.start // GROUP : -(-part.stop // GROUP)]
-            _pass("update_group_statistics")(z, scale, tail_peak, tail_total, held)
-        else:
-            _pass("update_statistics")(z, scale, tail_peak, tail_total)
-    log_normalizer, log_tail = peak + total.log(), tail_peak + tail_total.log()
-    if head is None:
-        return RowStatistics(log_normalizer, gold_logits)
-    head_logits = head_logits.view(-1, width)
-    log_normalizer = torch.logaddexp(log_normalizer, head_logits.logsumexp(-1))
-    return RowStatistics(log_normalizer, gold_logits, head_logits, log_tail, largest if groups else None)
-
-
-class _GradientSweep:
-    """Turns logits into the gradient on them, tail tokens by a pass over the block, single ones one by one."""
-
-    def __init__(
-        self,
-        blocks: VocabularyBlocks,
-        rows: RowStatistics,
-        q_weight: Tensor,
-        term: DistillationTerm | None,
-        cached: AnyEntries | None,
-        temperature: float,
-    ) -> None:
-        self.blocks, self._rows, self._term, self._weight, self._scale = blocks, rows, term, q_weight, 1 / temperature
-        self._singles: list[tuple[AnyEntries, Tensor]] = []  # with the gradient on each
-        if term is None:
-            return
-        q_head = torch.exp(rows.head - rows.log_normalizer[:, None])
-        self._singles.append((cached, (q_weight[:, None] * q_head + term.head_slope).reshape(-1)))
-        if term.single is not None:
-            single = term.single
-            values = q_weight[single.rows] * single.log_q.exp() + single.slope
-            self._singles.append((Entries(single.ids, blocks, single.rows), values))
-        if term.tail_slope is not None and self._scale == 1:
-            # on the tail both terms are multiples of softmax(z): one exponential serves. A tail of no mass has no slope
-            ratio = torch.exp(rows.log_normalizer - rows.log_tail)
-            self._weight = q_weight + torch.where(term.tail_slope == 0, 0.0, term.tail_slope * ratio)
-
-    def write(self, index: int, part: slice, z: Tensor) -> None:
-        rows, term, scale = self._rows, self._term, self._scale
-        if term is not None and term.dense is not None:
-            term.dense.write(z, part, rows.log_normalizer, self._weight, scale)
-        elif term is None or scale == 1:
-            _pass("write_gradient")(z, rows.log_normalizer, self._weight)
-        else:
-            _pass("write_tempered_gradient")(
-                z, rows.log_normalizer, self._weight, scale, rows.log_tail, term.tail_slope * scale
-            )
-        for entries, values in self._singles:
-            entries.write(index, z, values)
-
-
-def _gradients(sweep: _GradientSweep, gold: AnyEntries, ce_weight: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(
+    student: StudentRows, term: DistillationTerm | None, q_weight: Tensor, ce_weight: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
     """The second sweep: logits turned into their gradients, and those into gradients of hidden and weight."""
-    blocks = sweep.blocks
-    hidden_gradient = torch.zeros(blocks.hidden.shape, dtype=blocks.exact, device=blocks.hidden.device)
+    blocks, hidden = student.blocks, student.blocks.hidden
+    hidden_gradient = torch.zeros(hidden.shape, dtype=blocks.exact, device=hidden.device)
     weight_gradient = torch.empty_like(weight)
     weight_gradient[blocks.n_vocab :] = 0
-    add = _added_on_cuda if blocks.hidden.device.type == "cuda" else _AddedOnCpu(blocks.hidden)
-    for index, part, z in blocks:
-        sweep.write(index, part, z)
-        gold.subtract(index, z, ce_weight)
-        add(z, blocks.hidden, blocks.weight[part], hidden_gradient, weight_gradient[part])
-    return hidden_gradient.to(blocks.hidden.dtype), weight_gradient
+    add = _added_on_cuda if hidden.device.type == "cuda" else _AddedOnCpu(hidden)
+    singles = _single_gradients(student, term, q_weight)
+    if term is not None and term.tail_slope is not None and student.scale == 1:
+        # on the tail both terms are multiples of softmax(z): one exponential serves. A tail of no mass has no slope
+        ratio = torch.exp(student.log_normalizer - student.log_tail)
+        q_weight = q_weight + torch.where(term.tail_slope == 0, 0.0, term.tail_slope * ratio)
+    for part, z in blocks:
+        _write_gradient(student, term, q_weight, part, z)
+        for entries, values in singles:
+            entries.write(part, z, values)
+        student.gold.subtract(part, z, ce_weight)
+        add(z, hidden, blocks.weight[part], hidden_gradient, weight_gradient[part])
+    return hidden_gradient.to(hidden.dtype), weight_gradient
+
+
+def _single_gradients(
+    student: StudentRows, term: DistillationTerm | None, q_weight: Tensor
+) -> list[tuple[AnyEntries, Tensor]]:
+    """The logits that have a gradient of their own, with it: those of the cached ids, and of capped tokens."""
+    if term is None:
+        return []
+    q_head = torch.exp(student.head - student.log_normalizer[:, None])
+    singles = [(student.cached, q_weight[:, None] * q_head + term.head_slope)]
+    if term.capped is not None:
+        rows, ids, log_q = term.capped
+        singles.append((Entries(ids, student.blocks, rows), q_weight[rows] * log_q.exp() + term.capped_slope))
+    return singles
+
+
+def _write_gradient(
+    student: StudentRows, term: DistillationTerm | None, q_weight: Tensor, part: slice, z: Tensor
+) -> None:
+    """Turn a block z into the gradient on it, right for all but the single logits, in place."""
+    log_normalizer, scale = student.log_normalizer, student.scale
+    if term is not None and term.write_dense is not None:
+        term.write_dense(part, z, q_weight)
+    elif term is None or scale == 1:
+        kernel(write_gradient)(z, log_normalizer, q_weight)
+    else:
+        tail_slope = term.tail_slope * scale
+        kernel(write_tempered_gradient)(z, log_normalizer, q_weight, scale, student.log_tail, tail_slope)
+
+
+def write_gradient(z: Tensor, log_normalizer: Tensor, weight: Tensor) -> None:
+    """z_ij <- weight_i * exp(z_ij - log_normalizer_i), in place."""
+    z.copy_(torch.exp(z.to(weight.dtype) - log_normalizer[:, None]) * weight[:, None])
+
+
+def write_tempered_gradient(
+    z: Tensor, log_normalizer: Tensor, weight: Tensor, scale: float, log_tail: Tensor, tail_weight: Tensor
+) -> None:
+    """z_ij <- weight_i exp(z_ij - log_normalizer_i) + tail_weight_i exp(scale z_ij - log_tail_i), in place."""
+    exact = z.to(weight.dtype)
+    plain = torch.exp(exact - log_normalizer[:, None]) * weight[:, None]
+    z.copy_(plain + torch.exp(exact * scale - log_tail[:, None]) * tail_weight[:, None])
 
 
 class _AddedOnCpu:
@@ -235,7 +189,12 @@ class _AddedOnCpu:
 
     def __call__(self, z: Tensor, _: Tensor, weight: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor) -> None:
         hidden_gradient += torch.mm(z, weight, out=self._partial)
-        _pass("copy_transposed")(weight_gradient, torch.mm(self._hidden_T, z))
+        kernel(copy_transposed)(weight_gradient, torch.mm(self._hidden_T, z))
+
+
+def copy_transposed(target: Tensor, source: Tensor) -> None:
+    """target <- source.T, in the precision of `target`. Eager, PyTorch reads the columns one number at a time."""
+    target.copy_(source.T)
 
 
 def _added_on_cuda(z: Tensor, hidden: Tensor, weight: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor) -> None:

@@ -2,12 +2,24 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from microlm.objective.divergences import Divergence
-from microlm.objective.fused_head import Objective
 from microlm.parameters import NOTEBOOK_TEMPERATURE
 
 NOTEBOOK_MIX = (0.9, 0.1)  # a at the start and at the end (github.com/hachoj/rKLD_Research, src/train_KD.py)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """ce_weight CE + kd_weight D(teacher, student at temperature) + z_loss logsumexp^2, each a mean over tokens."""
+
+    ce_weight: float = 1.0
+    kd_weight: float = 0.0
+    divergence: Divergence = Divergence("rkl")
+    temperature: float = 1.0
+    tail: Literal["lumped", "capped", "table"] = "lumped"
+    z_loss: float = 0.0
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -69,10 +81,10 @@ class ObjectiveSchedule:
         if self.name == "notebook":
             start, end = NOTEBOOK_MIX
             return f"KL(a p + (1 - a) q, q), a from {start} to {end}, at temperature {NOTEBOOK_TEMPERATURE:g}, no T^2"
-        weight = f"{self.alpha.start:g}"
-        if self.alpha.kind != "constant":
-            weight = f"alpha ({self.alpha.kind}, {self.alpha.start:g} to {self.alpha.end:g})"
+        kind, start, end = self.alpha.kind, self.alpha.start, self.alpha.end
+        rest, weight = "(1 - alpha)", f"alpha ({kind}, {start:g} to {end:g})"
+        if kind == "constant":
+            rest, weight = f"{1 - start:g}", f"{start:g}"
         named = self.name if self.parameter is None else f"{self.name}({self.parameter:g})"
-        rest = f"{1 - self.alpha.start:g}" if self.alpha.kind == "constant" else "(1 - alpha)"
         how = "on-policy" if self.name == "minillm" else f"{self.tail} tail, at temperature {self.temperature:g}"
         return f"{rest} cross-entropy + {weight} {named}, {how}"

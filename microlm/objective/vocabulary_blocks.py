@@ -1,11 +1,11 @@
-"""The logits of N tokens as a stream of blocks over the vocabulary, and the passes that read a block while it is hot.
+"""The logits z of N tokens as a stream of blocks over the vocabulary, and what a first sweep over them finds.
 
-Shapes: N tokens, D hidden size, V real vocabulary, k cached ids.
+Shapes: N tokens, D hidden size, V real vocabulary, k cached ids, G groups of the vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -52,10 +52,15 @@ class Layout:
     row: int  # elements from one row of a block to the next, at its widest
     kept: bool
 
+    @property
+    def whole_passes(self) -> bool:
+        """As in `Sizes`. Then there are columns beside a block."""
+        return self.row > self.width
+
     def elements(self, n_rows: int, n_vocab: int) -> int:
         """Of all logits that exist at once."""
         blocks = -(-n_vocab // self.width) if self.kept else 1
-        return n_rows * blocks * self.row if self.row > self.width else n_rows * min(n_vocab, blocks * self.width)
+        return n_rows * blocks * self.row if self.whole_passes else n_rows * min(n_vocab, blocks * self.width)
 
 
 def layout_of(n_rows: int, n_vocab: int, device: str, sweeps: bool = True) -> Layout:
@@ -71,56 +76,14 @@ def layout_of(n_rows: int, n_vocab: int, device: str, sweeps: bool = True) -> La
     return Layout(width, -(-width // SPARE) * SPARE + SPARE, kept)
 
 
-def update_statistics(z: Tensor, scale: float, peak: Tensor, total: Tensor) -> None:
-    """Online logsumexp of scale * z along rows: exp(peak) * total is the sum so far. In place on `peak` and `total`."""
-    scaled = z.to(peak.dtype) * scale
-    raised = torch.maximum(peak, scaled.amax(-1))
-    total.copy_(total * torch.exp(peak - raised) + torch.exp(scaled - raised[:, None]).sum(-1))
-    peak.copy_(raised)
+@cache
+def _compiled(block_pass: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(block_pass)  # evaluation brings other shapes
 
 
-def update_group_statistics(z: Tensor, scale: float, peak: Tensor, total: Tensor, largest: Tensor) -> None:
-    """`update_statistics`, and into `largest` [N, groups] the largest of each group of scale * z."""
-    scaled = z.to(peak.dtype) * scale
-    padded = torch.nn.functional.pad(scaled, (0, -z.shape[1] % GROUP), value=LOWEST)
-    largest.copy_(padded.unflatten(1, (-1, GROUP)).amax(-1))
-    raised = torch.maximum(peak, scaled.amax(-1))
-    total.copy_(total * torch.exp(peak - raised) + torch.exp(scaled - raised[:, None]).sum(-1))
-    peak.copy_(raised)
-
-
-def write_gradient(z: Tensor, log_normalizer: Tensor, weight: Tensor) -> None:
-    """z_ij <- weight_i * exp(z_ij - log_normalizer_i), in place."""
-    z.copy_(torch.exp(z.to(weight.dtype) - log_normalizer[:, None]) * weight[:, None])
-
-
-def write_tempered_gradient(
-    z: Tensor, log_normalizer: Tensor, weight: Tensor, scale: float, log_tail: Tensor, tail_weight: Tensor
-) -> None:
-    """z_ij <- weight_i exp(z_ij - log_normalizer_i) + tail_weight_i exp(scale z_ij - log_tail_i), in place."""
-    exact = z.to(weight.dtype)
-    plain = torch.exp(exact - log_normalizer[:, None]) * weight[:, None]
-    z.copy_(plain + torch.exp(exact * scale - log_tail[:, None]) * tail_weight[:, None])
-
-
-def copy_transposed(target: Tensor, source: Tensor) -> None:
-    """target <- source.T, in the precision of `target`. Eager, PyTorch reads the columns one number at a time."""
-    target.copy_(source.T)
-
-
-EAGER: dict[str, Callable[..., Any]] = {
-    kernel.__name__: kernel
-    for kernel in (update_statistics, update_group_statistics, write_gradient, write_tempered_gradient, copy_transposed)
-}
-_kernels: dict[tuple[str, bool], Callable[..., Any]] = {}
-
-
-def kernel(name: str, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """A pass over a block by name: made once, and compiled to one read (and one write) where this process compiles."""
-    key = name, compilation.enabled
-    if key not in _kernels:
-        _kernels[key] = torch.compile(make()) if compilation.enabled else make()  # evaluation brings other shapes
-    return _kernels[key]
+def kernel(block_pass: Callable[..., None]) -> Callable[..., None]:
+    """A pass over a block as this process runs it: as it is, or compiled to one read (and one write)."""
+    return _compiled(block_pass) if compilation.enabled else block_pass
 
 
 class Entries:
@@ -131,32 +94,32 @@ class Entries:
     """
 
     def __init__(self, ids: Tensor, blocks: "VocabularyBlocks", rows: Tensor | None = None) -> None:
-        flat = ids.reshape(-1)
-        found, order = torch.sort(flat // blocks.block, stable=True)
-        edges = torch.arange(0, (blocks.n_vocab + blocks.block - 1) // blocks.block + 1, device=ids.device)
+        self._width, flat = blocks.layout.width, ids.reshape(-1)
+        found, self._order = torch.sort(flat // self._width, stable=True)
+        edges = torch.arange(-(-blocks.n_vocab // self._width) + 1, device=ids.device)
         self._edges = torch.searchsorted(found, edges).tolist()
-        self._order = order
-        self._rows = order // ids.shape[1] if rows is None else rows[order]
-        self._columns = flat[order] % blocks.block
+        self._rows = self._order // ids.shape[1] if rows is None else rows[self._order]
+        self._columns = flat[self._order] % self._width
 
-    def at(self, block_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _at(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, columns inside the block, and places in the flattened ids."""
-        chosen = slice(self._edges[block_index], self._edges[block_index + 1])
+        index = part.start // self._width
+        chosen = slice(self._edges[index], self._edges[index + 1])
         return self._rows[chosen], self._columns[chosen], self._order[chosen]
 
-    def read(self, block_index: int, z: Tensor, into: Tensor) -> None:
-        """The entries that lie in a block z, into their places in `into`, flat."""
-        r, c, places = self.at(block_index)
-        into[places] = z[r, c].to(into.dtype)
+    def read(self, part: slice, z: Tensor, into: Tensor) -> None:
+        """The entries that lie in the block z of a `part` of the vocabulary, into their places, of the ids' shape."""
+        r, c, places = self._at(part)
+        into.view(-1)[places] = z[r, c].to(into.dtype)
 
-    def write(self, block_index: int, z: Tensor, values: Tensor | float) -> None:
-        """Into a block z: one number, or each entry's own of `values`, flat."""
-        r, c, places = self.at(block_index)
-        z[r, c] = values[places].to(z.dtype) if isinstance(values, Tensor) else values
+    def write(self, part: slice, z: Tensor, values: Tensor | float) -> None:
+        """Into a block z: one number, or each entry's own of `values`, of the ids' shape."""
+        r, c, places = self._at(part)
+        z[r, c] = values.reshape(-1)[places].to(z.dtype) if isinstance(values, Tensor) else values
 
-    def subtract(self, block_index: int, z: Tensor, amount: float) -> None:
+    def subtract(self, part: slice, z: Tensor, amount: float) -> None:
         """`amount` from every entry in a block z."""
-        r, c, _ = self.at(block_index)
+        r, c, _ = self._at(part)
         z[r, c] -= amount
 
 
@@ -166,27 +129,27 @@ class SpilledEntries:
     Every pass touches all entries: those of other blocks land in a column beside the block.
     """
 
-    def __init__(self, ids: Tensor, blocks: "VocabularyBlocks") -> None:
-        self._ids, self._blocks = ids, blocks
+    def __init__(self, ids: Tensor) -> None:
+        self._ids = ids
 
-    def _at(self, block_index: int, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _at(self, part: slice, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block with its spare columns, each entry's column there, and whether it is inside; [N, k] both."""
-        columns = self._ids - block_index * self._blocks.block
+        columns = self._ids - part.start
         inside = (columns >= 0) & (columns < z.shape[1])
         wide = z.as_strided((z.shape[0], z.shape[1] + 1), z.stride())
         return wide, torch.where(inside, columns, z.shape[1]), inside
 
-    def read(self, block_index: int, z: Tensor, into: Tensor) -> None:
-        wide, columns, inside = self._at(block_index, z)
+    def read(self, part: slice, z: Tensor, into: Tensor) -> None:
+        wide, columns, inside = self._at(part, z)
         held = into.view(self._ids.shape)
         held.copy_(torch.where(inside, wide.gather(1, columns).to(into.dtype), held))
 
-    def write(self, block_index: int, z: Tensor, values: Tensor | float) -> None:
-        wide, columns, _ = self._at(block_index, z)
+    def write(self, part: slice, z: Tensor, values: Tensor | float) -> None:
+        wide, columns, _ = self._at(part, z)
         wide.scatter_(1, columns, values.view(columns.shape).to(z.dtype) if isinstance(values, Tensor) else values)
 
-    def subtract(self, block_index: int, z: Tensor, amount: float) -> None:
-        wide, columns, _ = self._at(block_index, z)
+    def subtract(self, part: slice, z: Tensor, amount: float) -> None:
+        wide, columns, _ = self._at(part, z)
         wide.scatter_(1, columns, wide.gather(1, columns) - amount)
 
 
@@ -204,37 +167,34 @@ class VocabularyBlocks:
     def __init__(self, hidden: Tensor, weight: Tensor, n_vocab: int, keep: bool = False) -> None:
         self.hidden, self.n_vocab = hidden, n_vocab
         self.weight = weight[:n_vocab].to(hidden.dtype)
-        self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.whole_passes = SIZES.get(hidden.device.type, SIZES["cpu"]).whole_passes
-        self.layout = layout_of(hidden.shape[0], n_vocab, hidden.device.type, keep)
-        self.block = self.layout.width
-        self._kept = _kept_memory(hidden, self.layout.elements(hidden.shape[0], n_vocab)) if self.layout.kept else None
+        self.exact = torch.promote_types(hidden.dtype, torch.float32)  # of sums
+        self.layout = layout_of(len(hidden), n_vocab, hidden.device.type, keep)
+        self._kept = _kept_memory(hidden, self.layout.elements(len(hidden), n_vocab)) if self.layout.kept else None
         self._made = False
 
     def entries(self, ids: Tensor) -> AnyEntries:
         """Of ids [N, k]."""
-        return SpilledEntries(ids, self) if self.whole_passes else Entries(ids, self)
+        return SpilledEntries(ids) if self.layout.whole_passes else Entries(ids, self)
 
-    def __iter__(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """Index, slice of the vocabulary and logits [N, block]; unless they are kept, the next block reuses the memory.
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slice of the vocabulary and logits [N, block]; unless they are kept, the next block reuses the memory.
 
         A sweep may write into a block: the next one must make do with what it finds there.
         """
-        n, made, row = self.hidden.shape[0], self._made, self.layout.row
-        spilled = row > self.block
+        n, made, row = len(self.hidden), self._made, self.layout.row
         memory = self.hidden.new_empty(n * row) if self._kept is None else self._kept
-        for index, start in enumerate(range(0, self.n_vocab, self.block)):
-            part = slice(start, min(start + self.block, self.n_vocab))
-            width = part.stop - part.start
-            first = 0 if self._kept is None else n * (index * row if spilled else start)
-            held = memory[first : first + n * (row if spilled else width)].view(n, -1)
-            z = held[:, :width] if spilled else held
-            yield index, part, z if made else torch.mm(self.hidden, self.weight[part].T, out=z)
+        for start in range(0, self.n_vocab, self.layout.width):
+            part = slice(start, min(start + self.layout.width, self.n_vocab))
+            first = 0 if self._kept is None else n * row * (start // self.layout.width)
+            columns = part.stop - start
+            z = memory.as_strided((n, columns), (row if self.layout.whole_passes else columns, 1), first)
+            yield part, z if made else torch.mm(self.hidden, self.weight[part].T, out=z)
         self._made = self._kept is not None
 
-    def filled(self, value: float) -> Tensor:
-        """[N] in the precision of sums."""
-        return self.hidden.new_full((self.hidden.shape[0],), value, dtype=self.exact)
+    def no_mass(self) -> tuple[Tensor, Tensor]:
+        """Peak and total of N online logsumexps that have seen nothing yet, as `update_statistics` takes them."""
+        total = self.hidden.new_zeros(len(self.hidden), dtype=self.exact)
+        return torch.full_like(total, LOWEST), total
 
 
 _memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -247,8 +207,80 @@ def _kept_memory(like: Tensor, elements: int) -> Tensor:
     """
     if like.device.type == "cuda":
         return like.new_empty(elements)
-    place = (like.device, like.dtype)
-    if place not in _memory or len(_memory[place]) < elements:
+    place = like.device, like.dtype
+    if len(_memory.get(place, ())) < elements:
         _memory.pop(place, None)
         _memory[place] = like.new_empty(elements)
     return _memory[place]
+
+
+@dataclass
+class StudentRows:
+    """What the first sweep finds of N rows. A row's tail is the vocabulary without the ids cached of its teacher."""
+
+    blocks: VocabularyBlocks
+    gold: AnyEntries  # the targets
+    gold_logits: Tensor  # [N]
+    log_normalizer: Tensor  # [N] logsumexp of z
+    scale: float = 1.0  # 1 / temperature
+    ids: Tensor | None = None  # int64 [N, k], the cached ones
+    cached: AnyEntries | None = None  # the same
+    head: Tensor | None = None  # [N, k] z of the cached ids
+    log_tail: Tensor | None = None  # [N] logsumexp of scale * z over the tail
+    largest: Tensor | None = None  # [N, G] the largest scale * z of the tail in each group, where it was asked for
+
+    @cached_property
+    def tempered_normalizer(self) -> Tensor:
+        """[N] logsumexp of scale * z."""
+        return torch.logaddexp((self.head * self.scale).logsumexp(-1), self.log_tail)
+
+    def tails(self) -> Iterator[tuple[slice, Tensor]]:
+        """Another sweep, with -inf at the cached ids."""
+        for part, z in self.blocks:
+            self.cached.write(part, z, -torch.inf)
+            yield part, z
+
+
+def first_sweep(
+    blocks: VocabularyBlocks, targets: Tensor, ids: Tensor | None = None, scale: float = 1.0, groups: bool = False
+) -> StudentRows:
+    """Of targets int64 [N] and, where there are any, of cached ids int64 [N, k]; `groups`: with each one's largest."""
+    peak, total = blocks.no_mass()
+    tail_peak, tail_total = (peak, total) if scale == 1 else blocks.no_mass()
+    gold, gold_logits = blocks.entries(targets[:, None]), torch.zeros_like(peak)
+    cached = head = largest = None
+    if ids is not None:
+        cached, head = blocks.entries(ids), torch.empty(ids.shape, dtype=blocks.exact, device=ids.device)
+    if groups:
+        largest = peak.new_empty(len(peak), -(-blocks.n_vocab // GROUP))
+    for part, z in blocks:
+        gold.read(part, z, gold_logits)
+        if cached is not None:
+            cached.read(part, z, head)
+            cached.write(part, z, -torch.inf)  # what is left of the row is the tail
+        if scale != 1:
+            kernel(update_statistics)(z, 1.0, peak, total)
+        if largest is None:
+            kernel(update_statistics)(z, scale, tail_peak, tail_total)
+        else:
+            held = largest[:, part.start // GROUP : -(-part.stop // GROUP)]
+            kernel(update_group_statistics)(z, scale, tail_peak, tail_total, held)
+    log_normalizer, log_tail = peak + total.log(), tail_peak + tail_total.log()
+    if head is not None:
+        log_normalizer = torch.logaddexp(log_normalizer, head.logsumexp(-1))
+    return StudentRows(blocks, gold, gold_logits, log_normalizer, scale, ids, cached, head, log_tail, largest)
+
+
+def update_statistics(z: Tensor, scale: float, peak: Tensor, total: Tensor) -> None:
+    """Online logsumexp of scale * z along rows: exp(peak) * total is the sum so far. In place on `peak` and `total`."""
+    scaled = z.to(peak.dtype) * scale
+    raised = torch.maximum(peak, scaled.amax(-1))
+    total.copy_(total * torch.exp(peak - raised) + torch.exp(scaled - raised[:, None]).sum(-1))
+    peak.copy_(raised)
+
+
+def update_group_statistics(z: Tensor, scale: float, peak: Tensor, total: Tensor, largest: Tensor) -> None:
+    """`update_statistics`, and into `largest` [N, groups] the largest of each group of scale * z."""
+    padded = torch.nn.functional.pad(z, (0, -z.shape[1] % GROUP), value=LOWEST)
+    largest.copy_(padded.unflatten(1, (-1, GROUP)).amax(-1).to(peak.dtype) * scale)
+    update_statistics(z, scale, peak, total)

@@ -5,7 +5,7 @@
                                     after them, float32 [windows, seq_len], the log-probability of the token that
                                     follows each position in the text
     data/teacher/table.bin          for each captured temperature, the logarithm of the mean distribution (see
-                                    objective/table_tail.py), float32 [temperatures, n_vocab]
+                                    objective/tails.py), float32 [temperatures, n_vocab]
 
 Of a teacher that runs live in the students' steps there are a manifest and the table alone.
 """
@@ -25,8 +25,7 @@ from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import read_json, refuse_unsealed, sealed, sha256_file, sha256_json, write_json
 from microlm.models.teacher_source import teacher_source
-from microlm.objective.definition import SparseTeacher
-from microlm.objective.divergences import temper
+from microlm.objective.divergences import SparseTeacher, temper
 from microlm.parameters import TeacherConfig
 from microlm.runtime import distributed
 from microlm.runtime.device import available_cores

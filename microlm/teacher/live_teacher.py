@@ -4,7 +4,7 @@ from torch import Tensor
 
 from microlm.corpus.batches import Batch
 from microlm.models.interface import LanguageModel
-from microlm.objective.definition import SparseTeacher
+from microlm.objective.divergences import SparseTeacher
 from microlm.teacher.cache import CacheIdentity, sparse_teacher
 from microlm.teacher.capture import labels_of, recorder
 from microlm.teacher.projection import Projection

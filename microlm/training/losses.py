@@ -7,10 +7,10 @@ import numpy as np
 from torch import Tensor
 
 from microlm.corpus.batches import Batch
-from microlm.objective.definition import Objective, SparseTeacher
+from microlm.objective.divergences import SparseTeacher
 from microlm.objective.fused_head import HeadLoss, fused_head_loss
 from microlm.objective.on_policy import MiniLLM
-from microlm.objective.schedule import ObjectiveSchedule
+from microlm.objective.schedule import Objective, ObjectiveSchedule
 from microlm.teacher.cache import TeacherCache
 from microlm.training.loop import Loss
 

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microlm.objective import capped_tail
-from microlm.objective.capped_tail import cap_tail
-from microlm.objective.divergences import DIVERGENCES, LARGEST_LOG_RATIO, Divergence, lump, temper
+from microlm.objective.divergences import DIVERGENCES, LARGEST_LOG_RATIO, Divergence, temper
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss, token_nats
-from microlm.objective.table_tail import table_tail
-from microlm.objective.vocabulary_blocks import GROUP, SIZES, VocabularyBlocks
+from microlm.objective.vocabulary_blocks import SIZES, VocabularyBlocks, first_sweep
+from tests.support.dense_tails import cap_tail, lump, table_tail
 
 N, D, V, PADDED = 7, 5, 700, 704
 PARAMETERS = {"jsd": 0.3, "skew_fkl": 0.1, "skew_rkl": 0.1, "notebook": 0.7}
@@ -181,17 +180,13 @@ def test_water_filling_is_that_of_the_sorted_vocabulary(
     seed, rows, vocabulary, k, temperature, sharpness, tile, most_pairs
 ):
     """Students sharp enough that c rises through many rounds, pieces and tiles of any size."""
-    hidden, weight, _, teacher = problem(seed, k, temperature, vocabulary, rows, 0.5)
+    hidden, weight, targets, teacher = problem(seed, k, temperature, vocabulary, rows, 0.5)
     blocks = VocabularyBlocks(hidden.detach() * sharpness, weight.detach(), vocabulary)
     z = blocks.hidden @ blocks.weight.T / temperature
-    tail = z.scatter(-1, teacher.ids, -torch.inf)
-    groups = torch.nn.functional.pad(tail, (0, -vocabulary % GROUP), value=-torch.inf)
-    largest = groups.unflatten(1, (-1, GROUP)).amax(-1)
     log_q = torch.log_softmax(z, -1)
     with patch.multiple(capped_tail, TILE=tile, TILES=3, MOST_PAIRS=most_pairs):
-        found = capped_tail.solve(
-            blocks, teacher.ids, teacher.log_p, z.logsumexp(-1), tail.logsumexp(-1), largest, 1 / temperature
-        )
+        student = first_sweep(blocks, targets, teacher.ids, 1 / temperature, groups=True)
+        found = capped_tail.solve(student, teacher.log_p)
     oracle = cap_tail(teacher.log_p, teacher.ids, log_q)
     made = torch.minimum(found.log_tau[:, None], found.log_c[:, None] + log_q)
     made = made.scatter(-1, teacher.ids, teacher.log_p[:, :-1])
@@ -199,9 +194,8 @@ def test_water_filling_is_that_of_the_sorted_vocabulary(
     torch.testing.assert_close(made[held].exp(), oracle[held].exp(), rtol=1e-9, atol=1e-14)
     with sizes(block=2**10, whole_passes=True):
         swept = VocabularyBlocks(blocks.hidden, blocks.weight, vocabulary)
-        found_by_sweeps = capped_tail.solve_by_sweeps(
-            swept, swept.entries(teacher.ids), teacher.log_p, z.logsumexp(-1), tail.logsumexp(-1), 1 / temperature
-        )
+        student = first_sweep(swept, targets, teacher.ids, 1 / temperature)
+        found_by_sweeps = capped_tail.solve_by_sweeps(student, teacher.log_p)
     torch.testing.assert_close(found_by_sweeps, (found.log_c, found.log_tau), rtol=1e-9, atol=1e-9)
     capped = torch.zeros_like(z, dtype=torch.bool)
     assert len(found.capped.ids) == len({*zip(found.capped.rows.tolist(), found.capped.ids.tolist())})

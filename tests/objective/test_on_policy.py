@@ -14,8 +14,18 @@ from microlm.errors import UserError
 from microlm.models.architecture import ModelShape
 from microlm.models.model_files import TransformersModel
 from microlm.models.student import StudentLM
-from microlm.objective.on_policy import MiniLLM, ScoredResponses, minillm_surrogate, score, unbiased_surrogate
-from microlm.objective.sampling import Reader, draw, generator_of, sample_responses
+from microlm.objective.divergences import mixture
+from microlm.objective.on_policy import (
+    MiniLLM,
+    Reader,
+    ScoredResponses,
+    draw,
+    generator_of,
+    minillm_surrogate,
+    returns_after,
+    sample_responses,
+    score,
+)
 from microlm.parameters import OnPolicyConfig
 from tests.support.tiny_teacher import tiny_llama
 
@@ -23,7 +33,15 @@ V, LENGTH = 3, 3  # symbols, tokens of a response; a prompt is one token
 CALLS, ROWS = 400, 24  # samples of the estimate, responses to each prompt in one of them
 
 
-class Table(nn.Module):
+class Forgetful(nn.Module):
+    """A language model that keeps no keys and values: it reads all again."""
+
+    def extend(self, tokens: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        whole = tokens if read is None else torch.cat((read, tokens), 1)
+        return self.hidden(whole)[:, -tokens.shape[1] :], whole
+
+
+class Table(Forgetful):
     """A language model with logits of its own for every prefix of up to LENGTH tokens, and one row of padding."""
 
     def __init__(self, seed: int) -> None:
@@ -86,6 +104,20 @@ def z_scores(samples: Tensor, expected: Tensor) -> Tensor:
 def agrees(z: Tensor) -> bool:
     """Whether z-scores look standard normal. One coin serves all rows, so they depend on each other: z^2 is wide."""
     return bool(z.abs().max() < 4.5 and 0.4 < z.square().mean() < 1.8)
+
+
+def unbiased_surrogate(scored: ScoredResponses, teacher_mix: float) -> Tensor:
+    """A scalar whose expected gradient, times S, is that of KL(q(y|x) || p(y|x)), mean over prompts: the oracle.
+
+    Each term is weighted by the product of the ratios of all tokens that it depends on (Precup et al. 2000,
+    per-decision importance sampling): the single-step part at t by those before t, a reward r_t' by those up to t'.
+    Their variance grows exponentially with S, which is why training takes `minillm_surrogate`.
+    """
+    log_q = scored.log_q.detach()
+    log_weights = (log_q - mixture(scored.log_p, log_q, teacher_mix)).cumsum(1)
+    before = torch.cat((torch.zeros_like(log_weights[:, :1]), log_weights[:, :-1]), dim=1)
+    returns = returns_after(log_weights.exp() * (scored.log_p - log_q))
+    return (before.exp() * scored.single_step - scored.log_q * returns).mean()
 
 
 def paper(mix: float) -> Callable[[ScoredResponses], Tensor]:
@@ -245,7 +277,7 @@ def test_reading_on_from_kept_keys_and_values_equals_reading_all_again(name, req
 
 
 def test_models_without_kept_keys_and_values_are_sampled_the_same(student, teacher):
-    class Forgetful(nn.Module):
+    class Forgot(Forgetful):
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
             self.n_vocab, self.context, self.head_weight = model.n_vocab, model.context, model.head_weight
@@ -254,7 +286,7 @@ def test_models_without_kept_keys_and_values_are_sampled_the_same(student, teach
     prompts = batch_of([0]).tokens[:, :6]
     kept, forgot = (
         sample_responses(*models, prompts, 8, 0.4, generator_of(1, np.array([0])))
-        for models in ((student, teacher), (Forgetful(student), Forgetful(teacher)))
+        for models in ((student, teacher), (Forgot(student), Forgot(teacher)))
     )
     assert torch.equal(kept.tokens, forgot.tokens)
     torch.testing.assert_close(kept.teacher_hidden, forgot.teacher_hidden, rtol=1e-4, atol=1e-4)

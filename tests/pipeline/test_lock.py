@@ -59,13 +59,9 @@ MATTERS_TO = {
     "microlm/teacher/projected_teacher.py": {"teacher", "distill", "evaluate"},  # of a teacher that the ledger refuses
     "microlm/teacher/projection.py": {"teacher", "distill", "evaluate"},
     "microlm/objective/capped_tail.py": {"distill", "ledger"},
-    "microlm/objective/definition.py": {"distill", "ledger"},
-    "microlm/objective/dense_tail.py": {"distill", "ledger"},
     "microlm/objective/divergences.py": {"distill", "ledger", "probe"},
     "microlm/objective/on_policy.py": {"distill"},
-    "microlm/objective/sampling.py": {"distill"},
     "microlm/objective/schedule.py": {"distill", "ledger"},
-    "microlm/objective/table_tail.py": {"distill", "ledger"},
     "microlm/objective/tails.py": {"distill", "ledger"},
     "microlm/models/interface.py": {"evaluate"},  # a prefix's keys and values; the rest is types
     "microlm/pipeline/asked_objective.py": {"distill", "ledger"},

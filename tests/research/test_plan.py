@@ -18,8 +18,8 @@ from microlm.errors import UserError
 from microlm.files import read_json, read_yaml
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM, parameter_count
-from microlm.objective.definition import Objective
 from microlm.objective.fused_head import fused_head_loss
+from microlm.objective.schedule import Objective
 from microlm.objective.vocabulary_blocks import COLUMNS, SIZES, SPARE, layout_of
 from microlm.parameters import BatchConfig
 from microlm.research.plan.estimate import config_of_scale, make_plan

@@ -19,9 +19,6 @@ from microlm.errors import UserError
 from microlm.files import write_json
 from microlm.models.architecture import ModelShape, config_of
 from microlm.models.student import StudentLM
-from microlm.objective.capped_tail import cap_tail
-from microlm.objective.divergences import lump
-from microlm.objective.table_tail import table_tail
 from microlm.research.probe import closed_form_gradients
 from microlm.research.probe import measure as measure_module
 from microlm.research.probe import methods as m
@@ -41,6 +38,7 @@ from microlm.research.probe.run import at_budget, probe
 from microlm.runtime.device import set_up
 from microlm.teacher.cache import CacheIdentity
 from tests.conftest import ROOT
+from tests.support.dense_tails import cap_tail, lump, table_tail
 from tests.support.toy import toy_shards
 
 N, V, D = 5, 40, 6

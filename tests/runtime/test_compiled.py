@@ -8,10 +8,11 @@ import torch
 
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM
-from microlm.objective.divergences import Divergence, lump
+from microlm.objective.divergences import Divergence
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss
 from microlm.runtime import compilation
 from microlm.teacher.capture import GROUPS, Kernels, top_k
+from tests.support.dense_tails import lump
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler is here")
 N_VOCAB, ROWS, SEQ_LEN = 300, 2, 16

@@ -139,7 +139,7 @@ def stopped(found: HeadLoss) -> HeadLoss:
 
 
 def broken(found: HeadLoss) -> HeadLoss:
-    return replace(found, loss=found.loss * float("nan"))
+    return found._replace(loss=found.loss * float("nan"))
 
 
 def toy() -> None:

@@ -15,10 +15,10 @@ from microlm.errors import UserError
 from microlm.files import write_json
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM
-from microlm.objective.divergences import lump
 from microlm.teacher import capture as capture_module
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
 from microlm.teacher.capture import Kernels, Recorder, capture, top_k
+from tests.support.dense_tails import lump
 from tests.support.toy import toy_shards
 from tests.support.toy_records import records_of
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench.gpu.device import forget_peak, peak_bytes, seconds_of
 from bench.gpu.setting import Figures, Setting
-from microlm.objective.definition import Objective, SparseTeacher
-from microlm.objective.divergences import Divergence
+from microlm.objective.divergences import Divergence, SparseTeacher
 from microlm.objective.fused_head import fused_head_loss
+from microlm.objective.schedule import Objective
 
 HeadAndLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [N, D] bfloat16, weight [V, D] float32, targets [N]) -> mean cross-entropy."""
