@@ -19,10 +19,10 @@ from microlm.corpus.tokenizer import build_tokenizer
 from microlm.evaluation.scoring.encoding import Encoding, encode
 from microlm.evaluation.scoring.engine import score, score_plain
 from microlm.evaluation.scoring.layout import padded, plan, row_length
+from microlm.evaluation.tasks.benchmarks import few_shot
 from microlm.evaluation.tasks.data import read_rows
-from microlm.evaluation.tasks.exemplars import few_shot
-from microlm.evaluation.tasks.prompts import questions
-from microlm.evaluation.tasks.task import stratified_subset, task_named
+from microlm.evaluation.tasks.prompts import questions, stratified_subset
+from microlm.evaluation.tasks.task import task_named
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM
 from microlm.research.plan.estimate import config_of_scale

@@ -24,8 +24,8 @@ from microlm.corpus.parts import EVALUATION, part_file, validation_arrow
 from microlm.evaluation.candidates import load_candidate
 from microlm.evaluation.scoring.encoding import encode
 from microlm.evaluation.scoring.engine import score
+from microlm.evaluation.tasks.benchmarks import few_shot
 from microlm.evaluation.tasks.data import read_rows
-from microlm.evaluation.tasks.exemplars import few_shot
 from microlm.evaluation.tasks.prompts import questions
 from microlm.evaluation.tasks.task import task_named
 from microlm.models.teacher_source import PackagedTeacher

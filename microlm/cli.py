@@ -18,11 +18,11 @@ from typing import NoReturn
 
 from microlm.config import PARAMS, load_config
 from microlm.errors import UserError, plain, run_stage
-from microlm.evaluation.benchmarks import benchmarks
 from microlm.evaluation.candidates import Candidate, WeightsNotAvailable, load_candidate
 from microlm.evaluation.results.comparison import compare
 from microlm.evaluation.results.store import Result, model_slug
-from microlm.evaluation.run import Material, evaluate, gather, refuse_foreign_places, refuse_overlong_shots
+from microlm.evaluation.run import evaluate, refuse_foreign_places, refuse_overlong_shots
+from microlm.evaluation.tasks.benchmarks import Material, benchmarks, gather
 from microlm.evaluation.tasks.prompts import PROTOCOLS
 from microlm.evaluation.tasks.task import TASKS
 from microlm.files import write_json

@@ -7,7 +7,7 @@ would already have lost the old student. The text written here never changes, so
 from microlm.config import load_config
 from microlm.corpus.sources import refuse_unfit
 from microlm.errors import run_stage
-from microlm.evaluation.benchmarks import configured_benchmarks
+from microlm.evaluation.tasks.benchmarks import configured_benchmarks
 from microlm.files import atomic_file
 from microlm.models.start_request import check_start
 

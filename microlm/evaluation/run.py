@@ -7,101 +7,25 @@ Several processes deal a benchmark's questions among them; all get every answer,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from microlm.errors import UserError
-from microlm.evaluation.benchmarks import Benchmark
 from microlm.evaluation.candidates import Candidate
 from microlm.evaluation.results.answers import answers
 from microlm.evaluation.results.metrics import task_metrics
-from microlm.evaluation.results.store import (
-    IN_CORPUS,
-    Identity,
-    Result,
-    require_ours,
-    result_path,
-    standing,
-    write_result,
-)
+from microlm.evaluation.results.store import Identity, Result, require_ours, result_path, standing, write_result
 from microlm.evaluation.scoring.backends import Measure, missed
 from microlm.evaluation.scoring.encoding import Encoding, encode
 from microlm.evaluation.scoring.engine import backends_used, score
-from microlm.evaluation.tasks.data import DataNotAvailable, Rows, read_rows
-from microlm.evaluation.tasks.exemplars import few_shot
-from microlm.evaluation.tasks.prompts import Question, questions
-from microlm.evaluation.tasks.task import stratified_subset
-from microlm.files import sha256_json
+from microlm.evaluation.tasks.benchmarks import Material
 from microlm.runtime import distributed
 from microlm.runtime.terminal import progress_bar
 
 # protocols that encode context and endings each by itself, without a begin-of-text token; all others are lm-eval's way
 APART = ("completion",)
-
-
-@dataclass(frozen=True)
-class Material:
-    """A benchmark's questions as text, or why there are none."""
-
-    benchmark: Benchmark
-    questions: tuple[Question, ...] = ()
-    prefix: str = ""
-    data_sha256: str | None = None
-    unavailable: str = ""
-    data: dict[str, Any] = field(default_factory=dict)  # see `provenance`
-
-    @property
-    def reads(self) -> tuple[Question, ...]:
-        """The questions as they are read: one whose endings have contexts of their own once for each."""
-        return tuple(read for question in self.questions for read in question.read())
-
-    @property
-    def digest(self) -> str | None:
-        """sha256 of all that is shown to a model."""
-        if self.unavailable:
-            return None
-        shown = [[q.id, q.label, q.context, *q.openings, *q.endings] for q in self.questions]
-        return sha256_json([self.prefix, shown])
-
-
-def gather(wanted: Sequence[Benchmark], folder: Path | None, hub: bool, corpus: str = "") -> list[Material]:
-    """The questions of every benchmark; a limit that leaves none out is none. UserError for data that is damaged.
-
-    Tasks whose own texts are in the source `corpus`, on which the model is trained, are left out.
-    """
-    return [_gather(benchmark, folder, hub, corpus) for benchmark in wanted]
-
-
-def _gather(benchmark: Benchmark, folder: Path | None, hub: bool, corpus: str) -> Material:
-    if corpus and benchmark.task.in_corpus == corpus:
-        return Material(_within(benchmark, benchmark.task.published), unavailable=IN_CORPUS)
-    try:
-        rows = read_rows(benchmark.task, folder, hub)
-    except DataNotAvailable as missing:
-        return Material(_within(benchmark, benchmark.task.published), unavailable=missing.reason)
-    asked = questions(benchmark.task, benchmark.protocol, rows)
-    benchmark = _within(benchmark, len(asked))
-    if benchmark.limit is not None:
-        asked = stratified_subset(asked, benchmark.limit)
-    prefix = few_shot(benchmark.task, benchmark.protocol, benchmark.shots)
-    return Material(benchmark, tuple(asked), prefix, rows.provenance["sha256"], data=provenance(rows))
-
-
-def _within(benchmark: Benchmark, size: int) -> Benchmark:
-    """A limit that is not below the number of questions asks for the whole split."""
-    whole = benchmark.limit is not None and benchmark.limit >= size
-    return replace(benchmark, limit=None) if whole else benchmark
-
-
-def provenance(rows: Rows) -> dict[str, Any]:
-    """What a result says of its data: source (packaged, files or hub), file, file_sha256, revision of the hub's, rows
-    with a label, unlabelled ones that were left out, and published, the rows of the published split.
-    """
-    known = {key: value for key, value in rows.provenance.items() if key != "sha256"}  # the identity has that
-    return known | {key: int(known[key]) for key in ("rows", "unlabelled", "published")}
 
 
 def identity(candidate: Candidate, material: Material) -> Identity:

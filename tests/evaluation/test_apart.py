@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from microlm.config import load_config
-from microlm.evaluation.benchmarks import Benchmark, benchmarks
 from microlm.evaluation.candidates import Candidate, load_candidate
-from microlm.evaluation.run import Material, gather, score_benchmark
+from microlm.evaluation.run import score_benchmark
 from microlm.evaluation.scoring.backends import missed
 from microlm.evaluation.scoring.encoding import encode
 from microlm.evaluation.scoring.engine import score
+from microlm.evaluation.tasks.benchmarks import Benchmark, Material, benchmarks, gather
 from microlm.evaluation.tasks.prompts import questions
 from microlm.evaluation.tasks.task import TASKS
 from stages.evaluate import _benchmarks

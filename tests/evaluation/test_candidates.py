@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from microlm.errors import UserError
-from microlm.evaluation.benchmarks import benchmarks
 from microlm.evaluation.candidates import Candidate, load_candidate
-from microlm.evaluation.run import gather, score_benchmark
+from microlm.evaluation.run import score_benchmark
+from microlm.evaluation.tasks.benchmarks import benchmarks, gather
 from microlm.files import SUMS
 from microlm.models import model_files
 from microlm.models.student import StudentLM

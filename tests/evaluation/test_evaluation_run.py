@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from microlm.config import load_config
-from microlm.evaluation.benchmarks import benchmarks
 from microlm.evaluation.candidates import load_candidate
 from microlm.evaluation.results.store import read_result
-from microlm.evaluation.run import gather, score_benchmark
+from microlm.evaluation.run import score_benchmark
+from microlm.evaluation.tasks.benchmarks import benchmarks, gather
 from microlm.evaluation.tasks.task import TASKS
 from microlm.files import SUMS
 from stages.evaluate import _benchmarks

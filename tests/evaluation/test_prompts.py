@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from microlm.corpus.parts import EVALUATION, OLMES_REQUESTS
 from microlm.errors import UserError
+from microlm.evaluation.tasks.benchmarks import _own, few_shot
 from microlm.evaluation.tasks.data import Rows, read_rows
-from microlm.evaluation.tasks.exemplars import _own, few_shot
 from microlm.evaluation.tasks.prompts import Question, questions, true_ending
 from microlm.evaluation.tasks.task import TASKS, Task
 from tests.evaluation.test_task_files import read_published

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from microlm.evaluation.benchmarks import benchmarks
-from microlm.evaluation.run import Material, gather
+from microlm.evaluation.tasks.benchmarks import Material, benchmarks, gather
 from microlm.files import sha256_file
 from tests.support.tiny_candidates import FIXTURES, evaluate, repository
 

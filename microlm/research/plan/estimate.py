@@ -9,7 +9,7 @@ from microlm.config import PARAMS, Config, load_config
 from microlm.corpus.parts import PARTS, SMOLLM2, needed_parts
 from microlm.corpus.shards import HEADER, token_dtype
 from microlm.errors import UserError
-from microlm.evaluation.benchmarks import configured_benchmarks
+from microlm.evaluation.tasks.benchmarks import configured_benchmarks
 from microlm.files import read_yaml
 from microlm.models.student import parameter_count
 from microlm.parameters import OptimizationConfig
