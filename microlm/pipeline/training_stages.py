@@ -19,8 +19,8 @@ from microlm.evaluation.scoring.engine import score
 from microlm.evaluation.scoring.held_out_loss import ValidationLoss, loss_on
 from microlm.evaluation.scoring.yardsticks import held_out
 from microlm.evaluation.tasks.data import DataNotAvailable, read_rows
-from microlm.evaluation.tasks.prompts import questions
-from microlm.evaluation.tasks.task import stratified_subset, task_named
+from microlm.evaluation.tasks.prompts import questions, stratified_subset
+from microlm.evaluation.tasks.task import task_named
 from microlm.files import sha256_bytes, sha256_file, write_json
 from microlm.models.interface import LanguageModel
 from microlm.models.model_files import OPTIMIZER, WEIGHTS, load_student, save_student
@@ -223,7 +223,7 @@ def asked_questions(items: int, tokenizer: Tokenizer, context: int) -> list[Enco
     try:
         asked = stratified_subset(questions(task, PROTOCOL, read_rows(task, None, hub=False)), items)
     except DataNotAvailable as missing:
-        raise UserError(missing.reason) from None
+        raise UserError(str(missing)) from None
     return encode(asked, tokenizer, context, tokenizer.eot_id, joint=False).questions
 
 
