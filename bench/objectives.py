@@ -25,8 +25,8 @@ from microlm.models.teacher_source import teacher_source
 from microlm.pipeline.asked_objective import objective_schedule
 from microlm.runtime.device import Runtime, set_up
 from microlm.teacher.cache import TeacherCache, cache_identity
-from microlm.teacher.live_teacher import LiveTeacher
 from microlm.teacher.loading import load_fitting_teacher
+from microlm.teacher.recorders import LiveTeacher, Recorder
 from microlm.training import losses
 from microlm.training.feed import Feed
 from microlm.training.loop import Loss, accumulate_gradients
@@ -52,7 +52,7 @@ def variants(config: Config, runtime: Runtime, model: StudentLM, only: list[str]
             found[f"{objective}-{tail}"] = losses.Distillation(model.n_vocab, asked, cache)
     if not only or LIVE in only:
         live = load_fitting_teacher(teacher_source(config.at.teacher), identity, runtime)
-        teacher = LiveTeacher(live, identity, cache.tables, runtime.compiled)
+        teacher = LiveTeacher(Recorder(live, identity, runtime.compiled), cache.tables)
         found[LIVE] = losses.Distillation(model.n_vocab, objective_schedule(config), teacher)
     return {name: loss for name, loss in found.items() if not only or name in (BASE, *only)}
 

@@ -19,7 +19,7 @@ from microlm.corpus.batches import Batch
 from microlm.models.teacher_source import teacher_source
 from microlm.runtime.device import set_up
 from microlm.teacher.cache import CacheIdentity
-from microlm.teacher.capture import Recorder, labels_of
+from microlm.teacher.recorders import Recorder
 
 BATCHES = 3  # of a round
 
@@ -45,7 +45,7 @@ def main() -> None:
 
     def captured() -> None:
         for batch in batches:
-            labels_of(model, record, batch)
+            record.labels(batch)
 
     seconds = measure({"bare forward": bare, "capture": captured}, rounds)
     for name, value in seconds.items():

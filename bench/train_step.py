@@ -28,10 +28,11 @@ from microlm.config import Config, load_config
 from microlm.files import write_json
 from microlm.models.architecture import ModelShape, config_of
 from microlm.models.student import StudentLM, parameter_count
+from microlm.objective.divergences import SparseTeacher
 from microlm.objective.fused_head import Objective, fused_head_loss
 from microlm.research.plan.sizes import VOCABULARIES, student_shape
 from microlm.runtime.device import Runtime, peak_memory_bytes, set_up
-from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, TeacherCache, manifest_of
+from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, TeacherCache, manifest_of, sparse_teacher
 from microlm.training.optimizer import Optimizers
 
 VOCABULARY, TOP_K = 49152, 64
@@ -64,11 +65,15 @@ def random_cache(directory: Path, config: Config) -> TeacherCache:
     return TeacherCache(directory, identity, np.arange(batch.rows))
 
 
+def teacher_of(cache: TeacherCache, windows: np.ndarray) -> SparseTeacher:
+    return sparse_teacher(cache.read(windows), cache.identity, cache.tables, 1.0)
+
+
 def our_head(config: Config, cache: TeacherCache | None) -> Head:
     objective, count = Objective(0.5, 0.5) if cache else Objective(), config.at.batch.batch_tokens
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, windows: np.ndarray) -> Tensor:
-        teacher = cache.teacher(windows, 1.0) if cache else None
+        teacher = teacher_of(cache, windows) if cache else None
         return fused_head_loss(hidden, weight, targets, VOCABULARY, objective, teacher, count).loss
 
     return loss
@@ -146,7 +151,7 @@ def measure(variant: str, steps: int, start: str, directory: Path) -> dict[str, 
     measured = {"step_s": statistics.median(_timed(step) for _ in range(steps)), "peak_bytes": peak_memory_bytes()}
     if cache:
         windows = np.arange(config.at.batch.rows)
-        measured["read_s"] = statistics.median(_timed(lambda: cache.teacher(windows, 1.0)) for _ in range(steps))
+        measured["read_s"] = statistics.median(_timed(lambda: teacher_of(cache, windows)) for _ in range(steps))
     return measured
 
 

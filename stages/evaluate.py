@@ -29,8 +29,7 @@ from microlm.runtime.launcher import run_shared_stage
 from microlm.runtime.paths import METRICS, SCORES, SHARDS
 from microlm.runtime.resume import resumable
 from microlm.runtime.terminal import progress_bar
-from microlm.teacher.projected_teacher import native_loss
-from microlm.teacher.projection import Projection
+from microlm.teacher.projection import Projection, native_loss
 
 
 def main() -> None:

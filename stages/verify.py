@@ -22,7 +22,7 @@ from microlm.runtime.device import set_up
 from microlm.runtime.paths import CACHE, SHARDS
 from microlm.runtime.terminal import banner, progress_bar
 from microlm.teacher.cache import TeacherCache, cache_identity
-from microlm.teacher.loading import load_labelling_teacher
+from microlm.teacher.loading import load_recorder
 
 
 class Arguments(argparse.ArgumentParser):
@@ -61,13 +61,13 @@ def main() -> None:
     tokenizer = load_tokenizer(SHARDS / "tokenizer")
     with config.naming_keys():
         source, of_teacher = teacher_source(asked), replace(identity, teacher=asked.model)
-        model, projection = load_labelling_teacher(source, of_teacher, runtime, tokenizer)
-    refuse_other_tokenizer(cache, projection, CACHE, asked.model)
+        record = load_recorder(source, of_teacher, runtime, tokenizer)
+    refuse_other_tokenizer(cache, record.projection, CACHE, asked.model)
     if not given.replay_only:
-        refuse_other_weights(cache, source.fingerprint(model), CACHE, asked.model)
+        refuse_other_weights(cache, source.fingerprint(record.model), CACHE, asked.model)
     chosen = np.sort(np.random.default_rng(given.seed).choice(windows, min(given.windows, len(windows)), replace=False))
     with progress_bar(len(chosen) * identity.seq_len, 0, "tok", "verify") as bar:
-        found = replay(model, cache, shards, chosen, asked.batch_rows, bar.update, projection)
+        found = replay(record.model, cache, shards, chosen, asked.batch_rows, bar.update, record.projection)
     banner(f"verify: {len(chosen)} of {len(windows):,} cached windows, {asked.model}", found.lines(cache.dtype))
     found.refuse_excess(cache.dtype, CACHE, asked.model)
 

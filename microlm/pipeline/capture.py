@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError
 from microlm.evaluation.scoring.held_out_loss import ValidationLoss, validation_loss
 from microlm.files import atomic_directory, write_json
-from microlm.models.interface import LanguageModel
 from microlm.models.teacher_source import teacher_source
 from microlm.runtime import distributed
 from microlm.runtime.device import Runtime, peak_memory_bytes
@@ -24,10 +23,10 @@ from microlm.runtime.paths import CACHE, METRICS, SHARDS
 from microlm.runtime.resume import resumable, stage_code
 from microlm.runtime.terminal import banner, progress_bar
 from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, cache_identity, manifest_of, map_block, sealed_sums
-from microlm.teacher.capture import capture, dealt_blocks
-from microlm.teacher.loading import load_labelling_teacher
-from microlm.teacher.projected_teacher import native_loss, projected_loss
-from microlm.teacher.projection import Projection
+from microlm.teacher.capture import capture, loss_of_gold, projected_loss
+from microlm.teacher.loading import load_recorder
+from microlm.teacher.projection import native_loss
+from microlm.teacher.recorders import Recorder
 
 
 def capture_teacher(config: Config, runtime: Runtime) -> None:
@@ -42,13 +41,11 @@ def capture_teacher(config: Config, runtime: Runtime) -> None:
     refuse_impossible(identity, config)
     with config.naming_keys():
         source = teacher_source(at.teacher)
-        model, projection = load_labelling_teacher(source, identity, runtime, tokenizer)
-    if projection:
-        identity = replace(identity, teacher_tokenizer=projection.teacher.fingerprint)
-    weights_sha256 = source.fingerprint(model)
+        record = load_recorder(source, identity, runtime, tokenizer)
+    identity, projection, weights_sha256 = record.identity, record.projection, source.fingerprint(record.model)
     told = {
         "model": at.teacher.model,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in record.model.parameters()),
         "source": identity.source,
         "tokens": len(windows) * identity.seq_len,
         "top_k": identity.top_k,
@@ -64,10 +61,9 @@ def capture_teacher(config: Config, runtime: Runtime) -> None:
     inputs = [identity.as_json(), weights_sha256, str(runtime.dtype), runtime.compiled, stage_code("teacher")]
     began = time.perf_counter()
     with resumable("teacher", inputs) as directory:
-        mine = sum(part.stop - part.start for _, part in dealt_blocks(identity)) * identity.seq_len
+        mine = sum(part.stop - part.start for _, part in distributed.dealt(identity.blocks())) * identity.seq_len
         with progress_bar(mine, 0, "tok", "teacher") as bar:
-            rows, compiled = at.teacher.batch_rows, runtime.compiled
-            fresh = capture(model, shards, windows, identity, directory, rows, compiled, bar.update, projection)
+            fresh = capture(record, shards, windows, directory, at.teacher.batch_rows, bar.update)
         if not distributed.is_first():
             return
         speed = {"tokens_per_s": round(fresh / (time.perf_counter() - began), 1)}
@@ -78,7 +74,7 @@ def capture_teacher(config: Config, runtime: Runtime) -> None:
             head_mass = sum(sealed_sums(directory / name)["head_mass"] for name, _ in identity.blocks())
             told |= {"record": identity.record, "bytes_per_token": identity.token_bytes}
             told |= {"head_mass": head_mass / labelled.tokens, "train": _in_units(labelled)}
-        told |= _held_out(model, config, identity, tokenizer, projection, labelled)
+        told |= _held_out(record, config, tokenizer, labelled)
         speed |= {"elapsed_s": round(time.perf_counter() - began, 1), "peak_memory_bytes": peak_memory_bytes()}
         write_json(METRICS / "teacher.json", told | speed)
 
@@ -99,21 +95,17 @@ def _in_units(loss: ValidationLoss) -> dict[str, float]:
 
 
 def _held_out(
-    model: LanguageModel,
-    config: Config,
-    identity: CacheIdentity,
-    tokenizer: Tokenizer,
-    projection: Projection | None,
-    labelled: ValidationLoss | None,
+    record: Recorder, config: Config, tokenizer: Tokenizer, labelled: ValidationLoss | None
 ) -> dict[str, Any]:
     """The teacher's own loss on validation text; of a projected one also that of what the student is shown of it."""
+    model, identity, projection = record.model, record.identity, record.projection
     val, seq_len, rows = TokenShards(SHARDS, "val"), identity.seq_len, config.at.teacher.batch_rows
     wanted, lengths = config.at.pretrain.validation_windows, tokenizer.byte_lengths
     if projection is None:
         return {"val": _in_units(validation_loss(model, val, lengths, seq_len, wanted, rows))}
     chosen = evenly_spaced(window_count(val, seq_len), wanted)
     native = native_loss(model, projection, val, seq_len, chosen, rows)
-    shown, shared = projected_loss(model, identity, projection, val, chosen, rows, lengths)
+    shown, shared = projected_loss(record, val, chosen, rows, lengths)
     coverage = {} if labelled is None else {"coverage": labelled.tokens / (identity.windows * seq_len)}
     in_val = {"coverage": shown.tokens / (len(chosen) * seq_len), "shared_boundaries": shared}
     return {
@@ -136,12 +128,11 @@ def _labelled_loss(
     directory: Path, identity: CacheIdentity, shards: TokenShards, windows: np.ndarray, tokenizer: Tokenizer
 ) -> ValidationLoss:
     """The teacher's own loss on the cached windows, from the gold columns where it speaks: no record is read again."""
-    nats, lengths, tokens = [], [], 0
-    for name, part in identity.blocks():
-        _, gold = map_block(directory / name, identity, part.stop - part.start)
-        said = ~np.isnan(gold)  # of a projected record that is not covered it is NaN, and nowhere else
-        targets = read_batch(shards, windows[part], identity.seq_len).targets.numpy()
-        nats.append(-np.where(said, gold, 0).sum(-1, dtype=np.float64))
-        lengths.append((tokenizer.byte_lengths[targets] * said).sum(-1))
-        tokens += int(said.sum())
-    return ValidationLoss(windows, np.concatenate(nats), np.concatenate(lengths), tokens)
+
+    def said() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for name, part in identity.blocks():
+            _, gold = map_block(directory / name, identity, part.stop - part.start)
+            targets = read_batch(shards, windows[part], identity.seq_len).targets.numpy()
+            yield ~np.isnan(gold), gold, targets  # of a projected record that is not covered it is NaN, nowhere else
+
+    return loss_of_gold(windows, said(), tokenizer.byte_lengths)

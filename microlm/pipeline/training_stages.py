@@ -37,8 +37,8 @@ from microlm.runtime.paths import CACHE, CONTROL, METRICS, MODELS, PLOTS, SHARDS
 from microlm.runtime.resume import resumable, stage_code
 from microlm.runtime.terminal import banner
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, cache_identity
-from microlm.teacher.live_teacher import LiveTeacher
-from microlm.teacher.loading import load_fitting_teacher, load_labelling_teacher
+from microlm.teacher.loading import load_fitting_teacher, load_recorder
+from microlm.teacher.recorders import LiveTeacher
 from microlm.training import losses
 from microlm.training.history import Evaluation, History
 from microlm.training.loop import Loss, Plan, train
@@ -83,8 +83,8 @@ def _live_teacher(stage: TeacherCache, config: Config, runtime: Runtime, tokeniz
     """The teacher at work in the steps, in the dtype of stage `teacher`, whose manifest and table are in `stage`."""
     runtime = replace(runtime, dtype=stage.dtype)
     with config.naming_keys():
-        model, pushed = load_labelling_teacher(teacher_source(config.at.teacher), stage.identity, runtime, tokenizer)
-    return LiveTeacher(model, stage.identity, stage.tables, runtime.compiled, pushed)
+        record = load_recorder(teacher_source(config.at.teacher), stage.identity, runtime, tokenizer)
+    return LiveTeacher(record, stage.tables)
 
 
 def _sampled_teacher(config: Config, identity: CacheIdentity, runtime: Runtime) -> LanguageModel:

@@ -23,8 +23,8 @@ from microlm.runtime.device import Runtime
 from microlm.runtime.paths import CACHE, METRICS, MODELS, SHARDS
 from microlm.runtime.terminal import banner, duration
 from microlm.teacher.cache import REMAKE, TeacherCache, cache_identity
-from microlm.teacher.live_teacher import LiveTeacher
 from microlm.teacher.loading import load_fitting_teacher
+from microlm.teacher.recorders import LiveTeacher, Recorder
 from microlm.training import losses
 from microlm.training.loop import Loss, accumulate_gradients, feed_for
 from microlm.training.replica import Replica
@@ -123,7 +123,7 @@ def measure_steps(
         teacher_runtime = Runtime(runtime.device, cache.dtype, runtime.compiled, runtime.threads)
         with config.naming_keys():
             model = load_fitting_teacher(teacher_source(config.at.teacher), cache.identity, teacher_runtime)
-        live = LiveTeacher(model, cache.identity, cache.tables, runtime.compiled)
+        live = LiveTeacher(Recorder(model, cache.identity, runtime.compiled), cache.tables)
         for name, teacher in (("cached", cache), ("live", live)):
             variants[name] = losses.Distillation(student.n_vocab, schedule, teacher)
     lines = [*runtime.lines(), f"step     {config.at.batch.batch_tokens:,} tokens, {ROUNDS} of each, in turn"]

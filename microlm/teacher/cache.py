@@ -10,7 +10,6 @@
 Of a teacher that runs live in the students' steps there are a manifest and the table alone.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from microlm.parameters import TeacherConfig
 from microlm.runtime import distributed
 from microlm.runtime.device import available_cores
 from microlm.runtime.resume import resume_root
-from microlm.teacher.records import Columns, RecordLayout
+from microlm.teacher.records import RecordLayout
 
 FORMAT, VERSION = "microlm-teacher-cache", 3
 MANIFEST, TABLE = "manifest.json", "table.bin"
@@ -80,16 +79,11 @@ class CacheIdentity:
         wanted = min(max(window_bytes * self.windows // WANTED_BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
         return max(1, wanted // window_bytes)
 
-    def blocks(self) -> Iterator[tuple[str, slice]]:
+    def blocks(self) -> list[tuple[str, slice]]:
         """Each block's file name and the places of its windows in the list of cached windows."""
-        size = self.block_windows()
-        for index, start in enumerate(range(0, self.windows, size)):
-            yield f"block-{index:05d}.bin", slice(start, min(start + size, self.windows))
-
-    def claims(self) -> dict[str, Any]:
-        """The manifest's fields that a reader holds against the cache."""
-        unknown = {name for name in ("weights_sha256", "dtype") if getattr(self, name) is None}
-        return {name: value for name, value in self.as_json().items() if name not in unknown}
+        size, windows = self.block_windows(), self.windows if self.source == "cache" else 0
+        starts = enumerate(range(0, windows, size))
+        return [(f"block-{index:05d}.bin", slice(start, min(start + size, windows))) for index, start in starts]
 
     def as_json(self) -> dict[str, Any]:
         fields = {**asdict(self), "temperatures": list(self.temperatures)}
@@ -127,14 +121,13 @@ def weights_at_hand(teacher: TeacherConfig) -> str | None:
 
 def manifest_of(identity: CacheIdentity, weights_sha256: str, dtype: str, directory: Path) -> dict[str, Any]:
     """The manifest of the files in `directory`."""
-    blocks = identity.blocks() if identity.source == "cache" else ()
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         **identity.as_json(),
         "weights_sha256": weights_sha256,
         "dtype": dtype,
-        "blocks": [{"file": name, "sha256": _checked_sha256(directory / name)} for name, _ in blocks],
+        "blocks": [{"file": name, "sha256": _checked_sha256(directory / name)} for name, _ in identity.blocks()],
         "table_sha256": _checked_sha256(directory / TABLE),
     }
     return sealed(manifest)
@@ -195,24 +188,21 @@ class TeacherCache:
         """
         where = directory / MANIFEST
         manifest = read_manifest(where)
-        for field, wanted in expected.claims().items():
-            if manifest.get(field) != wanted:
+        for field, wanted in expected.as_json().items():
+            unknown = wanted is None and field in ("weights_sha256", "dtype")
+            if manifest.get(field) != wanted and not unknown:
                 raise UserError(f"{where}: {field} is {manifest.get(field)!r}, but this run has {wanted!r}; {REMAKE}")
         expected = replace(expected, teacher_tokenizer=manifest.get("teacher_tokenizer"))
         self.identity, self.manifest = expected, manifest
         self._windows = windows
         self._size = expected.block_windows()
         listed = {block["file"]: block["sha256"] for block in manifest["blocks"]}
-        parts = list(expected.blocks()) if expected.source == "cache" else []
-        sizes = {name: (part.stop - part.start) * expected.seq_len * expected.token_bytes for name, part in parts}
+        lengths = {name: part.stop - part.start for name, part in expected.blocks()}
+        sizes = {name: windows * expected.seq_len * expected.token_bytes for name, windows in lengths.items()}
         table = (len(expected.temperatures), expected.n_vocab)
         sizes[TABLE], listed[TABLE] = table[0] * table[1] * 4, manifest.get("table_sha256")
         _verify(directory, sizes, listed)
-        self._rows, self._gold = [], []
-        for name, part in parts:
-            records, gold = map_block(directory / name, expected, part.stop - part.start)
-            self._rows.append(records)
-            self._gold.append(gold)
+        self._blocks = [map_block(directory / name, expected, windows) for name, windows in lengths.items()]
         self.tables = torch.from_numpy(np.fromfile(directory / TABLE, np.float32).reshape(table))
 
     @property
@@ -222,38 +212,32 @@ class TeacherCache:
 
     def read(self, windows: np.ndarray) -> Tensor:
         """Records of whole windows, uint8 [B * seq_len, itemsize]. KeyError for a window that is not cached."""
-        places = self._places(windows)
-        return torch.from_numpy(np.concatenate([self._rows[i // self._size][i % self._size] for i in places]))
+        return torch.from_numpy(np.concatenate([records for records, _ in self._of(windows)]))
 
     def gold(self, windows: np.ndarray) -> np.ndarray:
         """Log-probabilities of the text's own tokens, float32 [B, seq_len]. KeyError as `read`."""
-        places = self._places(windows)
-        return np.stack([self._gold[i // self._size][i % self._size] for i in places])
+        return np.stack([gold for _, gold in self._of(windows)])
 
     def mean_gold(self) -> np.ndarray:
         """Mean over each cached window of those, float64 [W]; of the files only the gold columns are read."""
-        return np.concatenate([gold.mean(-1, dtype=np.float64) for gold in self._gold])
-
-    def columns(self, windows: np.ndarray) -> Columns:
-        """`read`, unpacked."""
-        return self.identity.layout.unpack(self.read(windows))
-
-    def teacher(self, windows: np.ndarray, temperature: float, device: torch.device | str = "cpu") -> SparseTeacher:
-        """What the fused head wants of B windows, N = B * seq_len rows. UserError as `sparse_teacher`."""
-        return sparse_teacher(self.read(windows).to(device), self.identity, self.tables, temperature)
+        return np.concatenate([gold.mean(-1, dtype=np.float64) for _, gold in self._blocks])
 
     def of_batch(self, batch: Batch, temperature: float) -> SparseTeacher:
-        """The same, of a batch that brought its records along, or whose records are read now."""
+        """What the fused head wants of B windows, N = B * seq_len rows, on the batch's device. UserError as
+        `sparse_teacher`. The batch brought its records along, or they are read now.
+        """
         device = batch.tokens.device
         self.tables = self.tables.to(device)  # once: a copy from memory that is not pinned waits for the device
         records = self.read(batch.windows).to(device) if batch.records is None else batch.records
         return sparse_teacher(records, self.identity, self.tables, temperature)
 
-    def _places(self, windows: np.ndarray) -> np.ndarray:
+    def _of(self, windows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Records and gold of each window."""
         places = np.searchsorted(self._windows, windows)
         if (places >= len(self._windows)).any() or (self._windows[places] != windows).any():
             raise KeyError(f"some of the windows {windows.tolist()} are not cached")
-        return places
+        found = ((self._blocks[i // self._size], i % self._size) for i in places)
+        return [(records[i], gold[i]) for (records, gold), i in found]
 
 
 def sparse_teacher(records: Tensor, identity: CacheIdentity, tables: Tensor, temperature: float) -> SparseTeacher:

@@ -1,5 +1,7 @@
 """The live teacher: loaded, and refused before it runs where it does not speak of this corpus."""
 
+from dataclasses import replace
+
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import ParameterError
 from microlm.models.interface import LanguageModel
@@ -7,6 +9,7 @@ from microlm.models.teacher_source import TeacherSource
 from microlm.runtime.device import Runtime
 from microlm.teacher.cache import CacheIdentity
 from microlm.teacher.projection import Projection
+from microlm.teacher.recorders import Recorder
 
 
 def load_fitting_teacher(source: TeacherSource, identity: CacheIdentity, runtime: Runtime) -> LanguageModel:
@@ -18,6 +21,28 @@ def load_fitting_teacher(source: TeacherSource, identity: CacheIdentity, runtime
     model = source.load(runtime.dtype)
     refuse_misfit(model, identity, source)
     return model.to(runtime.device)
+
+
+def load_recorder(source: TeacherSource, identity: CacheIdentity, runtime: Runtime, student: Tokenizer) -> Recorder:
+    """The teacher on the runtime's device, of any tokenizer, with its way to the corpus's, which is `student`.
+
+    Raises:
+        UserError: its weights or its tokenizer are not there, the two do not go together or cannot be run, or its
+            context is shorter than the corpus's windows.
+    """
+    model, own, projection = source.load(runtime.dtype), source.tokenizer(), None
+    if own.fingerprint == student.fingerprint:
+        refuse_misfit(model, identity, source)
+    else:
+        _refuse_long_windows(model, identity)
+        if own.n_vocab > len(model.head_weight):
+            raise ParameterError(
+                f"teacher.model: {identity.teacher} has a tokenizer of {own.n_vocab} "
+                f"tokens and a head of {len(model.head_weight)}; choose a teacher whose two go together"
+            )
+        projection = Projection(own, student, model.context)
+        identity = replace(identity, teacher_tokenizer=own.fingerprint)
+    return Recorder(model.to(runtime.device), identity, runtime.compiled, projection)
 
 
 def refuse_misfit(model: LanguageModel, identity: CacheIdentity, source: TeacherSource) -> None:
@@ -33,41 +58,6 @@ def refuse_misfit(model: LanguageModel, identity: CacheIdentity, source: Teacher
             f"teacher.model: {identity.teacher} has another tokenizer than data/shards, which "
             f"corpus.tokenizer names; {mend}"
         )
-
-
-def load_labelling_teacher(
-    source: TeacherSource, identity: CacheIdentity, runtime: Runtime, student: Tokenizer
-) -> tuple[LanguageModel, Projection | None]:
-    """The teacher on the runtime's device, of any tokenizer, with its way to the corpus's.
-
-    Raises:
-        UserError: as `TeacherSource.load` and `projection_to`.
-    """
-    model = source.load(runtime.dtype)
-    projection = projection_to(student, model, identity, source)
-    return model.to(runtime.device), projection
-
-
-def projection_to(
-    student: Tokenizer, model: LanguageModel, identity: CacheIdentity, source: TeacherSource
-) -> Projection | None:
-    """From the teacher's tokens to the corpus's, None where they are the same.
-
-    Raises:
-        UserError: the teacher's tokenizer is not there, does not go with its head or cannot be run, or its context is
-            shorter than the corpus's windows.
-    """
-    own = source.tokenizer()
-    if own.fingerprint == student.fingerprint:
-        refuse_misfit(model, identity, source)
-        return None
-    _refuse_long_windows(model, identity)
-    if own.n_vocab > len(model.head_weight):
-        raise ParameterError(
-            f"teacher.model: {identity.teacher} has a tokenizer of {own.n_vocab} "
-            f"tokens and a head of {len(model.head_weight)}; choose a teacher whose two go together"
-        )
-    return Projection(own, student, model.context)
 
 
 def _refuse_long_windows(model: LanguageModel, identity: CacheIdentity) -> None:

@@ -16,14 +16,19 @@ student, U of the teacher.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from microlm.corpus.batches import Batch
+from microlm.corpus.batches import Batch, read_batch
+from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer
+from microlm.evaluation.scoring.held_out_loss import ValidationLoss
+from microlm.models.interface import LanguageModel
+from microlm.objective.fused_head import token_nats
 
 NO_TEXT = re.compile("([\udc80-\udcff]+)")  # what surrogateescape makes of bytes that are not UTF-8
 
@@ -152,7 +157,7 @@ class Projection:
 
     def push(self, p: Tensor) -> Tensor:
         """Probabilities of the teacher's tokens [n, U] -> of the student's [n, V], their sums kept."""
-        if p.device.type != "cuda":
+        if p.device.type != "cuda" or not len(p):
             return p.new_zeros(len(p), self.n_vocab).index_add_(1, self.first.to(p.device), p)
         # index_add_ adds in the order in which threads come by there, and a capture has to give the same bytes again
         if p.device not in self._sorted:
@@ -165,3 +170,34 @@ class Projection:
 def sum_sorted(p: Tensor, order: Tensor, counts: Tensor) -> Tensor:
     """Sums of runs of the columns of p [n, U], taken in `order` [U], of the lengths `counts` [V] -> [n, V]."""
     return torch.segment_reduce(p.T[order], "sum", lengths=counts, axis=0).T
+
+
+def native_loss(
+    model: LanguageModel,
+    projection: Projection,
+    shards: TokenShards,
+    seq_len: int,
+    windows: np.ndarray,
+    rows: int,
+    progress: Callable[[int], object] = int,
+) -> ValidationLoss:
+    """The teacher's loss in its own tokens on the text of `windows`, as `held_out_loss.loss_on` counts.
+
+    A window's first token of the teacher's is not predicted, and what is beyond its context neither.
+
+    Args:
+        progress: told the windows done.
+    """
+    device = next(model.parameters()).device
+    sums, lengths, tokens = [], [], 0
+    with torch.inference_mode():
+        for start in range(0, len(windows), rows):
+            aligned = projection.align(read_batch(shards, windows[start : start + rows], seq_len))
+            hidden = model.hidden(aligned.tokens.to(device)).flatten(0, 1)
+            targets = aligned.targets.to(device).flatten()
+            nats = token_nats(hidden, model.head_weight, targets, len(projection.first)).view(aligned.targets.shape)
+            sums.append((nats.double().cpu().numpy() * aligned.real).sum(-1))
+            lengths.append(aligned.target_bytes.sum(-1))
+            tokens += int(aligned.real.sum())
+            progress(len(aligned.real))
+    return ValidationLoss(windows, np.concatenate(sums), np.concatenate(lengths).astype(np.int64), tokens)

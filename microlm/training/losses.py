@@ -16,7 +16,7 @@ from microlm.training.loop import Loss
 
 
 class Teacher(Protocol):
-    """A cache, or the teacher itself (teacher/cache.py, teacher/live_teacher.py)."""
+    """A cache, or the teacher itself (teacher/cache.py, teacher/recorders.py)."""
 
     def of_batch(self, batch: Batch, temperature: float) -> SparseTeacher:
         """What the fused head wants of B windows, N = B * seq_len rows, on the batch's device."""

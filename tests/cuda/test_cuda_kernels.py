@@ -12,7 +12,7 @@ from microlm.evaluation.scoring.engine import score
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM
 from microlm.objective.fused_head import Objective, fused_head_loss
-from microlm.teacher.capture import Recorder, labels_of
+from microlm.teacher.recorders import Recorder
 from tests.cuda.test_cuda_models import N_VOCAB, SEQ_LEN, asked, identity_of, llama, moved, olmo, shards  # noqa: F401
 from tests.support.on_cuda import DEVICE, device  # noqa: F401
 
@@ -64,8 +64,8 @@ def test_a_training_step_runs_flash_attention_forward_and_backward(device):  # n
 def test_the_teachers_pass_runs_flash_attention(teacher, shards, device):  # noqa: F811
     model = moved(teacher(), torch.bfloat16, device)
     record, batch = Recorder(model, identity_of(shards), compiled=False), read_batch(shards, np.arange(2), SEQ_LEN)
-    labels_of(model, record, batch)
-    assert_flash(seen(lambda: labels_of(model, record, batch)))
+    record.labels(batch)
+    assert_flash(seen(lambda: record.labels(batch)))
 
 
 @pytest.mark.parametrize("backend", ["tree", "cached"])

@@ -20,8 +20,8 @@ from microlm.models.interface import LanguageModel
 from microlm.models.student import StudentLM
 from microlm.models.transformers_model import TransformersModel
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
-from microlm.teacher.capture import Recorder, capture, labels_of
-from microlm.teacher.live_teacher import LiveTeacher
+from microlm.teacher.capture import capture
+from microlm.teacher.recorders import LiveTeacher, Recorder
 from tests.support.on_cuda import device  # noqa: F401
 from tests.support.toy import toy_shards
 
@@ -124,7 +124,7 @@ def test_records_are_the_cpus(name, shards, device):  # noqa: F811
     found = []
     for where in (torch.device("cpu"), device):
         model = moved(MODELS[name](), torch.float32, where)
-        labels = labels_of(model, Recorder(model, identity, compiled=False), batch)
+        labels = Recorder(model, identity, compiled=False).labels(batch)
         found.append((identity.layout.unpack(labels.rows.cpu()), labels.gold.cpu()))
     (theirs, their_gold), (ours, our_gold) = found
     torch.testing.assert_close(ours.log_p.float(), theirs.log_p.float(), rtol=0, atol=2e-2)
@@ -154,10 +154,11 @@ def test_cached_records_are_the_live_ones_bit_for_bit(name, record, dtype, shard
     """Of batches of the same composition."""
     identity, windows = identity_of(shards, record), np.arange(window_count(shards, SEQ_LEN))
     model = moved(MODELS[name](), dtype, device)
-    capture(model, shards, windows, identity, tmp_path, ROWS, False, int)
+    at_work = Recorder(model, identity, compiled=False)
+    capture(at_work, shards, windows, tmp_path, ROWS, int)
     write_json(tmp_path / MANIFEST, manifest_of(identity, "weights", "torch.float32", tmp_path))
     cache = TeacherCache(tmp_path, identity, windows)
-    live = LiveTeacher(model, identity, cache.tables, compiled=False)
+    live = LiveTeacher(at_work, cache.tables)
     for start in range(0, len(windows), ROWS):
         batch = read_batch(shards, windows[start : start + ROWS], SEQ_LEN)
         batch = replace(batch, rows=batch.rows.to(device))

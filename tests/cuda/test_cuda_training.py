@@ -26,7 +26,7 @@ from microlm.models.student import StudentLM
 from microlm.objective.fused_head import HeadLoss
 from microlm.parameters import PretrainConfig
 from microlm.teacher.cache import CacheIdentity
-from microlm.teacher.live_teacher import LiveTeacher
+from microlm.teacher.recorders import LiveTeacher, Recorder
 from microlm.training import replica as replica_module
 from microlm.training.loop import Interrupted, Loss, Plan, feed_for, take_step, train
 from microlm.training.losses import Distillation
@@ -208,7 +208,7 @@ def live(identity: CacheIdentity, device: torch.device) -> LiveTeacher:  # noqa:
     model = llama()
     model.n_vocab = identity.n_vocab
     tables = torch.full((1, identity.n_vocab), -4.0)
-    return LiveTeacher(model.to(device, torch.bfloat16), identity, tables, compiled=False)
+    return LiveTeacher(Recorder(model.to(device, torch.bfloat16), identity, compiled=False), tables)
 
 
 @contextmanager

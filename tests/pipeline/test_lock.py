@@ -54,10 +54,9 @@ MATTERS_TO = {
     "microlm/models/transformers_model.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
     "microlm/teacher/cache.py": {"teacher", "select", "distill", "probe", "ledger"},
     "microlm/teacher/records.py": {"teacher", "select", "distill", "probe", "ledger"},
-    "microlm/teacher/capture.py": {"teacher", "distill", "ledger"},
-    "microlm/teacher/live_teacher.py": {"distill", "ledger"},
-    "microlm/teacher/projected_teacher.py": {"teacher", "distill", "evaluate"},  # of a teacher that the ledger refuses
-    "microlm/teacher/projection.py": {"teacher", "distill", "evaluate"},
+    "microlm/teacher/capture.py": {"teacher"},
+    "microlm/teacher/recorders.py": {"teacher", "distill", "ledger"},
+    "microlm/teacher/projection.py": {"teacher", "distill", "evaluate"},  # of a teacher that the ledger refuses
     "microlm/objective/capped_tail.py": {"distill", "ledger"},
     "microlm/objective/divergences.py": {"distill", "ledger", "probe"},
     "microlm/objective/on_policy.py": {"distill"},

@@ -21,8 +21,8 @@ from microlm.models.student import StudentLM
 from microlm.research.verify import Replay, allowed_nats, replay
 from microlm.runtime.paths import CACHE
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of, sealed
-from microlm.teacher.capture import Recorder, capture, tail_table
-from microlm.teacher.live_teacher import LiveTeacher
+from microlm.teacher.capture import capture, tail_table
+from microlm.teacher.recorders import LiveTeacher, Recorder
 from stages.verify import main
 from tests.support.tiny_teacher import write_tiny_teacher
 from tests.support.toy import toy_shards
@@ -59,7 +59,7 @@ def cache_of(
 ) -> TeacherCache:
     identity = CacheIdentity("toy", None, "", N_VOCAB, shards.digest, SEQ_LEN, CACHED, top_k, TEMPERATURES, record)
     directory.mkdir(exist_ok=True)
-    capture(model, shards, WINDOWS, identity, directory, ROWS, compiled=False, progress=lambda tokens: None)
+    capture(Recorder(model, identity, compiled=False), shards, WINDOWS, directory, ROWS, lambda tokens: None)
     write_json(directory / MANIFEST, manifest_of(identity, "", str(dtype), directory))
     return TeacherCache(directory, identity, WINDOWS)
 
@@ -76,11 +76,11 @@ def test_live_and_cached_teacher_are_equal_bit_for_bit(shards, tmp_path_factory,
     cache = cache_of(tmp_path_factory.mktemp("cache"), model, shards, torch.float32, top_k, kind)
     first = ROWS * data.draw(st.integers(0, CACHED // ROWS - 1))
     windows, temperature = WINDOWS[first : first + ROWS], data.draw(st.sampled_from(cache.identity.temperatures))
-    cached = cache.teacher(windows, temperature)
     batch = read_batch(shards, windows, SEQ_LEN)
+    cached = cache.of_batch(batch, temperature)
     record = Recorder(model, cache.identity, compiled=False)
-    tables = torch.from_numpy(tail_table(model, record, shards, WINDOWS, ROWS))
-    teacher_at_work = LiveTeacher(model, cache.identity, tables, compiled=False)
+    tables = torch.from_numpy(tail_table(record, shards, WINDOWS, ROWS))
+    teacher_at_work = LiveTeacher(record, tables)
     live = teacher_at_work.of_batch(batch, temperature)
     for field in ("ids", "log_p", "log_table"):
         assert torch.equal(getattr(live, field), getattr(cached, field))

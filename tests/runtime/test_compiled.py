@@ -11,7 +11,7 @@ from microlm.models.student import StudentLM
 from microlm.objective.divergences import Divergence
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss
 from microlm.runtime import compilation
-from microlm.teacher.capture import GROUPS, Kernels, top_k
+from microlm.teacher.recorders import GROUPS, group_maxima, shifted_sum, top_k
 from tests.support.dense_tails import lump
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler is here")
@@ -58,7 +58,7 @@ def test_compiled_training_step_has_the_eager_gradients(temperature, name, param
 
 def test_compiled_capture_finds_the_same_tokens_and_tail():
     z = torch.randn(5, 2 * GROUPS, generator=torch.Generator().manual_seed(0)).bfloat16()
-    compiled, eager = Kernels.compiled(), Kernels()
-    assert torch.equal(top_k(z, 9, compiled)[0], top_k(z, 9, eager)[0])
+    maxima, compiled_sum = (torch.compile(kernel, dynamic=False) for kernel in (group_maxima, shifted_sum))
+    assert torch.equal(top_k(z, 9, maxima)[0], top_k(z, 9)[0])
     peak = z.float().amax(-1)
-    torch.testing.assert_close(compiled.shifted_sum(z, peak, 0.5), eager.shifted_sum(z, peak, 0.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(compiled_sum(z, peak, 0.5), shifted_sum(z, peak, 0.5), rtol=1e-5, atol=0)

@@ -15,6 +15,7 @@ from microlm.models.student import StudentLM
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
 from microlm.teacher.capture import capture
+from microlm.teacher.recorders import Recorder
 from tests.support.toy import toy_shards
 
 N_VOCAB, SEQ_LEN, WINDOWS = 70, 16, 20
@@ -54,14 +55,14 @@ class ToyCache:
         write_json(toy.whole / MANIFEST, toy.manifest(toy.whole))
         for seal in toy.whole.glob("*.seal"):  # of the scratch folder, not of a published cache
             seal.unlink()
-        assert len(list(identity.blocks())) > 4
+        assert len(identity.blocks()) > 4
         return toy
 
     def capture(
         self, directory: Path, progress: Callable[[int], object] = lambda tokens: None, model: StudentLM | None = None
     ) -> int:
-        windows = evenly_spaced(50, WINDOWS)
-        return capture(model or self.model, self.shards, windows, self.identity, directory, 2, False, progress)
+        record = Recorder(model or self.model, self.identity, compiled=False)
+        return capture(record, self.shards, evenly_spaced(50, WINDOWS), directory, 2, progress)
 
     def manifest(self, directory: Path) -> dict[str, object]:
         return manifest_of(self.identity, *RUN.values(), directory)

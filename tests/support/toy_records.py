@@ -5,10 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from microlm.corpus.batches import Batch
-from microlm.models.interface import LanguageModel
 from microlm.teacher.cache import CacheIdentity, TeacherCache
-from microlm.teacher.capture import Recorder, labels_of
-from microlm.teacher.projected_teacher import ProjectedRecorder
+from microlm.teacher.recorders import Recorder
 
 
 def record_of(identity: CacheIdentity) -> np.dtype:
@@ -33,8 +31,8 @@ def with_gold(rows: np.ndarray, gold: np.ndarray, identity: CacheIdentity) -> np
     return records
 
 
-def records_of(model: LanguageModel, record: Recorder | ProjectedRecorder, batch: Batch) -> np.ndarray:
-    labels = labels_of(model, record, batch)
+def records_of(record: Recorder, batch: Batch) -> np.ndarray:
+    labels = record.labels(batch)
     return with_gold(labels.rows.numpy(), labels.gold.numpy(), record.identity)
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microlm.corpus.batches import cached_windows, evenly_spaced
+from microlm.corpus.batches import cached_windows, evenly_spaced, read_batch
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import sha256_file
@@ -174,7 +174,7 @@ def test_a_manifest_that_lists_other_blocks_is_refused(toy):
 def test_a_temperature_that_was_not_captured_is_refused_in_one_line(toy):
     cache = toy.read()
     with pytest.raises(UserError, match=r"temperature: 2.5 is not in the teacher's cache, which holds 1, 2;") as error:
-        cache.teacher(evenly_spaced(50, WINDOWS)[:1], 2.5)
+        cache.of_batch(read_batch(toy.shards, evenly_spaced(50, WINDOWS)[:1], toy.identity.seq_len), 2.5)
     assert "\n" not in str(error.value) and "teacher.temperatures" in str(error.value)
 
 

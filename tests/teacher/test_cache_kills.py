@@ -127,18 +127,19 @@ from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM
 from microlm.teacher import cache
 from microlm.teacher.capture import capture
+from microlm.teacher.recorders import Recorder
 
 torch.set_num_threads(1)
 corpus, top, n_vocab, cache.SMALLEST_BLOCK = Path(sys.argv[1]), Path(sys.argv[2]), 50257, 64 * 4 * 50
 shards = TokenShards(corpus, "train")
 model = StudentLM(ModelShape(n_vocab, 50304, 2, 32, 2, 16, 64, 256, 1e4), seed=0).eval()
 identity = cache.CacheIdentity("tiny", None, "", n_vocab, shards.digest, 64, 12, 8, (1.0, 2.0))
-assert len(list(identity.blocks())) == 3
+assert len(identity.blocks()) == 3
 
 def run(name):
     (top / name).mkdir(exist_ok=True)
     windows = evenly_spaced(14, 12)
-    return capture(model, shards, windows, identity, top / name, 2, compiled=False, progress=lambda tokens: None)
+    return capture(Recorder(model, identity, compiled=False), shards, windows, top / name, 2, lambda tokens: None)
 
 run("warm")
 began = time.perf_counter()

@@ -117,7 +117,7 @@ def test_the_manifest_names_both_tokenizers_and_the_metrics_what_is_covered(work
         assert 0.5 < projected["coverage"] <= projected["shared_boundaries"] < 1
         assert projected["bpb"] > 0 and told["val"]["bpb"] > 0
         assert told["train"]["nats"] == pytest.approx(-records["gold"][records["covered"]].mean())
-        teacher = cache.teacher(windows[:2], 2.5)
+        teacher = cache.of_batch(read_batch(shards, windows[:2], 64), 2.5)
         assert torch.equal(teacher.covered, torch.from_numpy(records["covered"][:2].ravel()))
         mass = teacher.log_p[teacher.covered].exp().sum(-1)
         torch.testing.assert_close(mass, torch.ones_like(mass), rtol=1e-5, atol=0)

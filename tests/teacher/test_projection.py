@@ -21,9 +21,9 @@ from microlm.models.model_files import TransformersModel
 from microlm.models.teacher_source import teacher_source
 from microlm.parameters import TeacherConfig
 from microlm.teacher.cache import CacheIdentity, sparse_teacher
-from microlm.teacher.capture import Recorder, labels_of
-from microlm.teacher.projected_teacher import ProjectedRecorder, native_loss, projected_loss
-from microlm.teacher.projection import Projection, spell, sum_sorted
+from microlm.teacher.capture import projected_loss
+from microlm.teacher.projection import Projection, native_loss, spell, sum_sorted
+from microlm.teacher.recorders import Recorder
 from tests.support.other_tokenizers import random_network, toy_tokenizer, write_teacher
 from tests.support.toy_records import records_of
 from tests.support.toy_shards import write_shards
@@ -127,7 +127,7 @@ def test_records_are_the_enumerated_projection_at_every_temperature(rows, k):
     projection = Projection(TEACHER, STUDENT, 64)
     model = TransformersModel(random_network("llama", TEACHER.n_vocab + 5), TEACHER.n_vocab).eval()
     identity, batch = identity_of(STUDENT, k, 8, TEACHER), batch_of(rows)
-    records = records_of(model, ProjectedRecorder(model, identity, projection), batch)
+    records = records_of(Recorder(model, identity, False, projection), batch)
     gold = batch.targets.flatten().tolist()
     aligned = projection.align(batch)
     assert (records["covered"] == aligned.covered).all()
@@ -208,9 +208,9 @@ def test_the_same_tokenizer_under_two_names_gives_the_plain_records(built, renam
     length = batch.tokens.shape[1]
     recorders = (
         Recorder(model, identity_of(student, 8, length, None), False),
-        ProjectedRecorder(model, identity_of(student, 8, length, teacher), projection),
+        Recorder(model, identity_of(student, 8, length, teacher), False, projection),
     )
-    plain, projected = (records_of(model, record, batch) for record in recorders)
+    plain, projected = (records_of(record, batch) for record in recorders)
     assert projected["covered"].all()
     assert projection.align(batch).tokens.tolist() == batch.tokens.tolist()
     assert (projected["ids"][:, 0] == plain["ids"]).mean() > 0.98  # equal logits may change places
@@ -219,7 +219,7 @@ def test_the_same_tokenizer_under_two_names_gives_the_plain_records(built, renam
     tables = torch.zeros(len(TEMPERATURES), student.n_vocab)
     for temperature in TEMPERATURES[:2]:
         both = [
-            sparse_teacher(labels_of(model, record, batch).rows, record.identity, tables, temperature).log_p
+            sparse_teacher(record.labels(batch).rows, record.identity, tables, temperature).log_p
             for record in recorders
         ]
         torch.testing.assert_close(*both, rtol=3e-3, atol=3e-3)
@@ -238,7 +238,7 @@ def test_a_teacher_of_any_architecture_is_read_with_its_padding_left_out(built, 
     ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode("The wall is long, naïve and 2019 years old.")]])
     batch = Batch(np.array([0]), ids)
     identity = replace(identity_of(tokenizer, 8, ids.shape[1] - 1, None), temperatures=(1.0,))
-    records = records_of(model, Recorder(model, identity, False), batch)
+    records = records_of(Recorder(model, identity, False), batch)
     with torch.no_grad():
         log_p = torch.log_softmax(network.to(dtype)(ids[:, :-1]).logits[0, :, : tokenizer.n_vocab].float(), -1)
     gold = log_p.gather(1, batch.targets[0][:, None])[:, 0]
@@ -260,12 +260,13 @@ def test_the_real_teacher_covers_another_tokenizers_text_and_loses_little(built,
     chosen = evenly_spaced(window_count(shards, 128), 3)
     projection = Projection(teacher_source(config).tokenizer(), student, model.context)
     identity = replace(identity_of(student, 64, 128, projection.teacher), temperatures=(1.0, 2.5))
-    records = records_of(model, ProjectedRecorder(model, identity, projection), read_batch(shards, chosen, 128))
+    record = Recorder(model, identity, False, projection)
+    records = records_of(record, read_batch(shards, chosen, 128))
     said = records[records["covered"]]
     assert all(np.isfinite(said[name].astype(float)).all() for name in ("log_p", "log_tail", "gold"))
     mass = np.exp(said["log_p"].astype(float)).sum(-1) + np.exp(said["log_tail"].astype(float))
     np.testing.assert_allclose(mass, 1, atol=2e-3)
-    loss, shared = projected_loss(model, identity, projection, shards, chosen, 4, student.byte_lengths)
+    loss, shared = projected_loss(record, shards, chosen, 4, student.byte_lengths)
     native = native_loss(model, projection, shards, 128, chosen, 4)
     assert len(said) / len(records) > 0.88 and shared > 0.93
     assert abs(loss.bpb - native.bpb) < 0.15 and 0.5 < native.bpb < 1.4

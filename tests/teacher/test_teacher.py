@@ -15,9 +15,10 @@ from microlm.errors import UserError
 from microlm.files import write_json
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM
-from microlm.teacher import capture as capture_module
+from microlm.teacher import recorders
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
-from microlm.teacher.capture import Kernels, Recorder, capture, top_k
+from microlm.teacher.capture import capture
+from microlm.teacher.recorders import Recorder, top_k
 from tests.support.dense_tails import lump
 from tests.support.toy import toy_shards
 from tests.support.toy_records import records_of
@@ -51,7 +52,7 @@ def identity_of(shards: TokenShards, **changes) -> CacheIdentity:
 def write_cache(directory: Path, model: StudentLM, shards: TokenShards, identity: CacheIdentity) -> np.ndarray:
     windows = evenly_spaced(50, identity.windows)
     directory.mkdir(exist_ok=True)
-    capture(model, shards, windows, identity, directory, batch_rows=3, compiled=False, progress=lambda tokens: None)
+    capture(Recorder(model, identity, False), shards, windows, directory, batch_rows=3, progress=lambda tokens: None)
     write_json(directory / MANIFEST, manifest_of(identity, "sha", "float32", directory))
     return windows
 
@@ -65,17 +66,17 @@ def test_records_are_the_lumped_teacher_at_every_captured_temperature(model, sha
     with torch.no_grad():
         z = model.logits(model.hidden(batch.tokens)).flatten(0, 1)
     for temperature in identity.temperatures:
-        teacher = cache.teacher(chosen, temperature)
+        teacher = cache.of_batch(batch, temperature)
         expected = lump(torch.log_softmax(z / temperature, -1), teacher.ids)
         torch.testing.assert_close(teacher.log_p, expected, rtol=2e-3, atol=2e-3)  # float16 in the records
-    assert torch.equal(cache.teacher(chosen, 1.0).ids.sort(-1).values, z.topk(5).indices.sort(-1).values)
+    assert torch.equal(cache.of_batch(batch, 1.0).ids.sort(-1).values, z.topk(5).indices.sort(-1).values)
     gold = torch.log_softmax(z, -1).gather(1, batch.targets.reshape(-1, 1))[:, 0]
     torch.testing.assert_close(torch.from_numpy(cache.gold(chosen).ravel()), gold, rtol=1e-5, atol=1e-5)
 
 
 def test_caching_the_whole_vocabulary_leaves_an_empty_tail(model, shards):
     identity = identity_of(shards, top_k=N_VOCAB)
-    records = records_of(model, Recorder(model, identity, False), read_batch(shards, np.array([0, 1]), SEQ_LEN))
+    records = records_of(Recorder(model, identity, False), read_batch(shards, np.array([0, 1]), SEQ_LEN))
     assert np.isneginf(records["log_tail"]).all()
     assert np.exp(records["log_p"].astype(np.float64)).sum(-1) == pytest.approx(1, abs=5e-3)
 
@@ -83,8 +84,8 @@ def test_caching_the_whole_vocabulary_leaves_an_empty_tail(model, shards):
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**31), st.integers(1, 80), st.integers(1, 3))
 def test_top_k_finds_the_largest(seed, k, rows):
-    z = torch.randn(rows, 2 * capture_module.GROUPS, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    values, ids = top_k(z, k, Kernels())
+    z = torch.randn(rows, 2 * recorders.GROUPS, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    values, ids = top_k(z, k)
     assert torch.equal(values, z.topk(k).values)
     assert torch.equal(z.gather(1, ids), values) and all(len(set(row.tolist())) == k for row in ids)
 
@@ -117,7 +118,7 @@ def test_truncated_flipped_or_missing_blocks_are_refused(model, shards, tmp_path
 def test_a_killed_capture_goes_on_at_the_next_block_and_gives_the_same_bytes(model, shards, tmp_path, monkeypatch):
     monkeypatch.setattr("microlm.teacher.cache.SMALLEST_BLOCK", 3 * SEQ_LEN * identity_of(shards).token_bytes)
     identity, windows = identity_of(shards), evenly_spaced(50, 20)
-    assert len(list(identity.blocks())) > 4
+    assert len(identity.blocks()) > 4
 
     def killed(tokens: int) -> None:
         if len(list((tmp_path / "broken").glob("block-*"))) == 2:
@@ -125,11 +126,11 @@ def test_a_killed_capture_goes_on_at_the_next_block_and_gives_the_same_bytes(mod
 
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-    arguments = {"batch_rows": 3, "compiled": False}
-    total = capture(model, shards, windows, identity, tmp_path / "whole", progress=lambda tokens: None, **arguments)
+    record = Recorder(model, identity, False)
+    total = capture(record, shards, windows, tmp_path / "whole", 3, lambda tokens: None)
     with pytest.raises(KeyboardInterrupt):
-        capture(model, shards, windows, identity, tmp_path / "broken", progress=killed, **arguments)
-    rest = capture(model, shards, windows, identity, tmp_path / "broken", progress=lambda tokens: None, **arguments)
+        capture(record, shards, windows, tmp_path / "broken", 3, killed)
+    rest = capture(record, shards, windows, tmp_path / "broken", 3, lambda tokens: None)
     assert 0 < rest < total == 20 * SEQ_LEN
     assert manifest_of(identity, "", "", tmp_path / "whole") == manifest_of(identity, "", "", tmp_path / "broken")
     assert not list((tmp_path / "broken").glob("*.tmp"))

@@ -24,6 +24,7 @@ from microlm.parameters import BatchConfig, PretrainConfig
 from microlm.runtime.resume import resumable
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of
 from microlm.teacher.capture import capture
+from microlm.teacher.recorders import Recorder
 from microlm.training import checkpoint
 from microlm.training.checkpoint import MOMENTS, PROGRESS, STATE, WORK_PER_SAVE, Pace, save_checkpoint
 from microlm.training.history import Evaluation, History
@@ -109,7 +110,8 @@ def test_alpha_zero_distills_to_the_continued_control_bit_for_bit(shards, tmp_pa
     windows = evenly_spaced(50, 30)
     identity = CacheIdentity("toy", None, "toy", N_VOCAB, shards.digest, 16, 30, 5, (1.0,))
     (tmp_path / "cache").mkdir()
-    capture(student().eval(), shards, windows, identity, tmp_path / "cache", 4, False, lambda tokens: None)
+    record = Recorder(student().eval(), identity, compiled=False)
+    capture(record, shards, windows, tmp_path / "cache", 4, lambda tokens: None)
     write_json(tmp_path / "cache" / MANIFEST, manifest_of(identity, "", "", tmp_path / "cache"))
     cache = TeacherCache(tmp_path / "cache", identity, windows)
     continued, _ = run(shards, tmp_path / "continued")

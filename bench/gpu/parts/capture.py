@@ -13,6 +13,7 @@ from microlm.corpus.batches import evenly_spaced
 from microlm.models.interface import LanguageModel
 from microlm.research.plan.sizes import forward_flops
 from microlm.teacher.capture import capture
+from microlm.teacher.recorders import Recorder
 
 TEACHERS = {"SmolLM2-135M": materials.smollm2, "OLMo-1B shape": materials.olmo_1b}
 
@@ -35,9 +36,8 @@ def _measure(setting: Setting, load: Callable[[Setting], LanguageModel]) -> dict
         chosen = evenly_spaced(len(batches.windows), identity.windows)
         synchronize(setting.device)
         began = time.perf_counter()
-        capture(
-            model, batches.shards, chosen, identity, directory, sizes.capture_rows, setting.runtime.compiled, int
-        )  # fmt: skip
+        record = Recorder(model, identity, setting.runtime.compiled)
+        capture(record, batches.shards, chosen, directory, sizes.capture_rows, int)
         synchronize(setting.device)
         return time.perf_counter() - began
 

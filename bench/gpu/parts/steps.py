@@ -16,7 +16,7 @@ from microlm.models.interface import LanguageModel
 from microlm.models.student import StudentLM, parameter_count
 from microlm.pipeline.asked_objective import objective_schedule
 from microlm.research.plan.sizes import forward_flops
-from microlm.teacher.live_teacher import LiveTeacher
+from microlm.teacher.recorders import LiveTeacher, Recorder
 from microlm.training import losses
 from microlm.training.loop import Loss, Plan, feed_for, take_step
 from microlm.training.optimizer import Optimizers
@@ -120,8 +120,8 @@ class StepBench:
         identity = materials.identity_of(config, batches, n_vocab)
         if teacher is None:
             return losses.Distillation(n_vocab, schedule, materials.random_cache(self.directory / "cache", identity))
-        tables, compiled = materials.flat_tables(identity), self.setting.runtime.compiled
-        return losses.Distillation(n_vocab, schedule, LiveTeacher(teacher, identity, tables, compiled))
+        record = Recorder(teacher, identity, self.setting.runtime.compiled)
+        return losses.Distillation(n_vocab, schedule, LiveTeacher(record, materials.flat_tables(identity)))
 
     def _steps(self, batches: Batches, loss: Loss) -> Iterator[float]:
         """Seconds of one step after another."""

@@ -16,7 +16,8 @@ from microlm.parameters import OptimizationConfig
 from microlm.research.ledger import break_even
 from microlm.research.plan.machine import Machine
 from microlm.research.plan.sizes import Sizes
-from microlm.teacher.capture import GROUPS, HEAD_ROWS, TABLE_WINDOWS
+from microlm.teacher.capture import TABLE_WINDOWS
+from microlm.teacher.recorders import GROUPS, HEAD_ROWS
 from microlm.training.memory import FLOAT32, LIBRARIES_BYTES, Precision, optimizer_bytes, training_memory
 
 HELLASWAG_TOKENS = 174  # that a question costs, its context read once: mean over every tenth question, OLMo's tokens
