@@ -12,8 +12,7 @@ import torch
 from microlm.parameters import RuntimeConfig
 from microlm.runtime import compilation, distributed
 
-BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # as Linux names them in /proc/cpuinfo
-MIB = 2**20
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,16 @@ def set_up(config: RuntimeConfig) -> Runtime:
     dtype, why_dtype = _choose_dtype(config.dtype, device)
     compiled, why_compiled = _choose_compilation(config.compile, device)
     compilation.enabled = compilation.enabled or compiled
-    reasons = {
-        "device": f"cuda ({torch.cuda.get_device_name(device)})"
-        if device.type == "cuda"
-        else "cpu (no CUDA device is there)",
-        "dtype": why_dtype,
-        "threads": f"{threads} ({'all this process may use' if config.threads == 'auto' else 'as params.yaml says'})",
-        "compile": why_compiled,
-        "kernels": _kernels(device, dtype),
-        "batches": "read ahead by a thread, pinned, copied without waiting (CUDA)"
-        if device.type == "cuda"
-        else "read when they are needed (on the CPU a thread that reads ahead takes a core from the training)",
-    }
+    why_threads = "all this process may use" if config.threads == "auto" else "as params.yaml says"
+    reasons = {"device": "cpu (no CUDA device is there)", "dtype": why_dtype, "threads": f"{threads} ({why_threads})"}
+    reasons |= {"compile": why_compiled, "kernels": _kernels(device, dtype)}
+    if device.type == "cuda":
+        reasons["device"] = f"cuda ({torch.cuda.get_device_name(device)})"
+        reasons["batches"] = "read ahead by a thread, pinned, copied without waiting (CUDA)"
+    else:
+        reasons["batches"] = (
+            "read when they are needed (on the CPU a thread that reads ahead takes a core from the training)"
+        )
     if distributed.size() > 1:
         reasons["ranks"] = f"{distributed.size()} processes, {distributed.local_size()} on this machine"
         reasons["threads"] += f", shared by {distributed.local_size()} processes"
@@ -70,24 +67,13 @@ def _choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     if wanted != "auto":
         return getattr(torch, wanted), f"{wanted} activations, float32 weights (as params.yaml says)"
     if device.type == "cuda":
-        good = torch.cuda.is_bf16_supported(including_emulation=False)
-        return (
-            (torch.bfloat16, "bfloat16 activations, float32 weights (this GPU has it)")
-            if good
-            else (torch.float32, "float32 (this GPU has no bfloat16)")
-        )
-    found = [flag for flag in BFLOAT16_FLAGS if flag in _cpu_flags()]
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "bfloat16 activations, float32 weights (this GPU has it)"
+        return torch.float32, "float32 (this GPU has no bfloat16)"
+    found = next(filter(torch.cpu.get_capabilities().get, BFLOAT16_FLAGS), None)
     if found:
-        return torch.bfloat16, f"bfloat16 activations, float32 weights (this CPU has {found[0]})"
+        return torch.bfloat16, f"bfloat16 activations, float32 weights (this CPU has {found})"
     return torch.float32, f"float32 (this CPU has none of {', '.join(BFLOAT16_FLAGS)})"
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def _choose_compilation(wanted: str, device: torch.device) -> tuple[bool, str]:

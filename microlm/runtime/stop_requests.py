@@ -24,44 +24,32 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     the disk is renamed into place.
     """
     asked: list[int] = []
+    # a handler of Python's runs when the main thread is back from C, which may be never: a thread reads the signals
+    # that the interpreter's own handler writes into a pipe on the spot
+    read, write = os.pipe()
+    os.set_blocking(write, False)
     previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in STOPS}
+    previous_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_second, args=(read,), name="stop requests", daemon=True).start()
     try:
-        with _second_request_ends():
-            yield lambda: bool(asked)
+        yield lambda: bool(asked)
     finally:
+        signal.set_wakeup_fd(previous_pipe)
+        os.close(write)  # the thread's pipe ends, and with it the thread
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-@contextmanager
-def _second_request_ends() -> Iterator[None]:
-    """A handler of Python's runs when the main thread is back from C, which may be never: a thread reads the signals
-    that the interpreter's own handler writes into a pipe on the spot.
-    """
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    previous = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(read,), name="stop requests", daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(previous)
-        os.close(write)  # the thread's pipe ends, and with it the thread
-
-
-def _watch(pipe: int) -> None:
+def _end_at_second(pipe: int) -> None:
     first_at = None
     while came := os.read(pipe, 64):
         for number in filter(STOPS.__contains__, came):
             if first_at is None:
                 first_at = time.monotonic()
             elif time.monotonic() - first_at > SAME_REQUEST_S:
-                _end(signal.Signals(number))
+                if REPORTS not in os.environ:  # else the launcher speaks for all its processes
+                    name = signal.Signals(number).name
+                    said = f"ended at once by a second {name}; run the same command again to go on from the last save"
+                    os.write(2, f"\nerror: {said}\n".encode())
+                os._exit(128 + number)
     os.close(pipe)
-
-
-def _end(number: signal.Signals) -> None:
-    if REPORTS not in os.environ:  # else the launcher speaks for all its processes
-        said = f"ended at once by a second {number.name}; run the same command again to go on from the last save"
-        os.write(2, f"\nerror: {said}\n".encode())
-    os._exit(128 + number)
