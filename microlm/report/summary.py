@@ -23,7 +23,7 @@ from microlm.evaluation.results.statistics import (
     ratio,
     smallest_detectable,
 )
-from microlm.evaluation.results.store import Result, read_results, same_protocol
+from microlm.evaluation.results.store import Column, Result, read_results, same_protocol
 from microlm.evaluation.tasks.task import task_named
 from microlm.files import check_sums, read_json, read_made
 from microlm.runtime.paths import METRICS, SCORES, TRAINED_MODELS
@@ -39,7 +39,6 @@ VERDICTS = {
     0: "no difference shown",
     1: "continuation better than distillation",
 }
-COLUMN = ("task", "protocol", "shots", "limit")  # what the results of one benchmark share
 
 Row = dict[str, Any]
 
@@ -199,26 +198,22 @@ def benchmark_rows(models: Sequence[str], draws: int, seed: int, data: Path = SC
     Raises:
         UserError: a result is absent or damaged, or two models were asked different questions.
     """
-    columns: dict[tuple[Any, ...], dict[str, Result]] = {}
+    columns: dict[Column, dict[str, Result]] = {}
     for name in models:
         for result in read_results(data / name):
-            columns.setdefault(tuple(getattr(result.identity, key) for key in COLUMN), {})[name] = result
-    compared = {
-        tuple(found[key] for key in COLUMN): found["metrics"][found["primary"]] | {"p_holm": found["p_holm"]}
-        for found in compare(data / "student", data / "continued", draws, seed)["tasks"]
-    }
-    rows = [_benchmark(column, results) for column, results in columns.items()]
-    for row, column in zip(rows, columns, strict=True):
-        if column in compared:
-            kept = ("difference", "low", "high", "detectable", "p_holm")
-            row["student_minus_continued"] = {key: compared[column][key] for key in kept}
-    return rows
+            columns.setdefault(result.identity.column, {})[name] = result
+    rows = {column: _benchmark(column, results) for column, results in columns.items()}
+    for found in compare(data / "student", data / "continued", draws, seed)["tasks"]:
+        entry = found["metrics"][found["primary"]]
+        difference = {key: entry[key] for key in ("difference", "low", "high", "detectable")}
+        column = Column(*(found[key] for key in Column._fields))
+        rows[column]["student_minus_continued"] = difference | {"p_holm": found["p_holm"]}
+    return list(rows.values())
 
 
-def _benchmark(column: tuple[Any, ...], results: Mapping[str, Result]) -> Row:
+def _benchmark(column: Column, results: Mapping[str, Result]) -> Row:
     same_protocol(list(results.values()))
-    row: Row = dict(zip(COLUMN, column, strict=True))
-    row["metric"] = task_named(row["task"]).primary
+    row: Row = column._asdict() | {"metric": task_named(column.task).primary}
     for name, result in results.items():
         if result.table is None:
             return row | {"status": result.status, "reason": result.unavailable}
@@ -253,8 +248,7 @@ def centred_mean_rows(
     ranks = {(name, how or task_named(name).protocols[0], shots): rank for rank, (name, how, shots) in enumerate(order)}
 
     def rank(result: Result) -> int:
-        who = result.identity
-        return ranks.get((who.task, who.protocol, who.shots), len(ranks))
+        return ranks.get(result.identity.column[:3], len(ranks))
 
     chosen = [once(sorted(read_results(data / name), key=rank)) for name in models]
     tasks, *figures = centred_means(chosen, draws, seed)
