@@ -111,7 +111,12 @@ def load_config(path: str | Path = PARAMS, **instead: str) -> Config:
         raw = read_yaml(Path(path), "run from the top folder of the repository", "scale: laptop") | instead
     except UserError as error:
         raise ConfigError(str(error)) from None
-    found: list[str] = []
+    return config_of(raw, path)
+
+
+def config_of(raw: dict[str, Any], path: str | Path) -> Config:
+    """`load_config` of what the file `path` holds, or would hold."""
+    raw, found = dict(raw), []
     scales = raw.pop("scales", None)
     if not isinstance(scales, dict) or not scales:
         raise ConfigError(f"{path}: scales: must hold one block for each scale, e.g. laptop")

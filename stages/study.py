@@ -10,9 +10,7 @@ from microlm.config import load_config
 from microlm.errors import UserError, run_stage
 from microlm.research.study.driver import Study
 from microlm.research.study.grid import FIRST, FOLDER, read_grid, read_yaml
-from microlm.research.study.recheck import Recheck
 from microlm.research.study.report import rows_of, write_report
-from microlm.research.study.results import results_path
 from microlm.research.study.sections import markdown
 from microlm.runtime.device import available_cores
 
@@ -48,17 +46,18 @@ def main() -> None:
         raise UserError(f"stages.study: --study {asked.study}: there is no such file in study/; choose of {choice}")
     grid = read_grid(asked.grid, asked.scale, params, ROOT / FOLDER / f"{asked.study}.yaml")
     if asked.markdown:
-        print(markdown(rows_of(grid, results_path(grid, ROOT))), end="")
-        return
-    if asked.accept:
-        print(f"study: {Recheck(ROOT, grid, params).accept(_jobs(asked.jobs, grid.scale, params))}")
+        print(markdown(rows_of(grid, ROOT)), end="")
         return
     study = Study(ROOT, grid, params)
     if asked.list:
         for task in study.tasks:
             print(f"{task.runs[0].slug}: {' '.join(task.runs[0].overrides)}")
         return
-    failed = [] if asked.report else study.run(_jobs(asked.jobs, grid.scale, params))
+    jobs = _jobs(asked.jobs, grid.scale, params)
+    if asked.accept:
+        print(f"study: {study.accept(jobs)}")
+        return
+    failed = [] if asked.report else study.run(study.remaining(), jobs)
     if asked.report or len(failed) < len(study.tasks):
         print(f"study: {write_report(ROOT, grid)}")
     if failed:

@@ -13,8 +13,7 @@ from microlm.files import read_json
 from microlm.report.summary_table import benchmarks_markdown, markdown
 from microlm.research.probe.report import markdown as probe_markdown
 from microlm.research.study.grid import read_grid, read_yaml
-from microlm.research.study.report import report_path, rows_of, whole_report
-from microlm.research.study.results import results_path
+from microlm.research.study.report import notes_of, report_text, rows_of
 from microlm.research.study.sections import markdown as study_markdown
 from tests.support.clones import ROOT, Clone
 
@@ -183,11 +182,12 @@ def test_no_output_turns_the_run_cache_off(name: str) -> None:
 @pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "study").glob("*.yaml")))
 def test_docs_and_report_show_the_committed_study(study: str) -> None:
     grid = read_grid(None, None, read_yaml(ROOT / "params.yaml"), ROOT / "study" / f"{study}.yaml")
-    rows, page = rows_of(grid, results_path(grid, ROOT)), ROOT / SHOWN_IN[study]
+    rows, page = rows_of(grid, ROOT), ROOT / SHOWN_IN[study]
     shown = page.read_text().split(f"<!-- {study}:begin -->\n")[1].split(f"<!-- {study}:end -->")[0]
     asked = f"python -m stages.study --study {study}"
     assert shown == study_markdown(rows), f"put what `{asked} --markdown` prints into {page.name}"
-    assert report_path(grid, ROOT).read_text() == whole_report(rows, grid, ROOT), f"make it again: {asked} --report"
+    report = report_text(rows, grid, notes_of(grid, ROOT))
+    assert (ROOT / grid.report).read_text() == report, f"make it again: {asked} --report"
 
 
 def test_docs_show_the_committed_probe() -> None:

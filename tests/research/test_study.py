@@ -20,12 +20,11 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from microlm.errors import UserError
-from microlm.research.study.driver import Progress, Study, Task, next_task, tasks_of
+from microlm.research.study.driver import Progress, Study, Task, tasks_of
 from microlm.research.study.grid import GRID, Grid, Run, read_grid, read_yaml, rendered, resolve
 from microlm.research.study.pipeline import Pipeline
-from microlm.research.study.report import notes_path, report_path
-from microlm.research.study.results import add_rows, read_results, results_path
-from microlm.research.study.workspace import FOLDER, git, prepare, run
+from microlm.research.study.queue import FOLDER, git, prepare, run
+from microlm.research.study.results import add_rows, read_results
 from tests.research.test_study_report import row
 from tests.support.clones import ROOT, Clone
 from tests.support.soak import LONG
@@ -92,10 +91,10 @@ def test_every_later_study_is_a_configuration_at_its_own_scale(path: Path) -> No
 def test_studies_and_scales_never_share_a_record() -> None:
     first, other = committed(), replace(committed(), study="start", own_scale="laptop", scale="laptop")
     grids = [first, replace(first, scale="gpt2-124m"), other, replace(other, scale="gpt2-124m")]
-    names = [results_path(grid).name for grid in grids]
+    names = [grid.results.name for grid in grids]
     assert names == ["results.csv", "results-gpt2-124m.csv", "results-start.csv", "results-start-gpt2-124m.csv"]
-    assert len({report_path(grid) for grid in grids}) == 4 and report_path(first) == Path("STUDY.md")
-    assert notes_path(other) != notes_path(first)
+    assert len({grid.report for grid in grids}) == 4 and first.report == Path("STUDY.md")
+    assert other.notes != first.notes
 
 
 def test_committed_grid_holds_what_the_study_promises() -> None:
@@ -226,7 +225,7 @@ def test_no_two_runs_in_flight_do_the_same_work(works: list[set[int]], luck: ran
     tasks = [Task(f"t{i}", [], None, "", {str(key): f"{key}" for key in work}) for i, work in enumerate(works)]
     progress = Progress(list(tasks))
     while progress.waiting or progress.flying:
-        while len(progress.flying) < 3 and (task := next_task(progress)):
+        while len(progress.flying) < 3 and (task := progress.next_task()):
             progress.waiting.remove(task)
             progress.flying[task.name] = task
         flying = list(progress.flying.values())

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from microlm.errors import UserError
-from microlm.research.study.driver import Progress, Study, next_task
+from microlm.research.study.driver import Progress, Study
 from microlm.research.study.grid import GRID, read_grid, read_yaml
-from microlm.research.study.recheck import Recheck
 from microlm.research.study.results import read_results, stamp_rows
 from tests.support.clones import ROOT, Clone
 
@@ -18,10 +17,10 @@ PRUNED = read_grid("pruned", "study", PARAMS, ROOT / GRID)
 
 def test_stamped_rows_are_done_and_keep_every_other_cell(tmp_path: Path) -> None:
     Clone(tmp_path)
-    study = Recheck(tmp_path, PRUNED, PARAMS)
+    study = Study(tmp_path, PRUNED, PARAMS)
     before = study.csv.read_text()
     study.csv.write_text(re.sub(r",[0-9a-f]{12},[0-9a-f]{12},", ",older,older,", before))
-    assert study.stale() == study.tasks and len(study.remaining()) == study.sample
+    assert study.stale() == study.tasks == study.remaining()
     stamp_rows(study.csv, {run.slug: (task.settings, study.code) for task in study.tasks for run in task.runs})
     assert study.stale() == []
     blank = [re.sub(r",[0-9a-f]{12},[0-9a-f]{12},", ",,", text) for text in (before, study.csv.read_text())]
@@ -30,12 +29,12 @@ def test_stamped_rows_are_done_and_keep_every_other_cell(tmp_path: Path) -> None
 
 def test_a_loss_that_moved_is_refused_and_named(tmp_path: Path) -> None:
     Clone(tmp_path)
-    study = Recheck(tmp_path, PRUNED, PARAMS)
+    study = Study(tmp_path, PRUNED, PARAMS)
     same = read_results(study.csv)[0]
-    study._keep([same])
-    study._keep([same | {"student_acc_norm": 0.9, "student_elapsed_s": 1.0}])
+    study.refuse_moved([same])
+    study.refuse_moved([same | {"student_acc_norm": 0.9, "student_elapsed_s": 1.0}])
     with pytest.raises(UserError, match=rf"{same['run']}.*student_nats .* -> 1.5.*make study"):
-        study._keep([same | {"student_nats": 1.5}])
+        study.refuse_moved([same | {"student_nats": 1.5}])
 
 
 def test_rows_that_are_there_do_not_let_two_runs_do_the_same_work(
@@ -43,12 +42,13 @@ def test_rows_that_are_there_do_not_let_two_runs_do_the_same_work(
 ) -> None:
     """Another machine may have made them: shards and caches that all runs share need not be in this one's cache."""
     Clone(tmp_path)
-    study = Recheck(tmp_path, PRUNED, PARAMS)
+    study = Study(tmp_path, PRUNED, PARAMS)
     study.csv.write_text(re.sub(r",[0-9a-f]{12},[0-9a-f]{12},", ",older,older,", study.csv.read_text()))
     begun: list[Progress] = []
-    monkeypatch.setattr(Study, "_run_locked", lambda _, progress: begun.append(progress))
-    study.run(2)
-    first = next_task(begun[0])
+    monkeypatch.setattr(Study, "_run_locked", lambda study: begun.append(study.progress))
+    study.accept(2)
+    assert len(begun[0].waiting) == 2
+    first = begun[0].next_task()
     begun[0].waiting.remove(first)
     begun[0].flying[first.name] = first
-    assert begun[0].waiting and next_task(begun[0]) is None
+    assert begun[0].waiting and begun[0].next_task() is None

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from microlm.errors import UserError
-from microlm.research.study.analysis import arm_results, estimate, holm, ladder_results
+from microlm.evaluation.results.statistics import holm
+from microlm.research.study.analysis import arm_results, estimate, ladder_results
 from microlm.research.study.grid import GRID, Grid, Run, read_grid, read_yaml
 from microlm.research.study.report import report_text, rows_of, write_report
 from microlm.research.study.results import COLUMNS, LABELS, add_rows, read_results
@@ -148,7 +149,7 @@ def test_report_says_what_the_rows_say_and_no_more(tmp_path: Path) -> None:
         ("forms", "form"): [0.01, 0.02, 0.03],
     }
     grid, rows = synthetic(values)
-    text = report_text(rows, grid, "study/study.png")
+    text = report_text(rows, grid)
     for (_, label), each in values.items():
         mean, half = np.mean(each), stats.t(2).isf(0.025) * np.std(each, ddof=1) / math.sqrt(3)
         line = next(line for line in text.splitlines() if line.startswith(f"| {label} "))
@@ -159,11 +160,11 @@ def test_report_says_what_the_rows_say_and_no_more(tmp_path: Path) -> None:
     assert "Worse than the matched control, after the correction: up from control (+0.2000)." in text
     assert "Not told apart from the matched control, after the correction: unsure from control" in text
     assert "All of it is here." in text and "Reading of these results" not in text
-    alone = report_text(rows[rows["seed"] == 1], grid, "f")
+    alone = report_text(rows[rows["seed"] == 1], grid)
     assert "One seed, hence no test: down from control (-0.1000), up from" in alone and "nan" not in alone
-    assert "Written by hand" in report_text(rows, grid, "f", "What I make of it.")
+    assert "Written by hand" in report_text(rows, grid, "What I make of it.")
     arms = rows[rows["group"] != "forms"]
-    partial = report_text(rows.iloc[:-2], grid, "f")
+    partial = report_text(rows.iloc[:-2], grid)
     assert "2 of 12 points are not here yet" in partial and "All of it is here" not in partial
     assert {r.arm: r.verdict for r in arm_results(arms)} == {
         "down": "better",
@@ -180,7 +181,7 @@ def test_report_finds_the_rung_that_ends_the_fall() -> None:
         ("ladder", "last"): [-0.05, -0.06, -0.05],
     }
     grid, rows = synthetic(values)
-    text = report_text(rows, grid, "f")
+    text = report_text(rows, grid)
     rungs = ladder_results(rows, [label for _, label in values])
     expected = 2 * (np.array(values["ladder", "cure"]) - np.array(values["ladder", "second"]))
     assert rungs[2].change.mean == pytest.approx(expected.mean())
@@ -190,7 +191,7 @@ def test_report_finds_the_rung_that_ends_the_fall() -> None:
     assert "The largest fall in the mean is at rung `cure`" in text
 
     grid, rows = synthetic({key: [-abs(x) for x in each] for key, each in values.items()})
-    assert "there is no fall here to explain" in report_text(rows, grid, "f")
+    assert "there is no fall here to explain" in report_text(rows, grid)
 
 
 def test_cost_and_selection_are_paired_on_the_seed() -> None:
@@ -199,7 +200,7 @@ def test_cost_and_selection_are_paired_on_the_seed() -> None:
     rows.loc[rows["group"] == "flop", "windows"] = "any"
     rows.loc[rows["group"] == "flop", "continued_val_bpb"] = [1.0, 1.1, 1.3]
     rows.loc[rows["label"] == "selection", "continued_val_bpb"] = [1.40, 1.41, 1.42]
-    text = report_text(rows, grid, "f")
+    text = report_text(rows, grid)
     assert f"| fkl | control | {estimate([0.6, 0.6, 0.5])} |" in text
     assert f"| control | all cached | {estimate([-0.1, -0.09, -0.08])} |" in text
 
@@ -215,7 +216,7 @@ def test_report_of_the_real_grid_is_drawn_from_its_csv_alone(tmp_path: Path) -> 
     assert figure.startswith(b"\x89PNG")
     assert write_report(tmp_path, grid).read_bytes() == first
     assert (tmp_path / "study" / "study.png").read_bytes() == figure
-    assert len(rows_of(grid, tmp_path / "study" / "results.csv")) == 60
+    assert len(rows_of(grid, tmp_path)) == 60
     assert b"nan" not in first
     with pytest.raises(UserError, match="holds no run"):
         write_report(tmp_path / "empty", grid)

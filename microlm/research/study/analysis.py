@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from microlm.evaluation.results.statistics import CONFIDENCE
+from microlm.evaluation.results.statistics import CONFIDENCE, holm
 
 SIGNIFICANT = 1 - CONFIDENCE
 AGAINST_CONTINUED, AGAINST_CONTROL = "student_minus_continued_val_bpb", "student_minus_control_val_bpb"
@@ -38,11 +38,11 @@ class Estimate:
         return f"{self.mean:+.4f} [{span}]"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Over one value for each seed (Student 1908)."""
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Over one value for each seed (Student 1908); None without any."""
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
-        return Estimate(float(x.mean()), math.nan, math.nan, math.nan, len(x))
+        return Estimate(float(x[0]), math.nan, math.nan, math.nan, 1) if len(x) else None
     error = stats.sem(x)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * error
     # equal values have no spread to test against: a mean of 0 is then certain, any other impossible
@@ -50,32 +50,29 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(x.mean()), float(x.mean() - half), float(x.mean() + half), float(p), len(x))
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p-values that bound the chance of any false finding among them (Holm 1979). NaN stays, uncounted."""
-    adjusted = [math.nan] * len(p)
-    ranked = sorted((value, place) for place, value in enumerate(p) if not math.isnan(value))
-    largest = 0.0
-    for rank, (value, place) in enumerate(ranked):
-        largest = max(largest, min(1.0, value * (len(ranked) - rank)))
-        adjusted[place] = largest
-    return adjusted
+def paired(a: pd.DataFrame, a_column: str, b: pd.DataFrame, b_column: str) -> Estimate | None:
+    """a's column minus b's, row by row of the same seed; None without a common seed.
+
+    Several rows of one seed count once, by their mean: runs that differ in the student alone share a `continued`.
+    """
+    return estimate((a.groupby("seed")[a_column].mean() - b.groupby("seed")[b_column].mean()).dropna())
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm from one start: student minus the `continued` of its own run, in bits per byte."""
+    """One arm from one start: student minus the `continued` of its own run, in bits per byte.
+
+    `adjusted_p` bounds the chance of any false finding among the arms; it is NaN for a single seed.
+    """
 
     arm: str
     init: str
-    student: float
-    continued: float
+    rows: pd.DataFrame
     difference: Estimate
-    within: tuple[float, float]  # mean ends of the runs' own intervals, over windows of text
-    each: list[float]
     adjusted_p: float
-    # of the runs that were scored on text of another kind: the difference there, and that on HellaSwag's true endings
-    outside: Estimate | None
-    endings: Estimate | None
+
+    def __str__(self) -> str:
+        return f"{self.arm} from {self.init}"
 
     @property
     def verdict(self) -> str:
@@ -85,31 +82,26 @@ class ArmResult:
             return "better" if self.difference.mean < 0 else "worse"
         return "not told apart"
 
+    @property
+    def outside(self) -> Estimate | None:
+        """The difference on text of another kind, of the runs that were scored on it."""
+        return estimate(self.rows[OUTSIDE].dropna())
+
+    @property
+    def endings(self) -> Estimate | None:
+        """The difference on HellaSwag's true endings, of the same runs."""
+        scored = self.rows[self.rows[OUTSIDE].notna()]
+        return estimate(scored["student_gold_bpb"] - scored["continued_gold_bpb"])
+
 
 def arm_results(rows: pd.DataFrame) -> list[ArmResult]:
-    """The arms of the rows in their order, each start apart; Holm over all of them."""
+    """The arms of the rows in their order, each start apart; Holm over all that have a test."""
     groups = list(rows.groupby(["label", "init"], sort=False))
     estimates = [estimate(part[AGAINST_CONTINUED]) for _, part in groups]
-    adjusted = holm([found.p for found in estimates])
-    results = []
-    for ((arm, init), part), found, p in zip(groups, estimates, adjusted):
-        scored = part[part[OUTSIDE].notna()]
-        endings = scored["student_gold_bpb"] - scored["continued_gold_bpb"]
-        results.append(
-            ArmResult(
-                arm,
-                init,
-                part["student_val_bpb"].mean(),
-                part["continued_val_bpb"].mean(),
-                found,
-                (part[f"{AGAINST_CONTINUED}_low"].mean(), part[f"{AGAINST_CONTINUED}_high"].mean()),
-                part[AGAINST_CONTINUED].tolist(),
-                p,
-                None if scored.empty else estimate(scored[OUTSIDE]),
-                None if scored.empty else estimate(endings),
-            )
-        )
-    return results
+    p = np.array([found.p for found in estimates])
+    tested = ~np.isnan(p)
+    p[tested] = holm(p[tested])
+    return [ArmResult(*names, part, found, float(q)) for (names, part), found, q in zip(groups, estimates, p)]
 
 
 @dataclass(frozen=True)
@@ -122,25 +114,11 @@ class Rung:
 
 def ladder_results(rows: pd.DataFrame, labels: Sequence[str]) -> list[Rung]:
     """The rungs that have rows, in the order of `labels`."""
-    rungs: list[Rung] = []
-    before: pd.Series | None = None
+    rungs, before = [], rows.iloc[:0]
     for label in labels:
         part = rows[rows["label"] == label]
-        if part.empty:
-            continue
-        here = part.set_index("seed")[AGAINST_CONTROL]
-        steps = (here - before).dropna() if before is not None else pd.Series(dtype=float)
-        change = estimate(steps) if len(steps) else None
-        rungs.append(Rung(label, estimate(part[AGAINST_CONTINUED]), estimate(here), change))
-        before = here
+        if not part.empty:
+            change = paired(part, AGAINST_CONTROL, before, AGAINST_CONTROL)
+            rungs.append(Rung(label, estimate(part[AGAINST_CONTINUED]), estimate(part[AGAINST_CONTROL]), change))
+            before = part
     return rungs
-
-
-def paired(a: pd.DataFrame, a_column: str, b: pd.DataFrame, b_column: str) -> Estimate | None:
-    """a's column minus b's, row by row of the same seed; None without a common seed.
-
-    Several rows of one seed count once, by their mean: runs that differ in the student alone share a `continued`.
-    """
-    means = [table.groupby("seed")[column].mean() for table, column in ((a, a_column), (b, b_column))]
-    difference = (means[0] - means[1]).dropna()
-    return estimate(difference) if len(difference) else None

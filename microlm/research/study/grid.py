@@ -1,10 +1,10 @@
 """study/<name>.yaml -> runs: what each overrides in params.yaml, checked as configuration before anything is queued."""
 
 import difflib
+import functools
 import itertools
-import json
+import operator
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from microlm import files
-from microlm.config import Config, ConfigError, load_config
+from microlm.config import Config, config_of
 from microlm.errors import UserError
 from microlm.files import sha256_json
 
@@ -21,8 +21,6 @@ FIRST = "grid"  # the study that has STUDY.md
 GRID = FOLDER / f"{FIRST}.yaml"
 _GROUP_KEYS = {"about", "section", "settings", "cases", "ladder", "each"}
 _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)\Z)[A-Za-z_][\w./-]*", re.I)  # a word that -S reads as itself
-
-Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,29 @@ class Grid:
         for run in self.runs:
             found.setdefault(run.digest, []).append(run)
         return found
+
+    def named(self, name: str) -> str:
+        """A file's name, with the study and scale where they are not the first study's and its file's own."""
+        stem, suffix = name.split(".")
+        other = self.study * (self.study != FIRST), self.scale * (self.scale != self.own_scale)
+        return "-".join((stem, *filter(None, other))) + f".{suffix}"
+
+    @property
+    def results(self) -> Path:
+        return FOLDER / self.named("results.csv")
+
+    @property
+    def report(self) -> Path:
+        """STUDY.md of the first study; a later one's lies beside its grid."""
+        return Path(FOLDER if self.study != FIRST else "") / self.named("STUDY.md")
+
+    @property
+    def figure(self) -> Path:
+        return FOLDER / self.named("study.png")
+
+    @property
+    def notes(self) -> Path:
+        return FOLDER / ("notes.md" if self.study == FIRST else f"notes-{self.study}.md")
 
 
 def rendered(value: Any) -> str:
@@ -122,50 +143,33 @@ def _refuse_bad_group(name: str, body: Any, path: Path) -> None:
 def _expand(
     group: str, body: Mapping[str, Any], scale: str, seeds: Sequence[int], params: Mapping[str, Any], path: Path
 ) -> Iterator[Run]:
-    each = body.get("each", {})
-    for label, own in _cases(body):
-        for values in itertools.product(*(value if isinstance(value, list) else [value] for value in each.values())):
-            varied = dict(zip(each, values))
-            settings: Settings = {"scale": scale} | body.get("settings", {}) | varied | (own or {})
-            marks = [
-                value if isinstance(value, str) else f"{key.split('.')[-1]}{value}" for key, value in varied.items()
-            ]
-            slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join([group, str(label), *marks]))
-            full = {_full_key(key, scale, params, f"{path}: {group}.{label}"): v for key, v in settings.items()}
-            for seed in seeds:
-                yield Run(group, str(label), f"{slug}-s{seed}", seed, full | {"seed": seed})
-
-
-def _cases(body: Mapping[str, Any]) -> Iterator[tuple[str, Settings]]:
-    """Cases stand for themselves; each rung of a ladder keeps what the rungs before it set."""
-    if "cases" in body:
-        yield from body["cases"].items()
-        return
-    kept: Settings = {}
-    for label, changed in body["ladder"].items():
-        kept = kept | changed
-        yield label, kept
+    each, cases = body.get("each", {}), body.get("cases")
+    if cases is None:  # each rung of a ladder keeps what the rungs before it set
+        cases = dict(zip(body["ladder"], itertools.accumulate(body["ladder"].values(), operator.or_)))
+    points = list(itertools.product(*(value if isinstance(value, list) else [value] for value in each.values())))
+    for (label, own), values in itertools.product(cases.items(), points):
+        varied = dict(zip(each, values))
+        marks = [value if isinstance(value, str) else f"{key.split('.')[-1]}{value}" for key, value in varied.items()]
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join([group, str(label), *marks]))
+        settings = {"scale": scale} | body.get("settings", {}) | varied | (own or {})
+        full = {_full_key(key, scale, params, f"{path}: {group}.{label}"): v for key, v in settings.items()}
+        for seed in seeds:
+            yield Run(group, str(label), f"{slug}-s{seed}", seed, full | {"seed": seed})
 
 
 def _full_key(key: str, scale: str, params: Mapping[str, Any], where: str) -> str:
     """`continuation.dtype` -> `scales.study.continuation.dtype`; UserError for a key that params.yaml has not."""
-    block = params["scales"][scale]
-    first = key.split(".")[0]
-    full = key if first in params else f"scales.{scale}.{key}"
+    full = key if key.split(".")[0] in params else f"scales.{scale}.{key}"
     node: Any = params
-    for part in _parts(full, scale):
+    for part in full.split("."):
         if not isinstance(node, dict) or part not in node:
+            block = params["scales"][scale]
             known = [*params, *(f"{name}.{leaf}" for name, inner in block.items() for leaf in inner)]
             near = difflib.get_close_matches(key, known, 1)
             mend = f"did you mean {near[0]}?" if near else "give a key of params.yaml, e.g. alpha or continuation.dtype"
             raise UserError(f"{where}: {key}: is not a key of params.yaml; {mend}")
         node = node[part]
     return full
-
-
-def _parts(key: str, scale: str) -> list[str]:
-    prefix = f"scales.{scale}."
-    return ["scales", scale, *key.removeprefix(prefix).split(".")] if key.startswith(prefix) else key.split(".")
 
 
 def resolve(run: Run, params: Mapping[str, Any], scale: str) -> tuple[dict[str, Any], Config]:
@@ -176,16 +180,6 @@ def resolve(run: Run, params: Mapping[str, Any], scale: str) -> tuple[dict[str, 
     """
     whole = deepcopy({**params, "scales": {scale: params["scales"][scale]}})
     for key, value in run.settings.items():
-        *path, last = _parts(key, scale)
-        node = whole
-        for part in path:
-            node = node[part]
-        node[last] = value
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "params.yaml"
-        file.write_text(json.dumps(whole), encoding="utf-8")  # JSON is YAML
-        try:
-            return whole, load_config(file)
-        except ConfigError as error:
-            lines = (f"{GRID}: {run.slug}: {line.removeprefix(f'{file}: ')}" for line in str(error).splitlines())
-            raise UserError("\n".join(lines)) from None
+        *path, last = key.split(".")
+        functools.reduce(operator.getitem, path, whole)[last] = value
+    return whole, config_of(whole, f"{GRID}: {run.slug}")

@@ -1,97 +1,71 @@
 """dvc.yaml as the study needs it: which code decides its numbers, and which runs share which stages' work."""
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dvc.parsing import DataResolver
+from dvc.repo import Repo
 
 from microlm.files import sha256_file, sha256_json
 from microlm.research.study.grid import read_yaml
 from microlm.runtime.resume import code_files
 
 TARGET = "compare"
+MADE = ("outs", "metrics", "plots")
 # `check` differs between all runs but computes nothing; what `compare` draws from the scores is not a training's doing
 _NOT_WORK = {"check", TARGET}
-_TEMPLATE = re.compile(r"\$\{([\w.]+)\}")
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    definition: Mapping[str, Any]
-    deps: list[str]
-    params: list[str]
-    outs: list[str]
 
 
 class Pipeline:
-    """The stages that `compare` stands on, in the order of dvc.yaml, templates of foreach filled in."""
+    """The stages that `compare` stands on, each after those that it needs."""
 
     def __init__(self, root: Path, scale: str) -> None:
         self.root = root
-        stages = [
-            stage
-            for name, body in read_yaml(root / "dvc.yaml")["stages"].items()
-            for stage in _stages(name, body, scale)
-        ]
-        self._makers = {out: stage.name for stage in stages for out in stage.outs}
-        by_name = {stage.name: stage for stage in stages}
-        self.stages: dict[str, Stage] = {}
-        self._visit(by_name[TARGET], by_name)
+        with Repo(str(root)) as repo:
+            resolver = DataResolver(repo, "", read_yaml(root / "dvc.yaml"))
+            resolver.context["scale"] = scale  # not the one that params.yaml chooses
+            every = {name: _definition(body) for name, body in resolver.resolve()["stages"].items()}
+        self._makers = {out: name for name, stage in every.items() for kind in MADE for out in stage[kind]}
+        self.stages: dict[str, dict[str, Any]] = {}
+        self._visit(TARGET, every)
 
-    def _visit(self, stage: Stage, by_name: Mapping[str, Stage]) -> None:
-        for parent in self._parents(stage):
+    def _visit(self, name: str, every: Mapping[str, dict[str, Any]]) -> None:
+        for parent in self._parents(name, every[name]):
             if parent not in self.stages and parent not in _NOT_WORK:
-                self._visit(by_name[parent], by_name)
-        if stage.name not in _NOT_WORK:
-            self.stages[stage.name] = stage
+                self._visit(parent, every)
+        if name not in _NOT_WORK:
+            self.stages[name] = every[name]
 
-    def _parents(self, stage: Stage) -> list[str]:
+    def _parents(self, name: str, stage: Mapping[str, Any]) -> list[str]:
         """Stages that make a dependency, or a folder around it."""
-        around = (place for dep in stage.deps for place in (dep, *map(str, Path(dep).parents)))
-        return sorted({self._makers[place] for place in around if place in self._makers} - {stage.name})
+        around = (place for dep in stage["deps"] for place in (dep, *map(str, Path(dep).parents)))
+        return sorted({self._makers[place] for place in around if place in self._makers} - {name})
 
     def code(self) -> dict[str, str]:
         """Digest by file of all that decides the numbers besides parameters: source files, and stages of dvc.yaml."""
-        files = {file for stage in self.stages.values() for file in code_files(self.root, stage.deps) if file.is_file()}
-        digests = {str(file.relative_to(self.root)): sha256_file(file) for file in sorted(files)}
-        definitions = {name: stage.definition for name, stage in self.stages.items()}
-        return digests | {"dvc.yaml": sha256_json(definitions)}
+        files = {file for stage in self.stages.values() for file in code_files(self.root, stage["deps"])}
+        digests = {str(file.relative_to(self.root)): sha256_file(file) for file in sorted(files) if file.is_file()}
+        return digests | {"dvc.yaml": sha256_json(self.stages)}
 
     def keys(self, params: Mapping[str, Any]) -> dict[str, str]:
         """For each stage a digest of all parameters that it or a stage before it reads: equal keys, equal work."""
         keys: dict[str, str] = {}
         for name, stage in self.stages.items():
-            read = {key: _value(params, key) for key in stage.params}
-            above = {parent: keys[parent] for parent in self._parents(stage) if parent in keys}
+            read = {key: _value(params, key) for key in stage["params"]}
+            above = {parent: keys[parent] for parent in self._parents(name, stage) if parent in keys}
             keys[name] = f"{name}:{sha256_json([read, above])[:16]}"
         return keys
 
 
-def _stages(name: str, body: Mapping[str, Any], scale: str) -> list[Stage]:
-    if "foreach" not in body:
-        return [_stage(name, body, {"scale": scale})]
-    items = body["foreach"]
-    items = items if isinstance(items, dict) else {str(item): item for item in items}
-    stages = []
-    for key, item in items.items():
-        fields = {f"item.{field}": value for field, value in item.items()} if isinstance(item, dict) else {"item": item}
-        stages.append(_stage(f"{name}@{key}", body["do"], {"scale": scale, "key": key, **fields}))
-    return stages
+def _definition(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage runs, reads and makes, without what DVC does with it (`data/parts: {push: false}`)."""
+    places = {key: sorted(map(_place, body.get(key, []))) for key in ("deps", "params", *MADE)}
+    return places | {"cmd": body["cmd"]}
 
 
-def _stage(name: str, body: Mapping[str, Any], values: Mapping[str, Any]) -> Stage:
-    def filled(entry: Any) -> str:
-        text = next(iter(entry)) if isinstance(entry, dict) else str(entry)
-        return _TEMPLATE.sub(lambda match: str(values[match[1]]), text)
-
-    listed = {
-        key: [filled(entry) for entry in body.get(key, [])] for key in ("deps", "params", "outs", "metrics", "plots")
-    }
-    definition = {key: sorted(paths) for key, paths in listed.items()} | {"cmd": filled(body["cmd"])}
-    made = listed["outs"] + listed["metrics"] + listed["plots"]
-    return Stage(name, definition, listed["deps"], listed["params"], made)
+def _place(entry: str | Mapping[str, Any]) -> str:
+    return entry if isinstance(entry, str) else next(iter(entry))
 
 
 def _value(params: Mapping[str, Any], key: str) -> Any:

@@ -1,23 +1,115 @@
-"""The DVC queue of the study's clone: add runs, keep workers alive, see what ended, stop everything.
+"""The study's own clone and the DVC queue in it: add runs, keep workers alive, see what ended, stop everything.
+
+DVC's queue stashes and resets the working tree with every run it takes, so never the user's. The clone stands at the
+commit that was HEAD when the study began, whatever is edited meanwhile, and shares the repository's DVC cache, so that
+what one has trained the other need not.
 
 What ended is read from Git, where DVC puts it, so that looking costs milliseconds: a reference for each success, a
 stash entry for each failure.
 """
 
+import contextlib
+import json
+import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from microlm.errors import UserError
-from microlm.research.study.pipeline import TARGET
-from microlm.research.study.workspace import dvc, git, run
+from microlm.evaluation import SCORED_MODELS
+from microlm.research.study.grid import read_yaml
+from microlm.research.study.pipeline import TARGET, Pipeline
 
+FOLDER = Path(".resume/study")
+CLONE = FOLDER / "repository"
 FAILED = "refs/exps/celery/failed"
 GRACE_S = 30.0  # a training that is asked to end finishes its step and saves first
+
+
+def run(directory: Path, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command in a folder; RuntimeError with what it printed if it fails and `check` is set.
+
+    Args:
+        variables: more of the environment.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in ("DVC_ROOT", "PYTHONPATH")}
+    # this interpreter's programs first, so that `dvc` and the stages' `python` are its own
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # into files: queue workers inherit their starter's output, and a pipe is only at its end when all of them are gone
+    with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+        ended = subprocess.run(command, cwd=directory, env=kept | {"PATH": path} | variables, **streams)
+        for file in (out, err):
+            file.seek(0)
+        ended.stdout, ended.stderr = out.read(), err.read()
+    if check and ended.returncode:
+        told = (ended.stderr or ended.stdout).strip()
+        raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}: {told}")
+    return ended
+
+
+def git(directory: Path, *arguments: str) -> str:
+    return run(directory, "git", *arguments).stdout.strip()
+
+
+def dvc(directory: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return run(directory, sys.executable, "-m", "dvc", *arguments, check=check)
+
+
+def prepare(root: Path, scale: str) -> Path:
+    """The clone at HEAD of the repository `root`, empty of data. No run may be under way in it.
+
+    Raises:
+        UserError: `root` is no Git repository, or code that decides a number is not committed.
+    """
+    clone = (root / CLONE).absolute()
+    try:
+        head = git(root, "rev-parse", "HEAD")
+    except RuntimeError:
+        raise UserError(f"{root}: is no Git repository with a commit; the study runs committed code only") from None
+    if not (clone / ".git").is_dir():
+        clone.parent.mkdir(parents=True, exist_ok=True)
+        user = ("--config", "user.name=study", "--config", "user.email=study@localhost")
+        git(root, "clone", "--quiet", "--no-checkout", *user, str(root.absolute()), str(clone))
+    git(clone, "fetch", "--quiet", str(root.absolute()), "HEAD")
+    git(clone, "checkout", "--quiet", "--force", "-B", "study", head)
+    git(clone, "clean", "--quiet", "--force", "-d")
+    if (clone / "dvc.lock").exists():
+        # It describes another scale: where DVC takes a stage from its run cache, it looks up the lock's old data/parts,
+        # which a fresh clone has not. Without a lock DVC still finds what the run cache holds. Always the same commit
+        # on top of `head`, or what an earlier study ran would not be found again.
+        git(clone, "rm", "--quiet", "dvc.lock")
+        date = git(clone, "show", "--no-patch", "--format=%cI", head)
+        dates = {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
+        run(clone, "git", "commit", "--quiet", "--no-verify", "--message", "study: without dvc.lock", **dates)
+    cache = dvc(root, "cache", "dir").stdout.strip()
+    dvc(clone, "cache", "dir", "--local", str((root / cache).resolve()))
+    wheels, shared = clone / ".resume" / "wheels", (root / ".resume" / "wheels").absolute()
+    for folder in (wheels.parent, shared):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not wheels.is_symlink():
+        wheels.symlink_to(shared)
+    _refuse_uncommitted(root, clone, scale)
+    return clone
+
+
+def _refuse_uncommitted(root: Path, clone: Path, scale: str) -> None:
+    here, there = (
+        Pipeline(place, scale).code() | {"params.yaml": read_yaml(place / "params.yaml")} for place in (root, clone)
+    )
+    changed = sorted(file for file in here.keys() | there.keys() if here.get(file) != there.get(file))
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)}: changed since the last commit, and the study runs committed code only; "
+            "commit the change, or put it aside with: git stash"
+        )
 
 
 class DvcQueue:
@@ -34,9 +126,7 @@ class DvcQueue:
             ended = dvc(self.directory, "exp", "run", "--queue", "--name", name, *options, TARGET, check=False)
             if ended.returncode == 0:
                 return
-            if (
-                attempt == 3 or "lock" not in ended.stderr.lower()
-            ):  # a worker that collects its results holds it briefly
+            if attempt == 3 or "lock" not in ended.stderr.lower():  # which a worker that collects results holds briefly
                 reason = " ".join(ended.stderr.split())
                 raise UserError(f"{self.directory}: DVC did not queue {name}: {reason}; mend that, then run this again")
             time.sleep(2)
@@ -44,19 +134,17 @@ class DvcQueue:
     def keep_working(self, waiting: int) -> bool:
         """See to it that workers run for `waiting` runs; False if there are none and DVC has nothing queued for any."""
         wanted = min(self.jobs, waiting)
-        if len(list(self._workers())) >= wanted:
+        if len(self._workers()) >= wanted:
             return True
         started = dvc(self.directory, "queue", "start", "--jobs", str(wanted)).stdout
-        return "No experiment tasks in the queue" not in started or any(True for _ in self._workers())
+        return "No experiment tasks in the queue" not in started or bool(self._workers())
 
     def finished(self) -> dict[str, str]:
         """Commit of each experiment on the clone's HEAD that succeeded, by name."""
         head = git(self.directory, "rev-parse", "HEAD")
-        listed = git(
-            self.directory, "for-each-ref", "--format=%(refname) %(objectname)", f"refs/exps/{head[:2]}/{head[2:]}"
-        )
-        pairs = (line.split() for line in listed.splitlines())
-        return {reference.rsplit("/", 1)[1]: commit for reference, commit in pairs}
+        named = "--format=%(refname:lstrip=4) %(objectname)"
+        listed = git(self.directory, "for-each-ref", named, f"refs/exps/{head[:2]}/{head[2:]}")
+        return dict(line.split() for line in listed.splitlines())
 
     def failed(self) -> set[str]:
         """Names of the experiments whose stages failed since the last `clear`."""
@@ -71,47 +159,35 @@ class DvcQueue:
         logs = sorted((self.temporary / "exps" / "celery").glob("*.out"))
         return "\n".join(path.read_text(errors="replace") for path in logs)
 
+    def metrics(self, commit: str) -> dict[str, dict[str, Any]]:
+        """What an experiment's commit holds under metrics/, by file stem; evaluations as `evaluation/<model>`."""
+        names = ["summary", *SCORED_MODELS, *(f"evaluation/{model}" for model in SCORED_MODELS)]
+        return {name: json.loads(git(self.directory, "show", f"{commit}:metrics/{name}.json")) for name in names}
+
     def clear(self) -> None:
         """End every process of the queue, forget what was queued or failed; a training keeps what it saved."""
-        self._end(list(self._processes()))
+        left = self._processes()
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    end(process)
+            _, left = psutil.wait_procs(left, timeout=GRACE_S)
         shutil.rmtree(self.temporary, ignore_errors=True)
         references = git(self.directory, "for-each-ref", "--format=%(refname)", "refs/exps/celery", "refs/exps/exec")
         for reference in references.splitlines():
             git(self.directory, "update-ref", "-d", reference)
 
-    def _workers(self) -> Iterator[psutil.Process]:
-        return (process for process in self._processes() if "queue-worker" in process.info["cmdline"])
+    def _workers(self) -> list[psutil.Process]:
+        return [process for process in self._processes() if "queue-worker" in process.info["cmdline"]]
 
-    def _processes(self) -> Iterator[psutil.Process]:
+    def _processes(self) -> list[psutil.Process]:
         """Workers in the clone, and all that run in its temporary copies."""
-        for process in psutil.process_iter(["cwd", "cmdline", "status"]):
-            info = process.info
-            if not info["cwd"] or not info["cmdline"] or info["status"] == psutil.STATUS_ZOMBIE:
+        found = []
+        for process in psutil.process_iter(["cwd", "cmdline"]):
+            place, words = process.info["cwd"], process.info["cmdline"]
+            if not place or not words:  # a zombie
                 continue
-            place = Path(info["cwd"])
-            is_worker = place == self.directory and "queue-worker" in info["cmdline"]
-            if is_worker or place.is_relative_to(self.temporary):
-                yield process
-
-    @staticmethod
-    def _end(processes: Sequence[psutil.Process]) -> None:
-        for process in processes:
-            try:
-                process.terminate()
-            except psutil.NoSuchProcess:
-                continue
-        _, left = psutil.wait_procs(processes, timeout=GRACE_S)
-        for process in left:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(left, timeout=GRACE_S)
-
-
-def metrics_of(directory: Path, commit: str, path: str) -> bytes:
-    """A file of an experiment's commit. RuntimeError if it has none such."""
-    ended = subprocess.run(["git", "show", f"{commit}:{path}"], cwd=directory, capture_output=True)
-    if ended.returncode:
-        raise RuntimeError(f"git show {commit}:{path}: {ended.stderr.decode(errors='replace').strip()}")
-    return ended.stdout
+            is_worker = Path(place) == self.directory and "queue-worker" in words
+            if is_worker or Path(place).is_relative_to(self.temporary):
+                found.append(process)
+        return found

@@ -5,7 +5,6 @@ A row stands for its run as long as the settings it resolved to and the code it 
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,7 @@ from microlm.config import Config
 from microlm.errors import UserError
 from microlm.evaluation import SCORED_MODELS
 from microlm.files import atomic_file
-from microlm.research.study.grid import FIRST, FOLDER, Grid, Run
-from microlm.research.study.queue import metrics_of
+from microlm.research.study.grid import Run
 
 LABELS = ("run", "group", "label", "scale", "init", "objective", "windows", "overrides", "settings", "code")
 SCORES = ("val_bpb", "nats", "acc_norm", "gold_bpb")
@@ -47,35 +45,11 @@ COLUMNS = (*RECORDED, *OUTSIDE)
 Row = dict[str, Any]
 
 
-def results_path(grid: Grid, root: Path = Path(".")) -> Path:
-    """study/results.csv of the first study at its own scale; other studies and scales are named in it."""
-    return root / FOLDER / f"{marked('results', grid)}.csv"
-
-
-def marked(stem: str, grid: Grid) -> str:
-    """`stem`, and the grid's study and scale where they are not the first study's and its file's own."""
-    other = grid.study * (grid.study != FIRST), grid.scale * (grid.scale != grid.own_scale)
-    return "-".join((stem, *filter(None, other)))
-
-
-def read_metrics(directory: Path, commit: str) -> dict[str, dict[str, Any]]:
-    """What an experiment's commit holds under metrics/, by file stem; evaluations as `evaluation/<model>`."""
-    names = [
-        "summary",
-        "student",
-        "continued",
-        "control",
-        "teacher",
-        *(f"evaluation/{model}" for model in SCORED_MODELS),
-    ]
-    return {name: json.loads(metrics_of(directory, commit, f"metrics/{name}.json")) for name in names}
-
-
 def row_of(run: Run, config: Config, metrics: Mapping[str, Any], settings: str, code: str) -> Row:
     """The row of a finished run. KeyError if its metrics lack an entry.
 
     Args:
-        metrics: as read_metrics returns them.
+        metrics: as `DvcQueue.metrics` returns them.
         settings: digest of all parameters that the run resolved to.
         code: digest of the code it ran under.
     """
@@ -133,12 +107,10 @@ def _read_cells(path: Path) -> list[Row]:
     lines = list(csv.reader(io.StringIO(text)))
     if not lines or tuple(lines[0]) not in (RECORDED, COLUMNS):
         raise _damaged(path, "line 1: other columns than this version writes")
-    rows = []
     for number, cells in enumerate(lines[1:], start=2):
         if len(cells) != len(lines[0]):
             raise _damaged(path, f"line {number}: {len(cells)} cells in place of {len(lines[0])}")
-        rows.append(dict.fromkeys(OUTSIDE, "") | dict(zip(lines[0], cells)))
-    return rows
+    return [dict.fromkeys(OUTSIDE, "") | dict(zip(lines[0], cells)) for cells in lines[1:]]
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -170,7 +142,3 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row["run"]))
-
-
-def is_done(row: Row, settings: str, code: str) -> bool:
-    return (row["settings"], row["code"]) == (settings, code)

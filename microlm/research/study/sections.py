@@ -6,17 +6,41 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 
 from microlm.report import text_table
-from microlm.research.study.analysis import AGAINST_CONTINUED, ArmResult, Rung, arm_results, estimate, ladder_results
+from microlm.report.summary_table import amount
+from microlm.research.study.analysis import (
+    AGAINST_CONTINUED,
+    ArmResult,
+    Estimate,
+    Rung,
+    arm_results,
+    estimate,
+    ladder_results,
+    paired,
+)
 
 OWN_SECTION = ("arms", "alpha", "ladder", "random", "flop")
+CONTINUED = "continued_val_bpb"
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    return text_table.markdown([head, *body], "---")
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Of at least one row, by column."""
+    return text_table.markdown([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)], "---")
 
 
 def section(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     return rows[rows["section"].isin(names)]
+
+
+def listed(found: Iterable[object]) -> str:
+    return ", ".join(map(str, found)) or "none"
+
+
+def apart(found: Mapping[str, Estimate]) -> tuple[str, str]:
+    """Those whose interval lies below 0, and those whose lies above."""
+    return (
+        listed(name for name, value in found.items() if value.below),
+        listed(name for name, value in found.items() if value.above),
+    )
 
 
 def arms(rows: pd.DataFrame, figure: str) -> list[str]:
@@ -37,25 +61,19 @@ def markdown(rows: pd.DataFrame) -> str:
     The columns are the yardsticks where the runs were scored on several, else the starts.
     """
     results = arm_results(section(rows, "arms"))
+    starts = sorted({result.init for result in results})
+    head = ["student - continued", *(f"from {start}" for start in starts)]
     if any(result.outside for result in results):
-        several = len({result.init for result in results}) > 1
-        lines = (
-            [
-                f"`{r.arm}`" + f" from {r.init}" * several,
-                str(r.difference),
-                str(r.outside or "-"),
-                str(r.endings or "-"),
-            ]
+        head = ["student - continued", "validation", "outside", "true endings"]
+        body = [
+            [f"`{r.arm}`" + f" from {r.init}" * (len(starts) > 1), r.difference, r.outside or "-", r.endings or "-"]
             for r in results
-        )
-        return table(["student - continued", "validation", "outside", "true endings"], lines) + "\n"
-    found = {(result.arm, result.init): result for result in results}
-    starts = [start for start in ("control", "scratch") if any(init == start for _, init in found)]
-    body = []
-    for arm in dict.fromkeys(arm for arm, _ in found):
-        cells = [str(found[arm, start].difference) if (arm, start) in found else "not run" for start in starts]
-        body.append([f"`{arm}`", *cells])
-    return table(["student - continued", *(f"from {start}" for start in starts)], body) + "\n"
+        ]
+    else:
+        found = {(result.arm, result.init): result.difference for result in results}
+        arms = dict.fromkeys(result.arm for result in results)
+        body = [[f"`{arm}`", *(found.get((arm, start), "not run") for start in starts)] for arm in arms]
+    return text_table.markdown([head, *([str(cell) for cell in line] for line in body)], "---") + "\n"
 
 
 def others(rows: pd.DataFrame, groups: Mapping[str, str]) -> list[str]:
@@ -74,75 +92,63 @@ def others(rows: pd.DataFrame, groups: Mapping[str, str]) -> list[str]:
 def _against_continued(rows: pd.DataFrame) -> list[str]:
     """The table of student against continued, what it is, and what it allows to say."""
     results = arm_results(rows)
-    head = [
-        "arm",
-        "start",
-        "seeds",
-        "student",
-        "continued",
-        "student - continued, over seeds",
-        "within a run",
-        "Holm p",
-    ]
     outside = any(result.outside for result in results)
-    if outside:
-        head += ["outside, over seeds", "true endings, over seeds"]
-    body = [
-        [
-            result.arm,
-            result.init,
-            str(result.difference.seeds),
-            f"{result.student:.4f}",
-            f"{result.continued:.4f}",
-            str(result.difference),
-            f"[{result.within[0]:+.4f}, {result.within[1]:+.4f}]",
-            "-" if math.isnan(result.adjusted_p) else f"{result.adjusted_p:.3f}",
-            *([str(result.outside or "-"), str(result.endings or "-")] if outside else []),
-        ]
-        for result in results
-    ]
+    body = []
+    for result in results:
+        means = result.rows.mean(numeric_only=True)
+        low, high = means[f"{AGAINST_CONTINUED}_low"], means[f"{AGAINST_CONTINUED}_high"]
+        line = {
+            "arm": result.arm,
+            "start": result.init,
+            "seeds": result.difference.seeds,
+            "student": f"{means['student_val_bpb']:.4f}",
+            "continued": f"{means['continued_val_bpb']:.4f}",
+            "student - continued, over seeds": result.difference,
+            "within a run": f"[{low:+.4f}, {high:+.4f}]",
+            "Holm p": "-" if math.isnan(result.adjusted_p) else f"{result.adjusted_p:.3f}",
+        }
+        if outside:
+            line |= {"outside, over seeds": result.outside or "-", "true endings, over seeds": result.endings or "-"}
+        body.append(line)
+    alphas = ", ".join(f"{value:g}" for value in sorted(rows["alpha"].unique()))
     return [
-        table(head, body),
-        f"Bits per byte of validation text, means over seeds; {_spans(rows['alpha'], 'alpha')}. `within a run`: mean "
+        table(body),
+        f"Bits per byte of validation text, means over seeds; alpha {alphas}. `within a run`: mean "
         f"ends of the runs' own intervals. p: t test over seeds, corrected by Holm for {len(results)} comparisons."
         + " `outside`, `true endings`: student - continued on text of another kind than the corpus, and on HellaSwag's "
         "true endings, uncorrected." * outside,
-        *_said_of_arms(results),
+        "\n".join(f"- {sentence}." for sentence in _said_of_arms(results)),
     ]
 
 
 def _said_of_arms(results: Sequence[ArmResult]) -> list[str]:
-    said = []
-    for verdict, lead in (
-        ("better", "Better than the matched control"),
-        ("worse", "Worse than the matched control"),
-        ("not told apart", "Not told apart from the matched control"),
-    ):
-        found = [_named(result) for result in results if result.verdict == verdict]
-        said.append(f"- {lead}, after the correction: {', '.join(found) or 'none'}.")
-    if untested := [_named(result) for result in results if result.verdict == "untested"]:
-        said.append(f"- One seed, hence no test: {', '.join(untested)}.")
+    by_verdict: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": [], "untested": []}
+    for r in results:
+        by_verdict[r.verdict].append(f"{r} ({r.difference.mean:+.4f})")
+    untested = by_verdict.pop("untested")
+    said = [
+        f"{verdict.capitalize()} {'from' if 'apart' in verdict else 'than'} the matched control, after the correction: "
+        f"{listed(names)}"
+        for verdict, names in by_verdict.items()
+    ]
+    if untested:
+        said.append(f"One seed, hence no test: {listed(untested)}")
     alone = [r for r in results if r.verdict == "not told apart" and (r.difference.below or r.difference.above)]
     if alone:
-        names = ", ".join(f"{r.arm} from {r.init} ({'below' if r.difference.below else 'above'})" for r in alone)
-        said.append(f"- Their own interval excludes 0, the corrected test does not: {names}.")
-    same = [r for r in results if all(x < 0 for x in r.each) or all(x > 0 for x in r.each)]
-    named = ", ".join(f"{r.arm} from {r.init} ({'-' if r.each[0] < 0 else '+'})" for r in same)
-    said.append(f"- The same sign in every seed: {named or 'none'}.")
-    return ["\n".join(said)]
-
-
-def _named(result: ArmResult) -> str:
-    return f"{result.arm} from {result.init} ({result.difference.mean:+.4f})"
+        names = listed(f"{r} ({'below' if r.difference.below else 'above'})" for r in alone)
+        said.append(f"Their own interval excludes 0, the corrected test does not: {names}")
+    signs = [(r, r.rows[AGAINST_CONTINUED]) for r in results]
+    same = listed(f"{r} ({'-' if all(x < 0) else '+'})" for r, x in signs if all(x < 0) or all(x > 0))
+    return [*said, f"The same sign in every seed: {same}"]
 
 
 def _hellaswag(rows: pd.DataFrame) -> str:
     cells = list(rows.groupby(["label", "init"], sort=False)["student_minus_continued_acc_norm"])
     found = {f"{arm} from {init}": estimate(values) for (arm, init), values in cells}
-    apart = [f"{name} ({value})" for name, value in found.items() if value.below or value.above]
+    excluded = [f"{name} ({value})" for name, value in found.items() if value.below or value.above]
     return (
         "On HellaSwag accuracy the interval over seeds, uncorrected, excludes 0 for "
-        f"{len(apart)} of {len(found)} arms{': ' + ', '.join(apart) if apart else ''}."
+        f"{len(excluded)} of {len(found)} arms{': ' + ', '.join(excluded) if excluded else ''}."
     )
 
 
@@ -153,17 +159,15 @@ def alpha(rows: pd.DataFrame) -> list[str]:
     values = sorted(rows["alpha"].unique())
     body, said = [], []
     for label, part in rows.groupby("label", sort=False):
-        found = {value: estimate(cell[AGAINST_CONTINUED]) for value, cell in part.groupby("alpha")}
-        body.append([str(label), *(str(found.get(value, "")) for value in values)])
+        found = {f"{value:g}": estimate(cell[AGAINST_CONTINUED]) for value, cell in part.groupby("alpha")}
+        body.append({"student - continued": label} | {f"alpha {v:g}": found.get(f"{v:g}", "") for v in values})
         best = min(found, key=lambda value: found[value].mean)
-        below, above = ([f"{v:g}" for v, e in found.items() if getattr(e, side)] for side in ("below", "above"))
-        said.append(
-            f"- {label}: lowest mean at alpha {best:g} ({found[best]}). "
-            f"Interval below 0 at: {', '.join(below) or 'none'}; above 0 at: {', '.join(above) or 'none'}."
-        )
+        below, above = apart(found)
+        lowest = f"{label}: lowest mean at alpha {best} ({found[best]})"
+        said.append(f"- {lowest}. Interval below 0 at: {below}; above 0 at: {above}.")
     return [
         "## The weight of the teacher",
-        table(["student - continued", *(f"alpha {value:g}" for value in values)], body),
+        table(body),
         f"Bits per byte, mean and interval over seeds, uncorrected; start: {', '.join(sorted(set(rows['init'])))}.",
         "\n".join(said),
     ]
@@ -173,13 +177,18 @@ def ladder(rows: pd.DataFrame, labels: Sequence[str]) -> list[str]:
     rungs = ladder_results(section(rows, "ladder"), list(dict.fromkeys(labels)))
     if not rungs:
         return []
-    head = ["rung, each keeps those above", "student - continued", "student - control", "change of student - control"]
     body = [
-        [rung.label, str(rung.against_continued), str(rung.against_control), str(rung.change or "")] for rung in rungs
+        {
+            "rung, each keeps those above": rung.label,
+            "student - continued": rung.against_continued,
+            "student - control": rung.against_control,
+            "change of student - control": rung.change or "",
+        }
+        for rung in rungs
     ]
     return [
         "## From the notebook to reverse KL, one difference at a time",
-        table(head, body),
+        table(body),
         "Bits per byte, means and intervals over seeds, uncorrected. `control` is the model that the student starts "
         "from: above 0, training on made it worse. `continued` has the same optimizer, rate and precision as the "
         "rung's student. The change is from the rung above, paired on the seed.",
@@ -201,16 +210,78 @@ def _said_of_ladder(rungs: Sequence[Rung]) -> list[str]:
             said.append(f"Going down the table, the fall is first no longer shown at rung `{free.label}`.")
     else:
         said.append("At no rung is the student shown to be worse than its control: there is no fall here to explain.")
-    changes = [rung for rung in rungs if rung.change]
-    for side, word in (("below", "lower"), ("above", "raise")):
-        named = [f"{r.label} ({r.change})" for r in changes if getattr(r.change, side)]
-        said.append(f"Steps that {word} student - control, interval apart from 0: {', '.join(named) or 'none'}.")
+    changes = {f"{rung.label} ({rung.change})": rung.change for rung in rungs if rung.change}
+    for word, steps in zip(("lower", "raise"), apart(changes)):
+        said.append(f"Steps that {word} student - control, interval apart from 0: {steps}.")
     if changes:
-        most = min(changes, key=lambda rung: rung.change.mean)
+        most = min((rung for rung in rungs if rung.change), key=lambda rung: rung.change.mean)
         said.append(f"The largest fall in the mean is at rung `{most.label}`: {most.change}.")
     return said
 
 
-def _spans(values: pd.Series, name: str) -> str:
-    different = sorted(values.unique())
-    return f"{name} {', '.join(f'{value:g}' for value in different)}"
+def cost(rows: pd.DataFrame) -> list[str]:
+    """Runs of different groups, paired at equal arithmetic."""
+    plain, more = section(rows, "arms"), section(rows, "flop")
+    if plain.empty:
+        return []
+    ratio, tokens = (plain.groupby("init")[key].mean() for key in ("labelling_to_distilling_flops", "tokens"))
+    said = [
+        "## Cost",
+        f"Matched by tokens, as above: student and `continued` each saw {_by_start(tokens.map(amount))}. The teacher "
+        f"labelled {amount(plain['teacher_tokens'].iloc[0])} tokens once for all runs; in multiples of the arithmetic "
+        f"of one distillation that is {_by_start(ratio.map('{:.2f}'.format))} (2 FLOPs a parameter and token forward, "
+        "4 more backward; minillm runs the teacher besides).",
+    ]
+    if more.empty:
+        return said
+    reached = (more.groupby("init")["tokens"].mean() / tokens).dropna()
+    said.append(
+        f"Matched by arithmetic: group `flop` gives `continued` {_by_start(reached.map('{:.2f}'.format))} times the "
+        f"tokens, from all of the text; a student that pays for the labelling alone equals "
+        f"{_by_start((1 + ratio).map('{:.2f}'.format))} times."
+    )
+    body, found = [], {}
+    for (arm, init), part in plain.groupby(["label", "init"], sort=False):
+        difference = paired(part, "student_val_bpb", more[more["init"] == init], CONTINUED)
+        if difference:
+            found[f"{arm} from {init}"] = difference
+            seconds = {f"{model}, s": f"{part[f'{model}_elapsed_s'].mean():.0f}" for model in ("student", "continued")}
+            body.append({"arm": arm, "start": init, "student - continued at equal FLOPs": difference, **seconds})
+    if body:
+        below, above = apart(found)
+        said += [
+            table(body),
+            "Paired on the seed, uncorrected. At equal arithmetic the student is better (interval below 0) for: "
+            f"{below}; `continued` is better for: {above}.",
+        ]
+    return said
+
+
+def selection(rows: pd.DataFrame) -> list[str]:
+    """Windows chosen by the teacher against others, runs of different groups."""
+    rows = section(rows, "arms", "random")
+    chosen = rows[rows["windows"] == "difference"]
+    body, found = [], {}
+    for init in chosen["init"].unique():
+        for windows, name in (("cached", "all cached"), ("random", "random")):
+            theirs = rows[(rows["windows"] == windows) & (rows["init"] == init)]
+            if difference := paired(chosen[chosen["init"] == init], CONTINUED, theirs, CONTINUED):
+                found[f"from {init}, against {name} windows"] = difference
+                body.append({"start": init, "against windows": name, "continued - continued": difference})
+    if not body:
+        return []
+    below, above = apart(found)
+    return [
+        "## Windows chosen by difference sampling",
+        "Cross-entropy alone, on the windows where the teacher most beats the control, minus the same on other "
+        "windows, equal tokens.",
+        table(body),
+        f"Paired on the seed, uncorrected. The selection is better for: {below}; worse for: {above}.",
+    ]
+
+
+def _by_start(values: pd.Series) -> str:
+    """The common value, or each with its start."""
+    if values.nunique() == 1:
+        return str(values.iloc[0])
+    return ", ".join(f"{value} from {init}" for init, value in values.items())
