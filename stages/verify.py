@@ -17,7 +17,7 @@ from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.errors import UserError, run_stage
 from microlm.models.teacher_source import teacher_source
-from microlm.research.verify import refuse_other_tokenizer, refuse_other_weights, replay
+from microlm.research.verify import refuse_other, replay
 from microlm.runtime.device import set_up
 from microlm.runtime.paths import CACHE, SHARDS
 from microlm.runtime.terminal import banner, progress_bar
@@ -56,15 +56,16 @@ def main() -> None:
         identity = replace(identity, weights_sha256=None)
     cache = TeacherCache(CACHE, identity, windows)
     asked = replace(config.at.teacher, model=given.teacher, revision=None) if given.teacher else config.at.teacher
-    config = replace(config, at=replace(config.at, teacher=asked))
     runtime = replace(set_up(config.at.runtime), dtype=cache.dtype)
     tokenizer = load_tokenizer(SHARDS / "tokenizer")
     with config.naming_keys():
         source, of_teacher = teacher_source(asked), replace(identity, teacher=asked.model)
         record = load_recorder(source, of_teacher, runtime, tokenizer)
-    refuse_other_tokenizer(cache, record.projection, CACHE, asked.model)
+    own = record.projection.teacher.fingerprint if record.projection else None  # none where it is the corpus's
+    refuse_other(cache, "teacher_tokenizer", own, CACHE, asked.model)
     if not given.replay_only:
-        refuse_other_weights(cache, source.fingerprint(record.model), CACHE, asked.model)
+        alone = ", or compare by replay alone with --replay-only"
+        refuse_other(cache, "weights_sha256", source.fingerprint(record.model), CACHE, asked.model, alone)
     chosen = np.sort(np.random.default_rng(given.seed).choice(windows, min(given.windows, len(windows)), replace=False))
     with progress_bar(len(chosen) * identity.seq_len, 0, "tok", "verify") as bar:
         found = replay(record.model, cache, shards, chosen, asked.batch_rows, bar.update, record.projection)

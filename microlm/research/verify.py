@@ -4,16 +4,15 @@ The replay does not use the capture's code: it takes the whole vocabulary's log-
 record claims. Ids are compared through their log-probabilities alone, for tokens of equal logits may swap places.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from microlm.corpus.batches import Batch, read_batch
+from microlm.corpus.batches import read_batch
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.models.interface import LanguageModel
@@ -61,25 +60,6 @@ class Spread:
         return self.total / max(1, self.count)
 
 
-class Said(NamedTuple):
-    """What a cache says of N positions."""
-
-    columns: Columns
-    gold: Tensor  # float32 [N]
-
-    @classmethod
-    def of(cls, cache: TeacherCache, windows: np.ndarray, device: torch.device) -> "Said":
-        gold = torch.from_numpy(cache.gold(windows)).flatten().to(device)
-        return cls(cache.identity.layout.unpack(cache.read(windows).to(device)), gold)
-
-    def at(self, places: slice | np.ndarray) -> "Said":
-        def part(column: Tensor | None) -> Tensor | None:
-            return None if column is None else column[places]
-
-        columns = Columns(**{name: part(column) for name, column in vars(self.columns).items()})
-        return Said(columns, self.gold[places])
-
-
 @dataclass
 class Replay:
     """Live against cached.
@@ -97,47 +77,40 @@ class Replay:
     positions: int = 0
     logit_scale: float = 0.0
 
-    def add(self, logits: Tensor, targets: Tensor, said: "Said", temperatures: tuple[float, ...]) -> None:
-        """logits [N, V], targets int64 [N], what the cache said of these positions."""
-        z, (cached, said_gold) = logits.float(), said
-        ids = cached.ids
-        peak, log_normalizer = z.amax(-1), z.logsumexp(-1)
-        log_p = z.gather(1, ids) - log_normalizer[:, None]
-        gold = z.gather(1, targets[:, None])[:, 0] - log_normalizer
-        self.log_p.add(((log_p - cached.log_p).abs() - cached.rounding).clamp_min(0))
-        self.gold.add((gold - said_gold).abs())
-        self.positions += len(z)
+    def add(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        cached: Columns,
+        gold: Tensor,
+        temperatures: Sequence[float],
+        projection: Projection | None = None,
+    ) -> None:
+        """logits [n, V], or [n, U] of a teacher with another tokenizer; targets int64 [n]; what the cache says of these
+        positions, which it covers, and of their targets [n]."""
+        z = logits.float() if projection is None else logits[:, : len(projection.first)].float()
         self.logit_scale = max(self.logit_scale, float(z.abs().max()))
-        if ids.shape[1] == z.shape[1]:
-            return  # no tail and nothing outside
-        rest = z.scatter(1, ids, -torch.inf)
-        outranking = rest.amax(-1) - z.gather(1, ids).amin(-1)
-        self.outranked.add(outranking.clamp_min(0))
-        self.changed_sets += int((outranking > 0).sum())
+        self.positions += len(z)
         for column, temperature in enumerate(temperatures):
-            tail = ((rest - peak[:, None]) / temperature).logsumexp(-1).clamp_min(SMALLEST)
-            live = tail - (log_normalizer - peak) / temperature
-            # below temperature 1 logits are stretched, and their rounding with them
-            self.log_tail.add((live - cached.log_tail[:, column]).abs() * min(1.0, temperature))
-
-    def add_projected(self, log_p: Tensor, targets: Tensor, said: "Said", column: int, temperature: float) -> None:
-        """One temperature. log_p [n, V] of the projected teacher, targets int64 [n]; all positions are covered."""
-        cached, said_gold = said
-        ids, stretch = cached.ids[:, column], min(1.0, temperature)
-        head = log_p.gather(1, ids)
-        off = (head - cached.log_p[:, column]).abs() - cached.rounding[:, column]
-        self.log_p.add(off.clamp_min(0) * stretch)
-        if temperature == 1:
-            self.gold.add((log_p.gather(1, targets[:, None])[:, 0] - said_gold).abs())
-            self.positions += len(log_p)
-        if ids.shape[1] == log_p.shape[1]:
-            return
-        rest = log_p.scatter(1, ids, -torch.inf)
-        outranking = (rest.amax(-1) - head.amin(-1)) * stretch
-        self.outranked.add(outranking.clamp_min(0))
-        self.changed_sets += int((outranking > 0).sum()) if temperature == 1 else 0
-        tail = rest.logsumexp(-1).clamp_min(SMALLEST)
-        self.log_tail.add((tail - cached.log_tail[:, column]).abs() * stretch)
+            stretch = min(1.0, temperature)  # below 1 logits are stretched, and their rounding with them
+            heads = cached.ids, cached.log_p, cached.rounding
+            if projection:
+                heads = (values[:, column] for values in heads)
+                live, least = _projected(z / temperature, projection), SMALLEST
+            else:  # the tail is of p^(1/T), and summed from the likeliest token on; ids and log_p are of p
+                live = (z - z.logsumexp(-1, keepdim=True)) / temperature
+                least = SMALLEST + live.amax(-1)
+            ids, said, rounding = heads
+            head, rest = live.gather(1, ids), live.scatter(1, ids, -torch.inf)
+            if projection or temperature == 1:
+                self.log_p.add(((head - said).abs() - rounding).clamp_min(0) * stretch)
+                self.outranked.add((rest.amax(-1) - head.amin(-1)).clamp_min(0) * stretch)
+            if temperature == 1:
+                self.gold.add((live.gather(1, targets[:, None])[:, 0] - gold).abs())
+                self.changed_sets += int((rest.amax(-1) > head.amin(-1)).sum())
+            if ids.shape[1] < live.shape[1]:  # else there is no tail
+                tail = rest.logsumexp(-1).clamp_min(least)
+                self.log_tail.add((tail - cached.log_tail[:, column]).abs() * stretch)
 
     def excess(self, dtype: torch.dtype) -> str | None:
         """What differs by more than rounding in `dtype` explains, in words; None where nothing does."""
@@ -174,23 +147,11 @@ class Replay:
         ]
 
 
-def refuse_other_weights(cache: TeacherCache, fingerprint: str, where: Path, teacher: str) -> None:
-    """UserError where the cache names the fingerprint of other weights than `teacher`'s."""
-    if cache.manifest["weights_sha256"] != fingerprint:
-        raise UserError(
-            f"{where / MANIFEST}: weights_sha256 is {cache.manifest['weights_sha256']!r}, but {teacher} has "
-            f"{fingerprint!r}; {REMAKE}, or compare by replay alone with --replay-only"
-        )
-
-
-def refuse_other_tokenizer(cache: TeacherCache, projection: Projection | None, where: Path, teacher: str) -> None:
-    """UserError where the cache is not of a teacher with `teacher`'s tokenizer, None where that is the corpus's."""
-    own = projection.teacher.fingerprint if projection else None
-    if cache.identity.teacher_tokenizer != own:
-        raise UserError(
-            f"{where / MANIFEST}: teacher_tokenizer is {cache.identity.teacher_tokenizer!r}, but {teacher} has "
-            f"{own!r}; {REMAKE}"
-        )
+def refuse_other(cache: TeacherCache, field: str, own: object, where: Path, teacher: str, or_else: str = "") -> None:
+    """UserError where what the cache `where` says in a field of its manifest is not `teacher`'s own."""
+    said = cache.manifest.get(field)
+    if said != own:
+        raise UserError(f"{where / MANIFEST}: {field} is {said!r}, but {teacher} has {own!r}; {REMAKE}{or_else}")
 
 
 def replay(
@@ -209,44 +170,30 @@ def replay(
         projection: of a teacher with another tokenizer than the shards'.
     """
     found, device = Replay(), next(model.parameters()).device
-    seq_len = cache.identity.seq_len
+    identity, layout = cache.identity, cache.identity.layout
     for start in range(0, len(windows), batch_rows):
-        batch = read_batch(shards, windows[start : start + batch_rows], seq_len)
-        said, targets = Said.of(cache, batch.windows, device), batch.targets.to(device).flatten()
+        batch = read_batch(shards, windows[start : start + batch_rows], identity.seq_len)
+        records, gold = cache.read(batch.windows), torch.from_numpy(cache.gold(batch.windows)).flatten()
+        tokens, places = batch.tokens, torch.arange(len(records))
+        states = places
+        if projection:
+            aligned, marks = projection.align(batch), layout.unpack(records).covered
+            covered = torch.from_numpy(aligned.covered)
+            found.changed_marks += int((marks != covered).sum())
+            tokens, places, states = aligned.tokens, (covered & marks).nonzero()[:, 0], aligned.states[marks[covered]]
         with torch.inference_mode():
-            if projection:
-                _replay_projected(found, model, cache, batch, said, projection)
-            else:
-                hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
-                for i in range(0, len(hidden), ROWS):
-                    part = slice(i, i + ROWS)
-                    found.add(model.logits(hidden[part]), targets[part], said.at(part), cache.identity.temperatures)
-        progress(len(batch.windows) * seq_len)
+            hidden = model.hidden(tokens.to(device)).flatten(0, 1)
+            for i in range(0, len(places), ROWS):
+                part, state = places[i : i + ROWS], states[i : i + ROWS].to(device)
+                said = layout.unpack(records[part].to(device)), gold[part].to(device)
+                targets = batch.targets.flatten()[part].to(device)
+                found.add(model.logits(hidden[state]), targets, *said, identity.temperatures, projection)
+        progress(len(batch.windows) * identity.seq_len)
     return found
 
 
-def _replay_projected(
-    found: Replay,
-    model: LanguageModel,
-    cache: TeacherCache,
-    batch: Batch,
-    said: "Said",
-    projection: Projection,
-) -> None:
-    device, aligned = next(model.parameters()).device, projection.align(batch)
-    marks = said.columns.covered.cpu().numpy()
-    found.changed_marks += int((marks != aligned.covered).sum())
-    both = marks[aligned.covered]  # of the positions that the live teacher covers
-    states = aligned.states[torch.from_numpy(both)].to(device)
-    places = np.flatnonzero(aligned.covered & marks)
-    hidden = model.hidden(aligned.tokens.to(device)).flatten(0, 1)[states]
-    targets, first = batch.targets.flatten()[places].to(device), projection.first.to(device)
-    for i in range(0, len(hidden), ROWS):
-        part = slice(i, i + ROWS)
-        z = model.logits(hidden[part])[:, : len(first)].float()
-        found.logit_scale = max(found.logit_scale, float(z.abs().max()))
-        for column, temperature in enumerate(cache.identity.temperatures):
-            p = z.new_zeros(len(z), projection.n_vocab)
-            p.scatter_add_(1, first.expand(len(z), -1), (z / temperature).log_softmax(-1).exp())
-            log_p = p.log().clamp_min(SMALLEST)
-            found.add_projected(log_p, targets[part], said.at(places[part]), column, temperature)
+def _projected(z: Tensor, projection: Projection) -> Tensor:
+    """Logits [n, U] over the teacher's tokens -> log-probabilities [n, V] over the student's."""
+    p = z.new_zeros(len(z), projection.n_vocab)
+    p.scatter_add_(1, projection.first.to(z.device).expand(len(z), -1), z.log_softmax(-1).exp())
+    return p.log().clamp_min(SMALLEST)
