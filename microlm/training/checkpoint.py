@@ -4,11 +4,12 @@ Batches are a pure function of the step and nothing draws random numbers, so tha
 """
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from microlm.errors import UserError
 from microlm.files import (
@@ -53,17 +54,12 @@ def save_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers, s
     """
     moments = optimizers.state_tensors()
     if distributed.is_first():
-        _write(directory, model, moments, step, history)
+        with atomic_directory(directory / STATE) as folder:
+            for name, tensors in ((WEIGHTS, model.state_dict()), (MOMENTS, moments)):
+                save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
+            hashes = {name: sha256_file(folder / name) for name in (WEIGHTS, MOMENTS)}
+            write_json(folder / PROGRESS, sealed({"step": step, "history": asdict(history), "files": hashes}))
     distributed.wait_for_all()
-
-
-def _write(directory: Path, model: nn.Module, moments: dict[str, Tensor], step: int, history: History) -> None:
-    with atomic_directory(directory / STATE) as folder:
-        save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
-        save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
-        hashes = {name: sha256_file(folder / name) for name in (WEIGHTS, MOMENTS)}
-        progress = {"step": step, "history": history.as_json(), "files": hashes}
-        write_json(folder / PROGRESS, sealed(progress))
 
 
 def restore_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers) -> tuple[int, History]:
@@ -86,7 +82,7 @@ def restore_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers
                 raise SafetensorError(f"the sha256 of {name} is not the recorded one")
         model.load_state_dict(load_file(folder / WEIGHTS))
         optimizers.load_state_tensors(load_file(folder / MOMENTS))
-        return progress["step"], History.from_json(progress["history"])
+        return progress["step"], History(**progress["history"])
     except (SafetensorError, FileNotFoundError, KeyError, RuntimeError) as error:
         raise UserError(
             f"{folder}: this checkpoint is damaged ({error}); remove that folder to start the training over"

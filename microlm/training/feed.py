@@ -52,13 +52,11 @@ class Feed:
             found = [replace(batch, records=self._more(batch.windows, step)) for batch in found]
         if self._device.type != "cuda":
             return found
-        return [replace(batch, rows=batch.rows.pin_memory(), records=_pinned(batch.records)) for batch in found]
+        return [_each(batch, Tensor.pin_memory) for batch in found]
 
     def _moved(self, batch: Batch) -> Batch:
-        rows = batch.rows.to(self._device, non_blocking=True)
-        records = None if batch.records is None else batch.records.to(self._device, non_blocking=True)
-        return replace(batch, rows=rows, records=records)
+        return _each(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
 
 
-def _pinned(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.pin_memory()
+def _each(batch: Batch, moved: Callable[[Tensor], Tensor]) -> Batch:
+    return replace(batch, rows=moved(batch.rows), records=None if batch.records is None else moved(batch.records))

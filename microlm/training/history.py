@@ -1,9 +1,8 @@
 """What a training leaves to read: points of the curves and lines of the log."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -31,13 +30,6 @@ class History:
     pending: list[float] = field(default_factory=list)  # training losses since the last evaluation
     elapsed_s: float = 0.0
     trained_tokens: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "History":
-        return cls(**value)
 
     def add_step(self, step: int, cross_entropy: float) -> None:
         self.pending.append(cross_entropy)

@@ -66,51 +66,39 @@ def train(
         UserError: a loss or gradient is not finite, and the last checkpoint stands; or memory is too small.
     """
     with memory_explained(model, batches.config, plan.name, plan.optimization.optimizer, cached_ids(loss)):
-        return _train(model, batches, loss, plan, optimizers, evaluator, directory)
-
-
-def _train(
-    model: StudentLM,
-    batches: Batches,
-    loss: Loss,
-    plan: Plan,
-    optimizers: Optimizers,
-    evaluator: Evaluator,
-    directory: Path,
-) -> History:
-    start, history = restore_checkpoint(directory, model, optimizers)
-    step_tokens = batches.config.batch_tokens
-    replica, feed = Replica(model), feed_for(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
-    announce_expected_time(replica, feed, loss, plan, optimizers, start)
-    bar, pace = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.name), Pace()
-    with stop_requests() as stopping, bar:
-        for step in range(start, plan.steps + 1):
-            if step % plan.optimization.evaluate_every == 0 or step == plan.steps:
-                if step > start:  # before evaluating: an evaluation that dies must not cost the steps before it
-                    refuse_infinite_weights(model, plan, batches, step)
-                    if pace.is_due():
-                        began = time.perf_counter()
-                        save_checkpoint(directory, model, optimizers, step, history)
-                        pace.saved(time.perf_counter() - began)
-                unseen = None if history.pending else batches.of_step(step)  # no step yet tells the training loss
-                history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
-            if step == plan.steps:
-                break
-            began = time.perf_counter()
-            cross_entropy = take_step(replica, feed, loss, plan, optimizers, step)
-            history.elapsed_s += time.perf_counter() - began
-            history.trained_tokens += step_tokens
-            history.add_step(plan.first_step + step + 1, cross_entropy)
-            bar.set_postfix_str(f"loss {cross_entropy:.3f}, lr {optimizers.learning_rate:.1e}", refresh=False)
-            bar.update(step_tokens)
-            if distributed.any_rank(stopping()):
-                refuse_infinite_weights(model, plan, batches, step + 1)
-                save_checkpoint(directory, model, optimizers, step + 1, history)
-                raise Interrupted(
-                    f"{plan.name}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
-                    "run the same command again to go on"
-                )
-    return history
+        start, history = restore_checkpoint(directory, model, optimizers)
+        step_tokens, replica = batches.config.batch_tokens, Replica(model)
+        feed = feed_for(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
+        announce_expected_time(replica, feed, loss, plan, optimizers, start)
+        bar, pace = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.name), Pace()
+        with stop_requests() as stopping, bar:
+            for step in range(start, plan.steps + 1):
+                if step % plan.optimization.evaluate_every == 0 or step == plan.steps:
+                    if step > start:  # before evaluating: an evaluation that dies must not cost the steps before it
+                        refuse_infinite_weights(model, plan, batches, step)
+                        if pace.is_due():
+                            began = time.perf_counter()
+                            save_checkpoint(directory, model, optimizers, step, history)
+                            pace.saved(time.perf_counter() - began)
+                    unseen = None if history.pending else batches.of_step(step)  # no step yet tells the training loss
+                    history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
+                if step == plan.steps:
+                    break
+                began = time.perf_counter()
+                cross_entropy = take_step(replica, feed, loss, plan, optimizers, step)
+                history.elapsed_s += time.perf_counter() - began
+                history.trained_tokens += step_tokens
+                history.add_step(plan.first_step + step + 1, cross_entropy)
+                bar.set_postfix_str(f"loss {cross_entropy:.3f}, lr {optimizers.learning_rate:.1e}", refresh=False)
+                bar.update(step_tokens)
+                if distributed.any_rank(stopping()):
+                    refuse_infinite_weights(model, plan, batches, step + 1)
+                    save_checkpoint(directory, model, optimizers, step + 1, history)
+                    raise Interrupted(
+                        f"{plan.name}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
+                        "run the same command again to go on"
+                    )
+        return history
 
 
 def feed_for(batches: Batches, loss: Loss, progress: Callable[[int], float], device: torch.device) -> Feed:

@@ -1,36 +1,18 @@
 """What the trainings minimize, as the training loop takes them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from microlm.corpus.batches import Batch
-from microlm.objective.divergences import SparseTeacher
 from microlm.objective.fused_head import HeadLoss, fused_head_loss
 from microlm.objective.on_policy import MiniLLM
 from microlm.objective.schedule import Objective, ObjectiveSchedule
 from microlm.teacher.cache import TeacherCache
+from microlm.teacher.recorders import LiveTeacher
 from microlm.training.loop import Loss
-
-
-class Teacher(Protocol):
-    """A cache, or the teacher itself (teacher/cache.py, teacher/recorders.py)."""
-
-    def of_batch(self, batch: Batch, temperature: float) -> SparseTeacher:
-        """What the fused head wants of B windows, N = B * seq_len rows, on the batch's device."""
-
-
-def cross_entropy(n_vocab: int, z_loss: float) -> Loss:
-    """The loss of `pretrain` and `continue`."""
-    objective = Objective(z_loss=z_loss)
-
-    def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int, _: float) -> HeadLoss:
-        targets = batch.targets.to(hidden.device).flatten()
-        return fused_head_loss(hidden, weight, targets, n_vocab, objective, count=count)
-
-    return loss
 
 
 @dataclass(frozen=True)
@@ -38,8 +20,8 @@ class Distillation:
     """The loss of `distill`. Where alpha is 0 the teacher is not asked and the bits are those of `cross_entropy`."""
 
     n_vocab: int
-    schedule: ObjectiveSchedule
-    teacher: Teacher
+    schedule: Callable[[float], Objective]  # as `ObjectiveSchedule`
+    teacher: TeacherCache | LiveTeacher | None
 
     def __call__(self, hidden: Tensor, weight: Tensor, batch: Batch, count: int, progress: float) -> HeadLoss:
         objective = self.schedule(progress)
@@ -52,6 +34,12 @@ class Distillation:
         """What `Feed` reads ahead: records uint8 [N, itemsize] in main memory, where the loss will want any."""
         wanted = isinstance(self.teacher, TeacherCache) and self.schedule(progress).kd_weight > 0
         return self.teacher.read(windows) if wanted else None
+
+
+def cross_entropy(n_vocab: int, z_loss: float) -> Loss:
+    """The loss of `pretrain` and `continue`."""
+    objective = Objective(z_loss=z_loss)
+    return Distillation(n_vocab, lambda _: objective, teacher=None)
 
 
 def on_policy(n_vocab: int, schedule: ObjectiveSchedule, minillm: MiniLLM) -> Loss:

@@ -112,19 +112,14 @@ def memory_explained(model: StudentLM, batch: BatchConfig, name: str, optimizer:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        planned = planned_bytes(model, batch, optimizer, ids) / 1e9
+        device, precision = model.head_weight.device, Precision(model.activation_dtype.itemsize, model.compiled)
+        shape, size = model.shape, distributed.size()
+        planned = training_memory(batch, precision, shape, optimizer, size, ids, device.type)["total"] / 1e9
         why = ". ".join(str(error).split("\n")[0].split(". ")[:2]).rstrip(".")  # what was asked for; then come advices
         raise UserError(
-            f"{name}: the memory of {_name(model.head_weight.device)} is too small ({why}); the plan has {planned:.3g} "
+            f"{name}: the memory of {_name(device)} is too small ({why}); the plan has {planned:.3g} "
             f"GB for this training, a live teacher apart; {_mend(batch)}"
         ) from None
-
-
-def planned_bytes(model: StudentLM, batch: BatchConfig, optimizer: str, ids: int = 0) -> int:
-    """What `microlm plan` has for this training as it is set up, on each device."""
-    precision = Precision(model.activation_dtype.itemsize, model.compiled)
-    device = model.head_weight.device.type
-    return training_memory(batch, precision, model.shape, optimizer, distributed.size(), ids, device)["total"]
 
 
 def _name(device: torch.device) -> str:
