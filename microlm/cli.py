@@ -6,6 +6,8 @@ microlm references
 microlm plan [--scale gpt2-124m] [--gpus 8] [--price-per-gpu-hour 2.5]
 """
 
+# Commands import what they run themselves: torch takes seconds, which neither --help nor a refusal should.
+
 import argparse
 import json
 import math
@@ -14,26 +16,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from microlm.config import PARAMS, load_config
 from microlm.errors import UserError, plain, run_stage
-from microlm.evaluation.candidates import Candidate, WeightsNotAvailable, load_candidate
-from microlm.evaluation.results.comparison import compare
-from microlm.evaluation.results.store import Result, model_slug
-from microlm.evaluation.run import evaluate, refuse_foreign_places, refuse_overlong_shots
 from microlm.evaluation.tasks.benchmarks import Material, benchmarks, gather
 from microlm.evaluation.tasks.prompts import PROTOCOLS
 from microlm.evaluation.tasks.task import TASKS
 from microlm.files import write_json
 from microlm.parameters import RuntimeConfig
-from microlm.report.evaluation_table import comparison_text, results_text
-from microlm.report.published import published_figures
-from microlm.research.plan.estimate import config_of_scale, disk_here, make_plan
-from microlm.research.plan.machine import Machine, rate_of
-from microlm.research.plan.page import disk_lines, page
-from microlm.runtime.device import Runtime, set_up
-from microlm.runtime.terminal import banner
+
+if TYPE_CHECKING:
+    from microlm.evaluation.candidates import Candidate
+    from microlm.evaluation.results.store import Result
+    from microlm.runtime.device import Runtime
 
 OUT = Path("evaluations")
 BATCH_TOKENS = 8192
@@ -103,6 +99,10 @@ def _plan(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: {value} is not a number above 0")
     if arguments.utilisation is not None and arguments.utilisation > 1:
         raise UserError(f"--utilisation: {arguments.utilisation:g} is more than the whole; a share, e.g. 0.4")
+    from microlm.research.plan.estimate import config_of_scale, disk_here, make_plan
+    from microlm.research.plan.machine import Machine, rate_of
+    from microlm.research.plan.page import disk_lines, page
+
     rate = rate_of(arguments.card)
     stated = {key: getattr(arguments, key) for key in ("peak_tflops", "utilisation") if getattr(arguments, key)}
     if stated:
@@ -114,6 +114,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from microlm.evaluation.results.store import model_slug
+
     names = [os.path.normpath(name) if os.path.isdir(name) else name for name in arguments.models]
     _refuse_repetition("MODEL", [model_slug(_without_revision(name)[0]) for name in names])
     gathered = _gathered(arguments)
@@ -123,7 +125,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _print_table([result for name in names for result in _score(name, arguments, gathered)], arguments)
 
 
-def _print_table(results: Sequence[Result], arguments: argparse.Namespace) -> None:
+def _print_table(results: "Sequence[Result]", arguments: argparse.Namespace) -> None:
+    from microlm.report.evaluation_table import results_text
+    from microlm.report.published import published_figures
+
     print("\n" + plain(results_text(results, published_figures(), arguments.table, arguments.metrics == "all")))
 
 
@@ -163,8 +168,12 @@ def _without_revision(name: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def _load(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]) -> tuple[Candidate, Runtime]:
+def _load(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]) -> "tuple[Candidate, Runtime]":
     """The model, once nothing speaks against scoring it."""
+    from microlm.evaluation.candidates import load_candidate
+    from microlm.evaluation.run import refuse_foreign_places, refuse_overlong_shots
+    from microlm.runtime.device import set_up
+
     many = sum(len(material.questions) for material in gathered) >= COMPILED_FROM
     runtime = set_up(RuntimeConfig(dtype=arguments.dtype, compile="auto" if many else "off", threads="auto"))
     candidate = load_candidate(*_without_revision(name), runtime.dtype)
@@ -173,8 +182,11 @@ def _load(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]
     return candidate, runtime
 
 
-def _score(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]) -> Iterator[Result]:
+def _score(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]) -> "Iterator[Result]":
     """Each benchmark's result as soon as it is there."""
+    from microlm.evaluation.run import evaluate
+    from microlm.runtime.terminal import banner
+
     candidate, runtime = _load(name, arguments, gathered)
     candidate.model.to(runtime.device)
     banner(f"{candidate.name}: {candidate.parameters:,} parameters", _choices(runtime, arguments.dtype))
@@ -184,7 +196,7 @@ def _score(name: str, arguments: argparse.Namespace, gathered: Sequence[Material
         yield result
 
 
-def _choices(runtime: Runtime, dtype: str) -> list[str]:
+def _choices(runtime: "Runtime", dtype: str) -> list[str]:
     """The banner's lines. params.yaml has no say in them."""
     asked = {"float32": "float32 (as --dtype says, or its default)", "bfloat16": "bfloat16 (as --dtype says)"}
     reasons = {**runtime.reasons, "dtype": asked.get(dtype, runtime.reasons["dtype"])}
@@ -194,6 +206,8 @@ def _choices(runtime: Runtime, dtype: str) -> list[str]:
 
 
 def _references(arguments: argparse.Namespace) -> None:
+    from microlm.evaluation.candidates import WeightsNotAvailable
+
     listed, gathered = load_config(PARAMS).references, _gathered(arguments)
     results: list[Result] = []
     missing: list[UserError] = []
@@ -220,6 +234,10 @@ def _references(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     sides = [[_results_folder(name, arguments.out) for name in side.split(",")] for side in (arguments.A, arguments.B)]
+
+    from microlm.evaluation.results.comparison import compare
+    from microlm.report.evaluation_table import comparison_text
+
     found = compare(*sides)
     names = ["+".join(folder.name for folder in side) for side in sides]
     write_json(arguments.out / f"{names[0]}-minus-{names[1]}.json", found)
@@ -228,6 +246,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _results_folder(name: str, out: Path) -> Path:
     """The folder of a model's results, by its own path or by the model's name."""
+    from microlm.evaluation.results.store import model_slug
+
     for folder in (out / model_slug(name.partition("@")[0]), Path(name)):
         if folder.is_dir() and any(folder.glob("*shot*.json")):
             return folder

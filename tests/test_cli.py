@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pandas as pd
 import pytest
 
 from microlm.evaluation.tasks.task import TASKS
+from tests.support.clones import ROOT
 from tests.support.tiny_candidates import (
     FIXTURES,
     Said,
@@ -35,6 +38,29 @@ def told(said: Said) -> str:
     lines = [line for line in said.err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), said.err
     return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("microlm", ["--help"]),
+        ("microlm", ["evaluate", "models/student", "--tasks", "helaswag"]),
+        ("microlm", ["compare", "nothing", "nobody"]),
+        ("microlm", ["plan", "--gpus", "0"]),
+        ("stages.check", []),
+    ],
+)
+def test_what_is_said_at_the_door_waits_for_no_torch(module: str, arguments: list[str]) -> None:
+    """Neither help nor a refusal needs what takes seconds to import."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "heavy = ('torch', 'transformers', 'datasets', 'matplotlib', 'scipy')\n"
+        "atexit.register(lambda: print('imported:', *(name for name in heavy if name in sys.modules)))\n"
+        f"sys.argv = {[module, *arguments]!r}\n"
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.splitlines()[-1] == "imported:", said.stdout + said.stderr
 
 
 MISTAKES = [
