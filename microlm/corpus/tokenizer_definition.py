@@ -41,17 +41,15 @@ def vocabulary_bytes(vocab: dict[str, int], reserved: set[int], source: str) -> 
 
 def cutting_pattern(pre_tokenizer: dict[str, Any] | None, source: str) -> str:
     """The regular expression that cuts a text as `pre_tokenizer` does."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    *before, last = steps
+    *before, last = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        if not before and last.get("use_regex", True):
-            return GPT2_PATTERN
-        if len(before) == 1 and last.get("use_regex", True) and before[0] == DIGITS:
-            return DIGITS_PATTERN
-        split = before[0] if len(before) == 1 else {}
-        kind = split.get("type"), split.get("behavior"), split.get("invert"), last.get("use_regex")
-        if kind == ("Split", "Isolated", False, False) and "Regex" in split["pattern"]:
-            return split["pattern"]["Regex"]
+        match last.get("use_regex", True), before:
+            case True, []:
+                return GPT2_PATTERN
+            case True, [digits] if digits == DIGITS:
+                return DIGITS_PATTERN
+            case False, [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}]:
+                return pattern
     raise UserError(
         f"{source}: its pre_tokenizer is not one that MicroLM knows (ByteLevel, Digits + ByteLevel, Split + ByteLevel)"
     )

@@ -158,10 +158,10 @@ class ShardWriter:
         if self._train.full:
             return
         for batch, position in batches:
-            finished = self._finished()
+            finished = len(self._train.shards + self._val.shards)
             self._write_batch(batch)
             self.position = position
-            if self._finished() > finished:
+            if len(self._train.shards + self._val.shards) > finished:
                 splits = {name: split.state() for name, split in self._splits.items()}
                 write_json(self._directory / PROGRESS, {"position": asdict(position), **splits})
             if bar is not None:
@@ -198,9 +198,6 @@ class ShardWriter:
             write_sums(folder / "tokenizer")
             write_json(folder / "manifest.json", manifest)
         return manifest
-
-    def _finished(self) -> int:
-        return len(self._train.shards) + len(self._val.shards)
 
     def _write_batch(self, batch: Encoded) -> None:
         documents = np.split(batch.tokens, batch.ends[:-1])

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from microlm.errors import UserError, explained, run_stage
+from microlm.files import write_json
 from microlm.runtime import distributed
 
 PROCESSES, REPORTS = "MICROLM_PROCESSES", "MICROLM_REPORTS"
@@ -123,9 +124,7 @@ def _run_reporting(main: Callable[[], None], reports: Path) -> None:
         known = explained(error)
         text, status = known or (traceback.format_exc().rstrip(), 1)
         report = {"text": text, "status": status, "at": time.time(), "lost": distributed.lost_another(error)}
-        whole = reports / f"{os.environ['RANK']}.json"
-        whole.with_suffix(".tmp").write_text(json.dumps(report))
-        os.replace(whole.with_suffix(".tmp"), whole)
+        write_json(reports / f"{os.environ['RANK']}.json", report)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # an orderly end would wait for processes that are gone
