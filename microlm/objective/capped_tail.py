@@ -69,7 +69,7 @@ class CappedTail:
 
 def solve(student: StudentRows, log_p: Tensor) -> CappedTail:
     """Water-filling for the cache's log_p [N, k + 1], by looking at the tokens that may be capped."""
-    log_mass, log_tau, log_c = _start(student, log_p)
+    log_mass, log_tau, log_c = _uncapped(student, log_p)
     log_normalizer = student.tempered_normalizer
     tail_mass = (student.log_tail - log_normalizer).exp()
     uncapped_mass = tail_mass.clone()
@@ -77,9 +77,9 @@ def solve(student: StudentRows, log_p: Tensor) -> CappedTail:
     capped, margin = [Tokens(left[:0], left[:0], log_c[:0])], MARGIN
     while len(left):
         known_to = log_c[left] + margin
-        known = joined(_above(student, left, log_tau[left] - known_to))
-        rest = _all_but(student, left, known, tail_mass[left])
-        log_c[left], mass = _newton(partial(_measured, known, rest), log_c[left], log_tau[left], log_mass[left])
+        known = joined(_tokens_above(student, left, log_tau[left] - known_to))
+        rest = _mass_without(student, left, known, tail_mass[left])
+        log_c[left], mass = _newton(partial(_measure_known, known, rest), log_c[left], log_tau[left], log_mass[left])
         solved = log_c[left] <= known_to  # otherwise tokens that are not known may be capped, and log_c is too low
         uncapped_mass[left[solved]] = mass[solved]
         above = known.log_q > (log_tau[left] - log_c[left])[known.rows]
@@ -94,7 +94,7 @@ def solve_by_sweeps(student: StudentRows, log_p: Tensor) -> tuple[Tensor, Tensor
 
     Each of Newton's steps is a sweep, after which the host looks once whether any row moved.
     """
-    log_mass, log_tau, log_c = _start(student, log_p)
+    log_mass, log_tau, log_c = _uncapped(student, log_p)
 
     def measured(threshold: Tensor) -> tuple[Tensor, Tensor]:
         count, mass = torch.zeros_like(threshold), torch.zeros_like(threshold)
@@ -113,7 +113,7 @@ def add_capped(z: Tensor, scale: float, log_normalizer: Tensor, threshold: Tenso
     mass += torch.where(above, 0.0, torch.exp(log_q)).sum(-1)
 
 
-def _start(student: StudentRows, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _uncapped(student: StudentRows, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tail's log-mass, its cap, and log c where no token exceeds it, each [N]."""
     head, log_mass = log_p[:, :-1], log_p[:, -1]
     log_tau = torch.maximum(head.amin(-1), log_mass - math.log(student.blocks.n_vocab - head.shape[1]))
@@ -133,14 +133,14 @@ def _newton(measured: Measure, log_c: Tensor, log_tau: Tensor, log_mass: Tensor)
         log_c, before = torch.maximum(log_c, (missing / mass).log().clamp_max(LARGEST_LOG_RATIO)), count
 
 
-def _measured(known: Tokens, rest: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+def _measure_known(known: Tokens, rest: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """A `Measure` of R rows of whose tails none but `known` tokens may be above; `rest` [R] is the others' mass."""
     above = known.log_q > threshold[known.rows]
     below = known.sum(torch.where(above, 0.0, known.log_q.exp()), len(rest))
     return known.sum(above.to(rest.dtype), len(rest)), rest + below
 
 
-def _all_but(student: StudentRows, rows: Tensor, known: Tokens, tail_mass: Tensor) -> Tensor:
+def _mass_without(student: StudentRows, rows: Tensor, known: Tokens, tail_mass: Tensor) -> Tensor:
     """The student's mass on the tails of `rows` [R], of `tail_mass` [R], that is not on the `known` tokens."""
     mass = tail_mass - known.sum(known.log_q.exp(), len(rows))
     few = torch.nonzero(mass < CANCELLING * tail_mass)[:, 0]
@@ -159,16 +159,16 @@ def _all_but(student: StudentRows, rows: Tensor, known: Tokens, tail_mass: Tenso
     return mass
 
 
-def _above(student: StudentRows, rows: Tensor, threshold: Tensor) -> Iterator[Tokens]:
+def _tokens_above(student: StudentRows, rows: Tensor, threshold: Tensor) -> Iterator[Tokens]:
     """Tail tokens of `rows` [R] with log q above `threshold` [R]; their `rows` count from 0 to R - 1."""
     flagged = student.largest[rows] - student.tempered_normalizer[rows, None] > threshold[:, None]
     _, lengths = torch.unique_consecutive(flagged.sum(-1).cumsum(0) // MOST_PAIRS, return_counts=True)
     for part in torch.arange(len(rows), device=rows.device).split(lengths.tolist()):
         group, row = flagged[part].T.nonzero(as_tuple=True)  # in the order of groups
-        yield from _above_in_groups(student, rows, threshold, group, part[row])
+        yield from _tokens_above_in_groups(student, rows, threshold, group, part[row])
 
 
-def _above_in_groups(
+def _tokens_above_in_groups(
     student: StudentRows, rows: Tensor, threshold: Tensor, group: Tensor, row: Tensor
 ) -> Iterator[Tokens]:
     """The same in pairs of a `group` and a `row`, by products of TILE rows with a group's weights."""

@@ -222,12 +222,12 @@ class StudentRows:
     gold: AnyEntries  # the targets
     gold_logits: Tensor  # [N]
     log_normalizer: Tensor  # [N] logsumexp of z
-    scale: float = 1.0  # 1 / temperature
-    ids: Tensor | None = None  # int64 [N, k], the cached ones
-    cached: AnyEntries | None = None  # the same
-    head: Tensor | None = None  # [N, k] z of the cached ids
-    log_tail: Tensor | None = None  # [N] logsumexp of scale * z over the tail
-    largest: Tensor | None = None  # [N, G] the largest scale * z of the tail in each group, where it was asked for
+    scale: float  # 1 / temperature
+    ids: Tensor | None  # int64 [N, k], the cached ones, where there is a teacher
+    cached: AnyEntries | None  # where they lie
+    head: Tensor | None  # [N, k] z of the cached ids
+    log_tail: Tensor  # [N] logsumexp of scale * z over the tail
+    largest: Tensor | None  # [N, G] the largest scale * z of the tail in each group, where it was asked for
 
     @cached_property
     def tempered_normalizer(self) -> Tensor:
@@ -244,7 +244,7 @@ class StudentRows:
 def first_sweep(
     blocks: VocabularyBlocks, targets: Tensor, ids: Tensor | None = None, scale: float = 1.0, groups: bool = False
 ) -> StudentRows:
-    """Of targets int64 [N] and, where there are any, of cached ids int64 [N, k]; `groups`: with each one's largest."""
+    """Of targets int64 [N] and, where there is a teacher, of cached ids int64 [N, k]; `groups`: with `largest`."""
     peak, total = blocks.no_mass()
     tail_peak, tail_total = (peak, total) if scale == 1 else blocks.no_mass()
     gold, gold_logits = blocks.entries(targets[:, None]), torch.zeros_like(peak)
@@ -281,6 +281,6 @@ def update_statistics(z: Tensor, scale: float, peak: Tensor, total: Tensor) -> N
 
 def update_group_statistics(z: Tensor, scale: float, peak: Tensor, total: Tensor, largest: Tensor) -> None:
     """`update_statistics`, and into `largest` [N, groups] the largest of each group of scale * z."""
-    padded = torch.nn.functional.pad(z, (0, -z.shape[1] % GROUP), value=LOWEST)
+    padded = torch.nn.functional.pad(z, (0, -z.shape[1] % GROUP), value=-torch.inf)
     largest.copy_(padded.unflatten(1, (-1, GROUP)).amax(-1).to(peak.dtype) * scale)
     update_statistics(z, scale, peak, total)
