@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from microlm.corpus.parts import PARTS_DIRECTORY
 from microlm.corpus.tokenizer import build_tokenizer
+from microlm.evaluation.scoring.backends import padded, plan, row_length
 from microlm.evaluation.scoring.encoding import Encoding, encode
-from microlm.evaluation.scoring.engine import score, score_plain
-from microlm.evaluation.scoring.layout import padded, plan, row_length
+from microlm.evaluation.scoring.engine import score
 from microlm.evaluation.tasks.benchmarks import few_shot
 from microlm.evaluation.tasks.data import read_rows
 from microlm.evaluation.tasks.prompts import questions, stratified_subset
@@ -58,7 +58,7 @@ def tokens_read(encoding: Encoding) -> dict[str, float]:
     items, shared = encoding.questions, len(encoding.prefix)
     apart = [shared + len(q.context) + len(ending) - 1 for q in items for ending in q.endings]
     rows = np.array([row_length(q) for q in items])
-    laid = sum(len(batch) * int(padded(rows[batch].max())) for batch in plan(rows, BATCH_TOKENS))
+    laid = sum(len(batch) * int(padded(rows[batch].max())) for batch in plan(items, BATCH_TOKENS))
     return {
         "shared": (shared + int(rows.sum())) / len(items),
         "shared and padded": (shared + laid) / len(items),
@@ -79,7 +79,7 @@ def main() -> None:
     encoding = _encode(given.questions, given.shots, model.context)
     ways: dict[str, Callable[[Encoding], np.ndarray]] = {
         "shared context": lambda some: np.stack(score(model, some.questions, BATCH_TOKENS, some.prefix)),
-        "one row at a time": lambda some: np.stack(score_plain(model, some.questions, some.prefix)),
+        "one row at a time": lambda some: np.stack(score(model, some.questions, 1, some.prefix, backend="plain")),
         "build-nanogpt": lambda some: build_nanogpt(model, some),
     }
     seconds, nats = dict.fromkeys(ways, 0.0), {}

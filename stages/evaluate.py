@@ -19,8 +19,7 @@ from microlm.evaluation import SCORED_MODELS
 from microlm.evaluation.candidates import Candidate, load_pipeline_model
 from microlm.evaluation.results.store import model_slug
 from microlm.evaluation.run import evaluate, refuse_overlong_shots
-from microlm.evaluation.scoring.held_out_loss import ValidationLoss, loss_on
-from microlm.evaluation.scoring.yardsticks import held_out
+from microlm.evaluation.scoring.held_out_loss import ValidationLoss, held_out, loss_on
 from microlm.evaluation.tasks.benchmarks import configured_benchmarks, gather
 from microlm.files import atomic_directory, write_json, write_sums
 from microlm.runtime import distributed

@@ -9,6 +9,7 @@ Several processes deal a benchmark's questions among them; all get every answer,
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from microlm.evaluation.candidates import Candidate
 from microlm.evaluation.results.answers import answers
 from microlm.evaluation.results.metrics import task_metrics
 from microlm.evaluation.results.store import Identity, Result, require_ours, result_path, standing, write_result
-from microlm.evaluation.scoring.backends import Measure, missed
+from microlm.evaluation.scoring.backends import missed
 from microlm.evaluation.scoring.encoding import Encoding, encode
 from microlm.evaluation.scoring.engine import backends_used, score
 from microlm.evaluation.tasks.benchmarks import Material
@@ -30,9 +31,8 @@ APART = ("completion",)
 
 def identity(candidate: Candidate, material: Material) -> Identity:
     """What the result of this candidate on this material will say of itself."""
-    benchmark = material.benchmark
-    dtype = next(iter(candidate.model.parameters())).dtype
-    dtype = getattr(candidate.model, "activation_dtype", dtype)
+    benchmark, model = material.benchmark, candidate.model
+    dtype = getattr(model, "activation_dtype", next(model.parameters()).dtype)
     return Identity(
         model=candidate.name,
         model_digest=candidate.weights,
@@ -84,24 +84,23 @@ def score_benchmark(
     material: Material,
     batch_tokens: int,
     pmi: bool = False,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = int,
 ) -> Result:
     """Score, answer, measure. UserError as `engine.score` and `encode`."""
-    benchmark, model = material.benchmark, candidate.model
-    encoding = _encode(candidate, material)
-    nats = _score(candidate, encoding, batch_tokens, progress)
+    benchmark, encoding = material.benchmark, _encode(candidate, material)
+    nats = _score(candidate, encoding, batch_tokens, progress=progress)
     fixed_endings = len({question.endings for question in material.questions}) == 1
     bare = _without_question(candidate, material, batch_tokens) if pmi or fixed_endings else None
     word = benchmark.task.kind == "word"
     misses = _score(candidate, encoding, batch_tokens, measure=missed) if word else None
-    lengths = [np.array([len(ending) for ending in item.endings]) for item in encoding.questions]
+    lengths = [item.lengths for item in encoding.questions]
     nats, lengths = (_of_questions(material, of_reads) for of_reads in (nats, lengths))
     table = answers(material.questions, nats, lengths, bare, benchmark.protocol, misses)
     metrics = task_metrics(benchmark.task, benchmark.protocol, benchmark.shots, table)
     metrics |= {
         "truncated": encoding.truncated,
         "unshared_prefix": encoding.unshared,
-        "backends": backends_used(model, encoding.questions, encoding.prefix),
+        "backends": backends_used(candidate.model, encoding.questions, encoding.prefix),
     }
     return Result(identity(candidate, material), metrics, table, data=material.data)
 
@@ -112,18 +111,10 @@ def _of_questions(material: Material, of_reads: list[np.ndarray]) -> list[np.nda
     return [np.concatenate([next(rest) for _ in question.read()]) for question in material.questions]
 
 
-def _score(
-    candidate: Candidate,
-    encoding: Encoding,
-    batch_tokens: int,
-    progress: Callable[[int], object] | None = None,
-    measure: Measure | None = None,
-) -> list[np.ndarray]:
+def _score(candidate: Candidate, encoding: Encoding, batch_tokens: int, **asked: Any) -> list[np.ndarray]:
     """`engine.score` of batches dealt to the processes; every process gets the nats of all."""
     model, name = candidate.model, candidate.name
-    return score(
-        model, encoding.questions, batch_tokens, encoding.prefix, progress, name, together=True, measure=measure
-    )
+    return score(model, encoding.questions, batch_tokens, encoding.prefix, name=name, together=True, **asked)
 
 
 def _encode(candidate: Candidate, material: Material) -> Encoding:

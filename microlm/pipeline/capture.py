@@ -14,7 +14,7 @@ from microlm.corpus.batches import cached_windows, evenly_spaced, read_batch, wi
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError
-from microlm.evaluation.scoring.held_out_loss import ValidationLoss, validation_loss
+from microlm.evaluation.scoring.held_out_loss import ValidationLoss, loss_on
 from microlm.files import atomic_directory, write_json
 from microlm.models.teacher_source import teacher_source
 from microlm.runtime import distributed
@@ -102,7 +102,7 @@ def _held_out(
     val, seq_len, rows = TokenShards(SHARDS, "val"), identity.seq_len, config.at.teacher.batch_rows
     wanted, lengths = config.at.pretrain.validation_windows, tokenizer.byte_lengths
     if projection is None:
-        return {"val": _in_units(validation_loss(model, val, lengths, seq_len, wanted, rows))}
+        return {"val": _in_units(loss_on(model, val, lengths, seq_len, wanted, rows))}
     chosen = evenly_spaced(window_count(val, seq_len), wanted)
     native = native_loss(model, projection, val, seq_len, chosen, rows)
     shown, shared = projected_loss(record, val, chosen, rows, lengths)

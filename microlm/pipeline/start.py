@@ -17,7 +17,7 @@ from microlm.corpus.batches import cached_windows, evenly_spaced, read_batch
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import ParameterError
-from microlm.evaluation.scoring.held_out_loss import validation_loss
+from microlm.evaluation.scoring.held_out_loss import loss_on
 from microlm.files import atomic_file, write_json
 from microlm.models import model_files, pruning
 from microlm.models.architecture import ModelShape
@@ -47,7 +47,7 @@ def make_start(config: Config, runtime: Runtime) -> None:
     model.set_activation_dtype(runtime.dtype).to(runtime.device)
     batch, val = config.at.batch, TokenShards(SHARDS, "val")
     windows, rows = config.at.pretrain.validation_windows, batch.micro_batch_rows
-    seen = validation_loss(model, val, tokenizer.byte_lengths, batch.seq_len, windows, rows)
+    seen = loss_on(model, val, tokenizer.byte_lengths, batch.seq_len, windows, rows)
     told = {"start": config.start_kind, "parameters": model.parameter_count(), **told}
     told |= {"shape": asdict(model.shape), "val_loss": seen.nats, "val_bpb": seen.bpb}
     banner(

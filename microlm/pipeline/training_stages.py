@@ -9,15 +9,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from microlm.config import Config, load_config
-from microlm.corpus.batches import Batches, cached_windows, evenly_spaced, uncached_windows, window_count
+from microlm.corpus.batches import Batches, cached_windows, uncached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import ParameterError, UserError
 from microlm.evaluation.results.answers import answers, curve_figures
 from microlm.evaluation.scoring.encoding import Encoded, encode
 from microlm.evaluation.scoring.engine import score
-from microlm.evaluation.scoring.held_out_loss import ValidationLoss, loss_on
-from microlm.evaluation.scoring.yardsticks import held_out
+from microlm.evaluation.scoring.held_out_loss import ValidationLoss, held_out, loss_on
 from microlm.evaluation.tasks.data import DataNotAvailable, read_rows
 from microlm.evaluation.tasks.prompts import questions, stratified_subset
 from microlm.evaluation.tasks.task import task_named
@@ -245,23 +244,20 @@ class Evaluator:
     outside: TokenShards | None = None  # text of another kind, as many windows of it
 
     def __call__(self, model: StudentLM, train_windows: np.ndarray | None) -> Evaluation:
-        seen = self._loss(model, self.validation)
-        ood_bpb = self._loss(model, self.outside).bpb if self.outside else None
+        seen = self._loss(model, self.validation, self.validation_windows)
+        ood_bpb = self._loss(model, self.outside, self.validation_windows).bpb if self.outside else None
         train_nats = self._loss(model, self.training, train_windows).nats if train_windows is not None else None
         return Evaluation(train_nats, seen.nats, seen.bpb, self._hellaswag(model), ood_bpb)
 
-    def _loss(self, model: StudentLM, shards: TokenShards, windows: np.ndarray | None = None) -> ValidationLoss:
-        """On `windows`, or on evenly spaced ones."""
+    def _loss(self, model: StudentLM, shards: TokenShards, windows: np.ndarray | int) -> ValidationLoss:
         seq_len, rows = self.batch.seq_len, self.batch.micro_batch_rows
-        if windows is None:
-            windows = evenly_spaced(window_count(shards, seq_len), self.validation_windows)
         return loss_on(model, shards, self.byte_lengths, seq_len, windows, rows, together=True)
 
     def _hellaswag(self, model: StudentLM) -> dict[str, float]:
         batch_tokens = max(self.batch.micro_batch_rows * self.batch.seq_len, 2048)
         nats = score(model, self.encoded, batch_tokens, backend="tree", together=True)
-        lengths = [np.array([len(ending) for ending in item.endings]) for item in self.encoded]
-        return curve_figures(answers([item.question for item in self.encoded], nats, lengths, None, PROTOCOL), PROTOCOL)
+        asked, lengths = zip(*((item.question, item.lengths) for item in self.encoded), strict=True)
+        return curve_figures(answers(asked, nats, lengths, None, PROTOCOL), PROTOCOL)
 
 
 def _load_moments(optimizers: Optimizers, path: Path) -> None:

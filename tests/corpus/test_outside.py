@@ -32,7 +32,7 @@ from microlm.corpus.outside import (
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.sources import refuse_unfit
 from microlm.errors import UserError
-from microlm.evaluation.scoring.yardsticks import held_out
+from microlm.evaluation.scoring.held_out_loss import held_out
 from microlm.parameters import BatchConfig, HubText
 from microlm.pipeline.training_stages import Evaluator
 from microlm.report.summary_table import sentences

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausa
 from microlm.corpus.batches import read_batch, window_count
 from microlm.corpus.shards import TokenShards
 from microlm.evaluation.scoring.encoding import Encoded
-from microlm.evaluation.scoring.engine import score, score_plain
-from microlm.evaluation.scoring.held_out_loss import validation_loss
+from microlm.evaluation.scoring.engine import score
+from microlm.evaluation.scoring.held_out_loss import loss_on
 from microlm.evaluation.tasks.prompts import Question
 from microlm.files import write_json
 from microlm.models.architecture import ModelShape
@@ -136,7 +136,7 @@ def test_records_are_the_cpus(name, shards, device):  # noqa: F811
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("backend", ["tree", "cached", "plain"])
 def test_scores_are_the_cpus_one_at_a_time(name, backend, device):  # noqa: F811
-    expected = score_plain(MODELS[name](), asked(7))
+    expected = score(MODELS[name](), asked(7), 1, backend="plain")
     found = score(moved(MODELS[name](), torch.float32, device), asked(7), 512, backend=backend)
     for ours, theirs in zip(found, expected):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3)
@@ -144,7 +144,7 @@ def test_scores_are_the_cpus_one_at_a_time(name, backend, device):  # noqa: F811
 
 def test_validation_loss_is_the_cpus(shards, device):  # noqa: F811
     lengths = np.ones(N_VOCAB, np.int32)
-    found = [validation_loss(student().to(where), shards, lengths, SEQ_LEN, None, ROWS) for where in ("cpu", device)]
+    found = [loss_on(student().to(where), shards, lengths, SEQ_LEN, None, ROWS) for where in ("cpu", device)]
     np.testing.assert_allclose(found[1].window_nats, found[0].window_nats, rtol=1e-4)
 
 

@@ -20,7 +20,7 @@ from microlm.corpus.batches import Batches, evenly_spaced
 from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.evaluation.scoring.engine import score
-from microlm.evaluation.scoring.held_out_loss import validation_loss
+from microlm.evaluation.scoring.held_out_loss import loss_on
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM
 from microlm.objective.fused_head import HeadLoss
@@ -187,7 +187,7 @@ def test_nothing_is_compiled_after_the_warm_up(shards, device):  # noqa: F811
         def look_and_go_on(first: int) -> None:
             for number in range(first, first + 2):
                 step(number)
-            validation_loss(model, shards, np.ones(N_VOCAB, np.int32), BATCH.seq_len, 6, 2)
+            loss_on(model, shards, np.ones(N_VOCAB, np.int32), BATCH.seq_len, 6, 2)
             questions = [replace(one, context=one.context % N_VOCAB, endings=tuple(e % N_VOCAB for e in one.endings))
                          for one in asked(3)]  # fmt: skip
             score(model, [one for one in questions if len(one.context) < 8], 64)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ from transformers import (
 )
 
 from microlm.errors import UserError
+from microlm.evaluation.scoring.backends import block_mask, collate, plan, row_length
 from microlm.evaluation.scoring.encoding import Encoded
-from microlm.evaluation.scoring.engine import backends_used, choose_backend, score, score_plain
-from microlm.evaluation.scoring.layout import block_mask, collate, lay_out, plan, row_length
+from microlm.evaluation.scoring.engine import backends_used, choose_backend, score
 from microlm.evaluation.tasks.prompts import Question
 from microlm.models.architecture import ModelShape
 from microlm.models.interface import LanguageModel
@@ -65,6 +66,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(**LLAMA, num_key_value_heads=1, sliding_window=WINDOW),
 }  # fmt: skip
 CHOICE = {"bloom": "cached", "mpt": "cached", "gpt-neo": "cached", "mamba": "plain"}  # all others: tree
+score_plain = partial(score, batch_tokens=1, backend="plain")  # the reference: one ending at a time
 MANY = 10**6  # tokens: everything in one batch
 
 
@@ -148,7 +150,7 @@ def test_every_network_is_scored_as_its_own_logits_say_by_the_way_it_allows(fami
     assert_same(score(model, questions, 256), expected)
     assert_same(score(model, questions, 256, PREFIX), after)
     way = CHOICE.get(family, "tree")
-    assert choose_backend(model) == choose_backend(model, after_prefix=True) == way
+    assert choose_backend(model).backend == choose_backend(model, after_prefix=True).backend == way
     if way == "tree":
         assert_same(score(model, questions, 256, backend="cached"), expected)
 
@@ -175,7 +177,7 @@ def test_changing_one_ending_changes_no_other_score(
     asked: Encoded, backend: str, changed: int, ending: list[int], shared: bool
 ) -> None:
     endings = tuple(np.array(ending) if k == changed else old for k, old in enumerate(asked.endings))
-    prefix = PREFIX if shared else None
+    prefix = PREFIX if shared else PREFIX[:0]
     (before,) = score(STUDENT, [asked], MANY, prefix, backend=backend)
     (after,) = score(STUDENT, [replace(asked, endings=endings)], MANY, prefix, backend=backend)
     np.testing.assert_allclose(np.delete(after, changed), np.delete(before, changed), rtol=1e-5, atol=1e-4)
@@ -261,7 +263,7 @@ def test_the_trial_tells_a_fault_from_rounding_in_either_precision(
     for parameter in model.parameters():
         parameter.data.mul_(2)  # a context that matters, as to a trained model
     model.fault = fault
-    assert choose_backend(model, after_prefix) == way
+    assert choose_backend(model, after_prefix).backend == way
 
 
 def test_a_slower_way_is_told_once_with_what_differs_and_by_how_much(capfd: pytest.CaptureFixture[str]) -> None:
@@ -304,7 +306,7 @@ def test_a_live_model_in_training_is_left_as_it_was_and_its_compiled_block_unuse
 
 def test_bfloat16_models_are_scored_in_float32_by_the_same_way() -> None:
     model, questions = student().set_activation_dtype(torch.bfloat16), drawn(12)
-    assert choose_backend(model) == choose_backend(model, after_prefix=True) == "tree"
+    assert choose_backend(model).backend == choose_backend(model, after_prefix=True).backend == "tree"
     ours, plain = score(model, questions, 512), score_plain(model, questions)
     np.testing.assert_allclose(np.concatenate(ours), np.concatenate(plain), rtol=0.05)
 
@@ -330,10 +332,10 @@ def test_progress_counts_every_question(backend: str) -> None:
 @given(st.integers(1, 40), st.integers(1, 3000))
 def test_batches_hold_every_question_once_within_the_budget(n: int, batch_tokens: int) -> None:
     questions = drawn(n)
-    batches = plan([row_length(q) for q in questions], batch_tokens)
+    batches = plan(questions, batch_tokens)
     assert sorted(np.concatenate(batches)) == list(range(n))
     for indices in batches:
-        tokens = collate([lay_out(questions[i]) for i in indices]).tokens
+        tokens = collate([questions[i] for i in indices])[0][0]
         assert tokens.numel() <= batch_tokens or len(indices) == 1
         assert tokens.shape[1] % 8 == 0
         assert all(tokens.shape[1] - row_length(questions[i]) < 32 for i in indices)

@@ -20,7 +20,7 @@ from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.evaluation.candidates import load_pipeline_model
 from microlm.evaluation.run import evaluate
-from microlm.evaluation.scoring.held_out_loss import validation_loss
+from microlm.evaluation.scoring.held_out_loss import loss_on
 from microlm.evaluation.tasks.benchmarks import benchmarks, gather
 from microlm.files import read_json
 from microlm.pipeline import training_stages
@@ -104,7 +104,7 @@ class Experiment:
         hellaswag_s = time.perf_counter() - began
         seq_len, lengths = config.at.batch.seq_len, load_tokenizer(SHARDS / "tokenizer").byte_lengths
         val = TokenShards(SHARDS, "val")
-        seen = validation_loss(candidate.model, val, lengths, seq_len, None, max(1, batch_tokens // seq_len))
+        seen = loss_on(candidate.model, val, lengths, seq_len, None, max(1, batch_tokens // seq_len))
         figures = {key: result.metrics[key] for key in ("acc_norm", "acc_norm_se", "gold_bpb", "items")}
         return {"val_bpb": seen.bpb, **figures, "hellaswag_s": hellaswag_s}
 

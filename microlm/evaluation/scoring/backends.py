@@ -1,7 +1,9 @@
 """Three ways to the same scores: `tree` and `cached` read a context once for all its endings, `plain` once for each.
 
-Each is a generator of (indices of some questions, nats of the endings of each of these), and reads `prefix`, int64 [P],
-before every question (P may be 0). It is called in inference mode, the model in evaluation mode.
+tree: a question is one row [ctx | e1[:-1] | e2[:-1] | ...]. Positions restart after ctx, and a block mask lets an
+ending see ctx and itself, so that each is scored as if it stood alone after ctx; the model takes positions and a mask.
+cached: keys and values of a context are kept, and its endings go on from them: the model need be causal and no more.
+plain: the reference, one ending at a time after all that stands before it, no batch, no padding, no mask.
 
 What is summed over an ending's tokens is its `Measure`: nats, or the tokens that are not the likeliest.
 
@@ -9,91 +11,72 @@ All batches are planned, then `deal` says which of them are scored here: what a 
 of every score, does not depend on how many processes share the batches.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from microlm.evaluation.scoring.encoding import Encoded
-from microlm.evaluation.scoring.layout import (
-    block_mask,
-    collate,
-    collate_endings,
-    lay_out,
-    plan,
-    plan_alike,
-    row_length,
-)
 from microlm.models.interface import LanguageModel, Prefix
 from microlm.objective.fused_head import token_nats
 
 HEAD_ROWS = 4096  # positions in one pass of the head
 HEAD_LOGITS = 2**25  # logits in one pass where they are made whole: 128 MiB in float32
+LENGTH_MULTIPLE = 8  # rows are padded to it, so that a model meets few shapes, of edges that its kernels like
+SLACK = 32  # no row is padded by as much: a small set is cut into more batches instead
+PADDING = -1  # its segment number; 0 is the context, 1, 2, ... the endings
 
-Nats = Iterator[tuple[np.ndarray, list[np.ndarray]]]
-Deal = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
+Nats = Iterator[tuple[Sequence[int], list[np.ndarray]]]
+"""Indices of some questions, float64 [endings] of each of these."""
+Deal = Callable[[list[np.ndarray]], Sequence[np.ndarray]]
 """Batches (indices of their questions) -> those that this process scores."""
 Measure = Callable[[LanguageModel, Tensor, Tensor, Tensor], Tensor]
 """(model, hidden [N, D], source [S], target [S]) -> float64 [S], one number for each scored token."""
 
 
-def every(batches: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-    return batches
+class Scored(NamedTuple):
+    """The S scored tokens of a batch: `target` is predicted at row `source` of its hidden states.
 
-
-def tree(
-    model: LanguageModel,
-    questions: Sequence[Encoded],
-    batch_tokens: int,
-    prefix: np.ndarray,
-    deal: Deal = every,
-    measure: Measure | None = None,
-) -> Nats:
-    """One row a question, all endings behind one context (see layout.py): the model takes positions and a mask."""
-    shared = _read(model, prefix)
-    for indices in deal(plan([row_length(question) for question in questions], batch_tokens)):
-        chosen = [questions[i] for i in indices]
-        batch = collate([lay_out(question, len(prefix)) for question in chosen], model.head_weight.device)
-        hidden = model.hidden(batch.tokens, batch.positions, block_mask(batch.segments, len(prefix)), shared)
-        found = (measure or scored_nats)(model, hidden.flatten(0, 1), batch.source, batch.target)
-        yield indices, _by_question(found, batch.slot, chosen)
-
-
-def cached(
-    model: LanguageModel,
-    questions: Sequence[Encoded],
-    batch_tokens: int,
-    prefix: np.ndarray,
-    deal: Deal = every,
-    measure: Measure | None = None,
-) -> Nats:
-    """Keys and values of a context are kept, and its endings go on from them: the model need be causal and no more.
-
-    Contexts of one length are read together, unpadded; endings are padded on the right, where nothing looks.
+    `slot` counts the endings of the batch through, question by question.
     """
-    shared = _read(model, prefix)
-    for indices in deal(list(plan_alike(questions, batch_tokens))):
-        chosen = [questions[i] for i in indices]
-        batch = collate_endings(chosen, model.head_weight.device)
-        past = model.read_prefix(batch.contexts, shared)
-        hidden = past.last
-        if batch.tokens.numel():
-            hidden = torch.cat((hidden, model.hidden(batch.tokens, prefix=past).flatten(0, 1)))
-        found = (measure or scored_nats)(model, hidden, batch.source, batch.target)
-        yield indices, _by_question(found, batch.slot, chosen)
+
+    source: Tensor
+    target: Tensor
+    slot: Tensor
 
 
-def plain(
+def nats_by(
+    backend: str,
     model: LanguageModel,
     questions: Sequence[Encoded],
     batch_tokens: int,
     prefix: np.ndarray,
-    deal: Deal = every,
+    deal: Deal = list,
     measure: Measure | None = None,
 ) -> Nats:
-    """The reference: one ending at a time after all that stands before it, no batch, no padding, no mask."""
-    for indices in deal(np.arange(len(questions))[:, None]):
+    """Read `prefix`, int64 [P], before every question (P may be 0). Called in inference and evaluation mode."""
+    if backend == "plain":
+        yield from _plain(model, questions, prefix, deal, measure or _plain_nats)
+        return
+    planned, read = {"tree": (plan, _tree), "cached": (plan_alike, _cached)}[backend]
+    shared = model.read_prefix(torch.from_numpy(prefix).to(model.head_weight.device)) if len(prefix) else None
+    for indices in deal(planned(questions, batch_tokens)):
+        chosen = [questions[i] for i in indices]
+        hidden, scored = read(model, chosen, shared)
+        found = (measure or scored_nats)(model, hidden, scored.source, scored.target)
+        counts = [len(question.endings) for question in chosen]
+        sums = torch.zeros(sum(counts), dtype=torch.float64, device=found.device).index_add_(0, scored.slot, found)
+        yield indices, np.split(sums.cpu().numpy(), np.cumsum(counts)[:-1])
+
+
+def _plain(
+    model: LanguageModel, questions: Sequence[Encoded], prefix: np.ndarray, deal: Deal, measure: Measure
+) -> Nats:
+    for indices in deal(list(np.arange(len(questions))[:, None])):
         question = questions[indices[0]]
         before = np.concatenate([prefix, question.context])
         nats = np.zeros(len(question.endings))
@@ -101,27 +84,110 @@ def plain(
             tokens = torch.from_numpy(np.concatenate([before, ending[:-1]])).to(model.head_weight.device)
             hidden = model.hidden(tokens[None])[0, len(before) - 1 :]
             targets = torch.from_numpy(ending).to(hidden.device)
-            rows = torch.arange(len(targets), device=hidden.device)
-            nats[k] = (measure or _plain_nats)(model, hidden, rows, targets).sum().item()
+            nats[k] = measure(model, hidden, torch.arange(len(targets), device=hidden.device), targets).sum().item()
         yield indices, [nats]
 
 
-BACKENDS: dict[str, Callable[..., Nats]] = {
-    "tree": tree,
-    "cached": cached,
-    "plain": plain,
-}
+def _tree(model: LanguageModel, questions: Sequence[Encoded], prefix: Prefix | None) -> tuple[Tensor, Scored]:
+    before = prefix.length if prefix else 0
+    (tokens, positions, segments), scored = collate(questions, before, model.head_weight.device)
+    return model.hidden(tokens, positions, block_mask(segments, before), prefix).flatten(0, 1), scored
 
 
-def _read(model: LanguageModel, prefix: np.ndarray) -> Prefix | None:
-    return model.read_prefix(torch.from_numpy(prefix).to(model.head_weight.device)) if len(prefix) else None
+def _cached(model: LanguageModel, questions: Sequence[Encoded], prefix: Prefix | None) -> tuple[Tensor, Scored]:
+    """Contexts of one length [G, n], unpadded; endings [G * k, width] padded on the right, where nothing looks."""
+    device = model.head_weight.device
+    endings = [ending for question in questions for ending in question.endings]
+    each, width = len(questions[0].endings), max(map(len, endings)) - 1
+    tokens, source = np.zeros((len(endings), width), dtype=np.int64), []
+    for slot, ending in enumerate(endings):
+        tokens[slot, : len(ending) - 1] = ending[:-1]
+        begin = len(questions) + slot * width  # behind the last position of each context
+        source.append(np.append(slot // each, np.arange(begin, begin + len(ending) - 1)))
+    past = model.read_prefix(torch.from_numpy(np.stack([q.context for q in questions])).to(device), prefix)
+    hidden = past.last
+    if width:
+        later = model.hidden(torch.from_numpy(tokens).to(device), prefix=past)
+        hidden = torch.cat((hidden, later.flatten(0, 1)))
+    return hidden, _scored(questions, source, device)
 
 
-def _by_question(nats: Tensor, slot: Tensor, questions: Sequence[Encoded]) -> list[np.ndarray]:
-    """Measures [S] of scored tokens, summed by ending: float64 [endings] of each question."""
-    counts = [len(question.endings) for question in questions]
-    sums = torch.zeros(sum(counts), dtype=torch.float64, device=nats.device).index_add_(0, slot, nats)
-    return np.split(sums.cpu().numpy(), np.cumsum(counts)[:-1])
+def plan(questions: Sequence[Encoded], batch_tokens: int) -> list[np.ndarray]:
+    """Indices by batch: rows of about one length, longest first, at most `batch_tokens` or one row."""
+    lengths = np.array([row_length(question) for question in questions])
+    order = np.argsort(-lengths, kind="stable")
+    batches: list[np.ndarray] = []
+    while len(order):
+        width = padded(lengths[order[0]])
+        alike = order[: max(1, batch_tokens // int(width))]
+        batches.append(alike[lengths[alike] > width - SLACK])
+        order = order[len(batches[-1]) :]
+    return batches
+
+
+def plan_alike(questions: Sequence[Encoded], batch_tokens: int) -> list[np.ndarray]:
+    """Batches of questions with as many tokens of context and as many endings, longest first."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, question in enumerate(questions):
+        groups[len(question.context), len(question.endings)].append(index)
+    batches = []
+    for (length, endings), members in sorted(groups.items(), reverse=True):
+        longest = max(questions[index].lengths.max() for index in members)
+        rows = max(1, batch_tokens // max(length, endings * (longest - 1)))
+        batches += [np.array(members[first : first + rows]) for first in range(0, len(members), rows)]
+    return batches
+
+
+def row_length(question: Encoded) -> int:
+    """Tokens that the question's row takes."""
+    return len(question.context) + int((question.lengths - 1).sum())
+
+
+def padded(lengths: ArrayLike) -> np.ndarray:
+    """`lengths` rounded up to whole multiples of LENGTH_MULTIPLE."""
+    return -(-np.asarray(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def collate(questions: Sequence[Encoded], before: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, Scored]:
+    """B rows padded to T tokens: int64 [3, B, T] with tokens, positions and segments; what is scored of B*T rows.
+
+    Positions count from `before`, the tokens of a prefix that all rows go on from.
+    """
+    width = int(padded(max(map(row_length, questions))))
+    cells = np.zeros((3, len(questions), width), dtype=np.int64)
+    cells[2] = PADDING
+    source = []
+    for index, question in enumerate(questions):
+        start, inputs = len(question.context), question.lengths - 1
+        row = cells[:, index, : row_length(question)]
+        row[0] = np.concatenate([question.context, *(ending[:-1] for ending in question.endings)])
+        row[1] = before + np.concatenate([np.arange(start), *(np.arange(start, start + n) for n in inputs)])
+        row[2] = np.repeat(np.arange(len(inputs) + 1), [start, *inputs])
+        # the first token of an ending is predicted at the context's end, token j at the ending's own token j - 1
+        begins = index * width + start + np.cumsum([0, *inputs[:-1]])
+        last = index * width + start - 1
+        source += [np.append(last, np.arange(begin, begin + n)) for begin, n in zip(begins, inputs)]
+    return torch.from_numpy(cells).to(device), _scored(questions, source, device)
+
+
+def _scored(questions: Sequence[Encoded], source: list[np.ndarray], device: torch.device | str) -> Scored:
+    """`source` of each ending's tokens."""
+    endings = [ending for question in questions for ending in question.endings]
+    slots = np.repeat(np.arange(len(endings)), [len(ending) for ending in endings])
+    columns = np.stack([np.concatenate(source), np.concatenate(endings), slots])
+    return Scored(*torch.from_numpy(columns).to(device))
+
+
+def block_mask(segments: Tensor, before: int = 0) -> Tensor:
+    """segments [B, T] -> [B, 1, T, before + T] bool: causal, and only into prefix, context or the query's own segment.
+
+    A padding position sees the context, earlier padding and itself, so its softmax is finite; nothing sees padding.
+    """
+    rows, width = segments.shape
+    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
+    query, key = segments[:, :, None], segments[:, None, :]
+    own = causal & ((key == 0) | (key == query))
+    return torch.cat((own.new_ones(rows, width, before), own), dim=2)[:, None]
 
 
 def scored_nats(model: LanguageModel, hidden: Tensor, source: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ at the start that the questions then have in common are the shared prefix; a que
 too long to keep them all, is read without it, its whole text in its own row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,11 @@ class Encoded:
     endings: tuple[np.ndarray, ...]
     truncated: int = 0  # tokens of the context lost at the left
     shares_prefix: bool = True  # False: scored as if there were no prefix
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each ending."""
+        return np.array([len(ending) for ending in self.endings])
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,14 @@ def encode(
             start token. Each names task and question.
     """
     first = np.array(begin, dtype=np.int64)
-    read = [pair for chunk in _chunks(questions) for pair in _ids(chunk, tokenizer, prefix, joint)]
+    chunks = (questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK))
+    read = [pair for chunk in chunks for pair in _ids(chunk, tokenizer, prefix, joint)]
     contexts = [_never_empty(np.concatenate([first, ids]), start_token, q) for (ids, _), q in zip(read, questions)]
     shared = first[:0]
     if prefix:
         shared = _shared(np.concatenate([first, *_encode(tokenizer, [prefix])]), contexts)
     endings = (ids for _, ids in read)
     return Encoding([_fit(*each, shared, context_limit) for each in zip(questions, contexts, endings)], shared)
-
-
-def _chunks(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
-    return (questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK))
 
 
 def _encode(tokenizer: BatchEncoder, texts: Sequence[str]) -> list[np.ndarray]:

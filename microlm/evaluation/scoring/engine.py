@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from microlm.errors import UserError, plain
-from microlm.evaluation.scoring.backends import BACKENDS, Measure, every
+from microlm.evaluation.scoring.backends import Measure, nats_by
 from microlm.evaluation.scoring.encoding import Encoded
 from microlm.evaluation.tasks.prompts import Question
 from microlm.models.interface import LanguageModel
@@ -32,8 +32,8 @@ def score(
     model: LanguageModel,
     encoded: Sequence[Encoded],
     batch_tokens: int,
-    prefix: np.ndarray | None = None,
-    progress: Callable[[int], object] | None = None,
+    prefix: np.ndarray = NO_PREFIX,
+    progress: Callable[[int], object] = int,
     name: str = "the model",
     backend: str = "auto",
     together: bool = False,
@@ -53,68 +53,55 @@ def score(
     Raises:
         UserError: a score is not a finite number; names the model, the task and the question.
     """
-    before = NO_PREFIX if prefix is None else prefix
     nats = [np.zeros(len(item.endings)) for item in encoded]
-    deal, waiting = (distributed.dealt if together else every), len(encoded)
+    deal, waiting = (distributed.dealt if together else list), len(encoded)
     with _scoring(model):
-        for part in _parts(model, encoded, before, backend, name, together):
+        for part in _parts(model, encoded, prefix, backend, name, together):
             questions = [encoded[i] for i in part.members]
-            for indices, values in BACKENDS[part.backend](model, questions, batch_tokens, part.prefix, deal, measure):
+            found = nats_by(part.backend, model, questions, batch_tokens, part.prefix, deal, measure)
+            for indices, values in found:
                 for index, value in zip(indices, values):
                     nats[part.members[index]] = _finite(value, questions[index], name)
                 waiting -= len(indices)
-                if progress is not None:
-                    progress(len(indices))
+                progress(len(indices))
     if not together or distributed.size() == 1:
         return nats
-    if progress is not None:
-        progress(waiting)  # those of the others
+    progress(waiting)  # those of the others
     whole = distributed.sum_over_ranks(torch.from_numpy(np.concatenate(nats)))  # each is of one process, so exact
     return np.split(whole.numpy(), np.cumsum([len(values) for values in nats])[:-1])
 
 
-def score_plain(
-    model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray | None = None, name: str = "the model"
-) -> list[np.ndarray]:
-    """The reference for `score`: one ending at a time after its context, no batch, no padding, no mask."""
-    return score(model, encoded, 1, prefix, name=name, backend="plain")
-
-
 def backends_used(
-    model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray | None = None, backend: str = "auto"
+    model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray = NO_PREFIX, backend: str = "auto"
 ) -> dict[str, int]:
     """Questions by the backend that `score` takes for them, for a report. The same choice as `score`'s."""
     counts: Counter[str] = Counter()
     with _scoring(model):
-        for part in _parts(model, encoded, NO_PREFIX if prefix is None else prefix, backend):
+        for part in _parts(model, encoded, prefix, backend):
             counts[part.backend] += len(part.members)
     return dict(counts)
 
 
-def choose_backend(model: LanguageModel, after_prefix: bool = False) -> str:
+class Choice(NamedTuple):
+    backend: str
+    why: str  # faster ones were passed over; empty where there are none
+
+
+def choose_backend(model: LanguageModel, after_prefix: bool = False) -> Choice:
     """The first of `tree` and `cached` that scores two questions in either order as `plain` does alone; else `plain`.
 
     Costs some twenty short passes. A model of relative positions by distance in the row (ALiBi) is no good for `tree`;
     one that keeps something else than keys and values is good for `plain` alone. Of a model that hardly heeds its
     context a fault may pass for rounding: it then moves scores by as little.
     """
-    return _choose(model, after_prefix).backend
-
-
-class _Choice(NamedTuple):
-    backend: str
-    why: str  # faster ones were passed over; empty where there are none
-
-
-def _choose(model: LanguageModel, after_prefix: bool) -> _Choice:
     questions, prefix = _trial(model.n_vocab, after_prefix)
     if len(prefix) + TRIAL_CONTEXT + max(TRIAL_ENDINGS) > _uniform_context(model):
-        return _Choice("plain", "its context is too short to try a faster way")
+        return Choice("plain", "its context is too short to try a faster way")
     told: list[str] = []
     with _scoring(model) as device:
         expected = _in_order("plain", model, questions, prefix)
         if not np.isfinite(expected).all():
-            return _Choice("plain", "")  # whose scores will be refused
+            return Choice("plain", "")  # whose scores will be refused
         eps = torch.finfo(model.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device)).dtype).eps
         allowed = max(ROUNDING_EPS * eps, ROUNDING_NATS) * np.sqrt(TRIAL_ENDINGS)
         for backend in PREFERENCE[:-1]:
@@ -125,21 +112,20 @@ def _choose(model: LanguageModel, after_prefix: bool) -> _Choice:
                 told.append(f"`{backend}` ends in {type(error).__name__}")
                 continue
             if (off <= allowed).all():
-                return _Choice(backend, "; ".join(told))
+                return Choice(backend, "; ".join(told))
             worst = np.unravel_index(np.argmax(off / allowed), off.shape)
             told.append(
                 f"`{backend}` is off by {off[worst]:.2g} nats on an ending, rounding explains {allowed[worst[-1]]:.2g}"
             )
-    return _Choice("plain", "; ".join(told))
+    return Choice("plain", "; ".join(told))
 
 
 def _in_order(backend: str, model: LanguageModel, questions: Sequence[Encoded], prefix: np.ndarray) -> np.ndarray:
     """Nats [questions, endings] of questions that have as many endings, scored in one batch."""
-    nats: list[np.ndarray] = [NO_PREFIX] * len(questions)
-    for indices, values in BACKENDS[backend](model, questions, TRIAL_TOKENS, prefix):
-        for index, value in zip(indices, values):
-            nats[index] = value
-    return np.stack(nats)
+    nats: dict[int, np.ndarray] = {}
+    for indices, values in nats_by(backend, model, questions, TRIAL_TOKENS, prefix):
+        nats.update(zip(indices, values))
+    return np.stack([nats[index] for index in range(len(questions))])
 
 
 @cache
@@ -181,19 +167,19 @@ def _parts(
     together: bool = False,
 ) -> list[_Part]:
     """A way that is not the fastest is told on stderr, of a model with a `name`."""
-    if backend not in (*BACKENDS, "auto"):
-        raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}, auto")
+    if backend not in (*PREFERENCE, "auto"):
+        raise ValueError(f"backend={backend!r} is none of {', '.join(PREFERENCE)}, auto")
     limit = _uniform_context(model)
     parts: dict[tuple[bool, bool], list[int]] = {}
     for index, question in enumerate(encoded):
         shared = len(prefix) if question.shares_prefix else 0
-        length = shared + len(question.context) + max(len(ending) for ending in question.endings) - 1
+        length = shared + len(question.context) + question.lengths.max() - 1
         parts.setdefault((shared > 0, length > limit), []).append(index)
     made = []
     for (shares, beyond), members in sorted(parts.items(), reverse=True):
         chosen = "plain" if beyond else backend
         if chosen == "auto":
-            chosen, why = _choose(model, shares)
+            chosen, why = choose_backend(model, shares)
             if why and name:
                 _warn(f"{name} is scored by `{chosen}`{', one ending at a time' * (chosen == 'plain')}: {why}")
         if together:  # batches of one kind, else some would be scored by none

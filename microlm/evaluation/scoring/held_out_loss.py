@@ -1,8 +1,9 @@
-"""Validation loss of a model on whole windows, in nats per token and in bits per byte of text."""
+"""Loss of a model on whole windows, in nats per token and in bits per byte of text; the texts that are held out."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.models.interface import LanguageModel
 from microlm.objective.fused_head import token_nats
+from microlm.parameters import ScaleConfig
 from microlm.runtime import distributed
+from microlm.runtime.paths import OUTSIDE, SHARDS
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,19 @@ class ValidationLoss:
         return float(self.window_nats.sum() / math.log(2) / self.window_bytes.sum())
 
 
-def validation_loss(
-    model: LanguageModel,
-    shards: TokenShards,
-    byte_lengths: np.ndarray,
-    seq_len: int,
-    windows: int | None,
-    batch_rows: int,
-    progress: Callable[[int], object] = int,
-    together: bool = False,
-) -> ValidationLoss:
-    """Score `windows` evenly spaced windows of the split (None: all of them); see `loss_on`."""
-    available = window_count(shards, seq_len)
-    chosen = evenly_spaced(available, windows or available)
-    return loss_on(model, shards, byte_lengths, seq_len, chosen, batch_rows, progress, together)
+def held_out(at: ScaleConfig, corpus: Path = SHARDS, outside: Path = OUTSIDE) -> dict[str, TokenShards]:
+    """`val`, the corpus's validation split, and `outside`, text of another kind where `evaluation.outside` names one.
+
+    Raises:
+        UserError: one is absent, damaged, or `outside` is of another tokenizer than the corpus.
+    """
+    found = {"val": TokenShards(corpus, "val")}
+    if at.evaluation.outside is None:
+        return found
+    found["outside"] = TokenShards(outside, "outside")
+    if found["outside"].manifest["tokenizer"] != found["val"].manifest["tokenizer"]:
+        raise UserError(f"{outside} is of another tokenizer than {corpus}; make it again with: dvc repro -f -s outside")
+    return found
 
 
 def loss_on(
@@ -56,12 +58,12 @@ def loss_on(
     shards: TokenShards,
     byte_lengths: np.ndarray,
     seq_len: int,
-    chosen: np.ndarray,
+    windows: np.ndarray | int | None,
     batch_rows: int,
     progress: Callable[[int], object] = int,
     together: bool = False,
 ) -> ValidationLoss:
-    """Score the windows `chosen`, int64 [W].
+    """Score `windows`, int64 [W], or as many evenly spaced ones of the split (None: all of them).
 
     Args:
         byte_lengths: int [V], bytes of text behind each token.
@@ -71,13 +73,16 @@ def loss_on(
     Raises:
         UserError: a loss is not finite.
     """
+    if not isinstance(windows, np.ndarray):
+        available = window_count(shards, seq_len)
+        windows = evenly_spaced(available, windows or available)
     device = next(model.parameters()).device
-    sums = np.zeros((2, len(chosen)))  # nats, bytes
-    was_training, starts = model.training, range(0, len(chosen), batch_rows)
+    sums = np.zeros((2, len(windows)))  # nats, bytes
+    was_training, starts = model.training, range(0, len(windows), batch_rows)
     model.eval()
     with torch.inference_mode():
         for start in distributed.dealt(starts) if together else starts:
-            batch = read_batch(shards, chosen[start : start + batch_rows], seq_len)
+            batch = read_batch(shards, windows[start : start + batch_rows], seq_len)
             hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
             targets = batch.targets.to(device).flatten()
             nats = token_nats(hidden, model.head_weight, targets, model.n_vocab).view(batch.targets.shape)
@@ -87,13 +92,13 @@ def loss_on(
             progress(len(batch.tokens))
     model.train(was_training)
     if together:
-        done = sum(len(chosen[start : start + batch_rows]) for start in distributed.dealt(starts))
-        progress(len(chosen) - done)  # those of the others
+        done = sum(len(windows[start : start + batch_rows]) for start in distributed.dealt(starts))
+        progress(len(windows) - done)  # those of the others
         sums = distributed.sum_over_ranks(torch.from_numpy(sums)).numpy()  # each window is of one process, so exact
-    result = ValidationLoss(chosen, sums[0], sums[1].astype(np.int64), len(chosen) * seq_len)
+    result = ValidationLoss(windows, sums[0], sums[1].astype(np.int64), len(windows) * seq_len)
     if not np.isfinite(result.window_nats).all():
         raise UserError(
-            f"the loss is not finite in {shards.split} window {chosen[~np.isfinite(result.window_nats)][0]}; "
+            f"the loss is not finite in {shards.split} window {windows[~np.isfinite(result.window_nats)][0]}; "
             "the weights hold NaN or infinity: lower the learning rate and train again"
         )
     return result
