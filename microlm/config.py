@@ -73,29 +73,28 @@ class Config:
             lines = (f"{PARAMS}: scales.{self.scale}.{line}" for line in str(error).splitlines())
             raise UserError("\n".join(lines)) from None
 
-    def problems(self) -> list[str]:
+    def problems(self) -> Iterator[str]:
         if self.at is None:
-            return []
-        found, captured = [], self.at.teacher.temperatures
+            return
+        captured, windows = self.at.teacher.temperatures, f"scales.{self.scale}.continuation.windows"
         mend = f"add it to scales.{self.scale}.teacher.temperatures"
         if self.objective == "notebook" and NOTEBOOK_TEMPERATURE not in captured:
-            found.append(f"objective: notebook reads the cache at temperature {NOTEBOOK_TEMPERATURE:g}; {mend}")
+            yield f"objective: notebook reads the cache at temperature {NOTEBOOK_TEMPERATURE:g}; {mend}"
         if self.temperature not in captured:
-            found.append(f"temperature: {self.temperature:g} is not captured; choose one of {captured} or {mend}")
+            yield f"temperature: {self.temperature:g} is not captured; choose one of {captured} or {mend}"
         if self.objective == "minillm" and self.temperature != 1:
-            found.append(f"temperature: minillm samples at 1, not at {self.temperature:g}; set temperature=1")
+            yield f"temperature: minillm samples at 1, not at {self.temperature:g}; set temperature=1"
         if self.at.continuation.windows == "difference" and self.at.teacher.source == "live":
-            found.append(
-                f"scales.{self.scale}.continuation.windows: difference ranks windows by the teacher's cache, and "
-                "teacher.source: live writes none; choose cached, random or any, or set source: cache"
+            yield (
+                f"{windows}: difference ranks windows by the teacher's cache, and teacher.source: live writes none; "
+                "choose cached, random or any, or set source: cache"
             )
         labelled = self.at.teacher.source == "cache" and self.objective != "minillm"
         if self.at.continuation.windows == "any" and self.distills and labelled:
-            found.append(
-                f"scales.{self.scale}.continuation.windows: any includes windows that the teacher has not labelled; "
-                "set alpha=0 with it, or choose cached, difference or random"
+            yield (
+                f"{windows}: any includes windows that the teacher has not labelled; set alpha=0 with it, or choose "
+                "cached, difference or random"
             )
-        return found
 
 
 def load_config(path: str | Path = PARAMS, **instead: str) -> Config:

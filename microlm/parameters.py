@@ -1,5 +1,6 @@
 """The blocks of one scale in params.yaml as frozen dataclasses; config.py reads them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -32,14 +33,11 @@ class CorpusConfig:
     subset: str | None = None
     revision: str | None = None
 
-    def problems(self) -> list[str]:
+    def problems(self) -> Iterator[str]:
         if self.source == "files" and not self.paths:
-            return ["paths: source is files, so name at least one file or glob, e.g. [texts/*.jsonl]"]
+            yield "paths: source is files, so name at least one file or glob, e.g. [texts/*.jsonl]"
         if self.source == "hub" and not (self.dataset and self.revision):
-            return [
-                "revision: source is hub, so name dataset and revision (the full commit hash), or the text may change"
-            ]
-        return []
+            yield "revision: source is hub, so name dataset and revision (the full commit hash), or the text may change"
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,9 @@ class ModelConfig:
     context: int = count()
     rope_theta: float = positive()
 
-    def problems(self) -> list[str]:
-        return [f"head_dim: rotary positions turn pairs, so {self.head_dim} must be even"] if self.head_dim % 2 else []
+    def problems(self) -> Iterator[str]:
+        if self.head_dim % 2:
+            yield f"head_dim: rotary positions turn pairs, so {self.head_dim} must be even"
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,9 @@ class StartConfig:
     intermediate_size: int | None = count()
     calibration_windows: int = count()
 
-    def problems(self) -> list[str]:
-        return ["layers: 0 leaves no layer; keep at least 1"] if self.layers == 0 else []
+    def problems(self) -> Iterator[str]:
+        if self.layers == 0:
+            yield "layers: 0 leaves no layer; keep at least 1"
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,10 @@ class BatchConfig:
     batch_tokens: int = count()
     micro_batch_rows: int = count()
 
-    def problems(self) -> list[str]:
+    def problems(self) -> Iterator[str]:
         micro = self.micro_batch_rows * self.seq_len
         if self.batch_tokens % micro:
-            return [f"batch_tokens: {self.batch_tokens} is not a multiple of micro_batch_rows*seq_len={micro}"]
-        return []
+            yield f"batch_tokens: {self.batch_tokens} is not a multiple of micro_batch_rows*seq_len={micro}"
 
     @property
     def rows(self) -> int:
@@ -121,10 +120,9 @@ class OptimizationConfig:
     validation_windows: int = count()
     hellaswag_items: int = within(4, 10042)
 
-    def problems(self) -> list[str]:
+    def problems(self) -> Iterator[str]:
         if self.schedule == "warmup_stable_decay" and self.warmup_fraction + self.decay_fraction > 1:
-            return ["decay_fraction: warmup_fraction + decay_fraction is more than 1"]
-        return []
+            yield "decay_fraction: warmup_fraction + decay_fraction is more than 1"
 
 
 @dataclass(frozen=True)
@@ -174,12 +172,11 @@ class TeacherConfig:
     windows: int = count()
     batch_rows: int = count()
 
-    def problems(self) -> list[str]:
+    def problems(self) -> Iterator[str]:
         if 1.0 not in self.temperatures:
-            return ["temperatures: 1.0 must be among them, the log-probabilities are stored at it"]
-        if len(set(self.temperatures)) < len(self.temperatures):
-            return ["temperatures: each may be named once"]
-        return []
+            yield "temperatures: 1.0 must be among them, the log-probabilities are stored at it"
+        elif len(set(self.temperatures)) < len(self.temperatures):
+            yield "temperatures: each may be named once"
 
 
 @dataclass(frozen=True)
@@ -261,20 +258,17 @@ class ScaleConfig:
     probe: ProbeConfig
     evaluation: EvaluationConfig
 
-    def problems(self) -> list[str]:
-        found = []
-        step, epochs = self.batch.batch_tokens, self.continuation.epochs
-        if self.batch.seq_len > self.model.context:
-            found.append(f"batch.seq_len: {self.batch.seq_len} is more than model.context={self.model.context}")
-        if self.pretrain.tokens < step:
-            found.append(f"pretrain.tokens: {self.pretrain.tokens} is less than one step, batch.batch_tokens={step}")
-        if epochs * self.teacher.windows < self.batch.rows:
-            found.append(f"teacher.windows: {epochs} epochs of them do not fill one step of {self.batch.rows} windows")
-        sampled = self.on_policy
-        if sampled.prompts > self.batch.micro_batch_rows:
-            found.append(f"on_policy.prompts: {sampled.prompts} is more than batch.micro_batch_rows")
-        if sampled.prompt_tokens > self.batch.seq_len:
-            found.append(f"on_policy.prompt_tokens: {sampled.prompt_tokens} is more than batch.seq_len")
+    def problems(self) -> Iterator[str]:
+        batch, tokens, epochs, sampled = self.batch, self.pretrain.tokens, self.continuation.epochs, self.on_policy
+        if batch.seq_len > self.model.context:
+            yield f"batch.seq_len: {batch.seq_len} is more than model.context={self.model.context}"
+        if tokens < batch.batch_tokens:
+            yield f"pretrain.tokens: {tokens} is less than one step, batch.batch_tokens={batch.batch_tokens}"
+        if epochs * self.teacher.windows < batch.rows:
+            yield f"teacher.windows: {epochs} epochs of them do not fill one step of {batch.rows} windows"
+        if sampled.prompts > batch.micro_batch_rows:
+            yield f"on_policy.prompts: {sampled.prompts} is more than batch.micro_batch_rows"
+        if sampled.prompt_tokens > batch.seq_len:
+            yield f"on_policy.prompt_tokens: {sampled.prompt_tokens} is more than batch.seq_len"
         if sampled.prompt_tokens + sampled.response_tokens > self.model.context:
-            found.append("on_policy.response_tokens: with prompt_tokens they are more than model.context; lower one")
-        return found
+            yield "on_policy.response_tokens: with prompt_tokens they are more than model.context; lower one"

@@ -69,7 +69,7 @@ def parse(cls: type, block: Any, where: str, found: list[str]) -> Any:
     if len(found) > before:
         return None
     built = cls(**values)
-    found.extend(where + problem for problem in getattr(built, "problems", list)())
+    found.extend(where + problem for problem in getattr(built, "problems", tuple)())
     return built
 
 

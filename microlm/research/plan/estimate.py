@@ -26,10 +26,12 @@ HELLASWAG_QUESTIONS = 10_042
 
 def config_of_scale(scale: str | None) -> Config:
     """params.yaml with another scale chosen than it says. UserError where that one is unknown or does not fit."""
-    scales = read_yaml(PARAMS, "run from the top folder of the repository", "scale: laptop")["scales"]
-    if scale is not None and scale not in scales:
+    if scale is None:
+        return load_config(PARAMS)
+    scales = read_yaml(PARAMS, "run from the top folder of the repository", "scale: laptop").get("scales")
+    if isinstance(scales, dict) and scale not in scales:
         raise UserError(f"--scale: {scale!r} is not a scale of {PARAMS}; choose one of {', '.join(scales)}")
-    return load_config(PARAMS) if scale is None else load_config(PARAMS, scale=scale)
+    return load_config(PARAMS, scale=scale)
 
 
 def make_plan(config: Config, machine: Machine, teacher_parameters: int | None = None) -> dict[str, Any]:

@@ -50,9 +50,12 @@ class Machine:
         }
 
 
-def measured_rates(folder: Path = MEASURED) -> dict[str, Rate]:
-    """By card, of those whose steps were timed. UserError where a file is damaged."""
-    found = {}
+def rate_of(card: str | None, folder: Path = MEASURED) -> Rate:
+    """That of `card`; of the only card measured where None, and what is assumed where none or several were.
+
+    UserError where `card` was not measured, or a file is damaged.
+    """
+    known = {}
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -60,20 +63,11 @@ def measured_rates(folder: Path = MEASURED) -> dict[str, Rate]:
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); {AGAIN}") from None
         if peak is None or share is None:
-            continue
+            continue  # its steps were not timed
         numbers = all(isinstance(value, int | float) and value > 0 for value in (peak, share))
         if not numbers or share > 1:
             raise UserError(f"{path}: peak_tflops {peak!r} and utilisation {share!r} are no rate; {AGAIN}")
-        found[path.stem] = Rate(float(peak), float(share), f"measured on this card: {path.parent.name}/{path.name}")
-    return found
-
-
-def rate_of(card: str | None, folder: Path = MEASURED) -> Rate:
-    """That of `card`; of the only card measured where None, and what is assumed where none or several were.
-
-    UserError where `card` was not measured.
-    """
-    known = measured_rates(folder)
+        known[path.stem] = Rate(float(peak), float(share), f"measured on this card: {path.parent.name}/{path.name}")
     if card is None:
         return next(iter(known.values())) if len(known) == 1 else ASSUMED
     if card not in known:

@@ -179,9 +179,5 @@ def forward_upper_bound(log_p: Tensor, tail: Tensor, log_q: Tensor, at: DensePos
     rest = (tail - full * tau).clamp_min(0)
     sums = at.rising_sums.gather(-1, full[:, None])[:, 0]
     last = at.rising_sums.gather(-1, full[:, None] + 1)[:, 0] - sums
-    return (
-        (log_p.exp() * (log_p - log_q)).sum(-1)
-        + full * tau * tau.log()
-        - tau * sums
-        + _product(rest, rest.log() - last)
-    )
+    listed = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return listed + full * tau * tau.log() - tau * sums + _product(rest, rest.log() - last)

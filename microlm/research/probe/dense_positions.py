@@ -106,8 +106,7 @@ class DensePositions:
     def leading(self, shape: str, width: int) -> tuple[Tensor, Tensor]:
         """The `width` largest log f and their ids, [N, width]."""
         if (shape, width) not in self._leading:
-            values, ids = self.shape(shape).log_f.topk(width)
-            self._leading[shape, width] = values, ids
+            self._leading[shape, width] = self.shape(shape).log_f.topk(width)
         return self._leading[shape, width]
 
     @cached_property

@@ -107,9 +107,8 @@ class Reference:
     def _take(self, own: Tensor, shape: str) -> None:
         self._shape, self._own = shape, own
         across = own @ self._fixed.mT  # [N, 2, 4]
-        self._gram = torch.cat(
-            (torch.cat((self._fixed_gram, across.mT), 2), torch.cat((across, own @ own.mT), 2)), 1
-        )  # [N, 6, 6]
+        rows = torch.cat((self._fixed_gram, across.mT), 2), torch.cat((across, own @ own.mT), 2)
+        self._gram = torch.cat(rows, 1)  # [N, 6, 6]
         self._folded = torch.cat((self._fixed_folded, self._sketch.fold(own)), 1)
 
     def folded(self, direction: str) -> Tensor:

@@ -16,7 +16,7 @@ from microlm.report.figure_style import FAINT, INK
 
 SHOWN = ("32", "64", "128")  # bytes a token, of the table
 # ours in saturated colours and whole lines, peers in greys and broken ones, told apart by their markers
-OURS = {
+STYLES = {
     "lumped": ("#8fb4dc", "o"),
     "capped": ("#2f6db3", "o"),
     "compact lumped": ("#8fb4dc", "D"),
@@ -26,8 +26,6 @@ OURS = {
     "table tail": ("#eda27c", "o"),
     "compact table tail": ("#d1571e", "D"),
     "code tail": ("#1b7f5c", "^"),
-}
-PEERS = {
     "renormalized": ("#55555e", "x"),
     "dropped": ("#8a8a92", "+"),
     "floored": ("#8a8a92", "1"),
@@ -56,7 +54,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     for top, bottom, name in zip(*grid, COLUMNS.values()):
         top.set_title(name, loc="left", fontsize=12, fontweight="bold", color=INK)
         bottom.set_xlabel("bytes a token", color=INK)
-    handles = [Line2D([], [], **_style(name), label=f"{name} ({origin})") for name, origin in origins.items()]
+    handles = [Line2D([], [], **_style(name, origin), label=f"{name} ({origin})") for name, origin in origins.items()]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
     with atomic_file(path) as file:
         # the library's version would change the bytes, and DVC would see another output
@@ -64,9 +62,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def _panel(axes: Axes, rows: pd.DataFrame, criterion: str) -> None:
-    for name, line in rows.groupby("method", sort=False):
+    for name, line in rows.groupby(["method", "origin"], sort=False):
         line = line.sort_values("bytes")
-        axes.plot(line["bytes"], line[criterion], **_style(name))
+        axes.plot(line["bytes"], line[criterion], **_style(*name))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
@@ -79,11 +77,10 @@ def _panel(axes: Axes, rows: pd.DataFrame, criterion: str) -> None:
     axes.tick_params(colors=INK, length=3, labelleft=True)
 
 
-def _style(method: str) -> dict[str, object]:
-    if method in OURS:
-        color, marker = OURS[method]
+def _style(method: str, origin: str) -> dict[str, object]:
+    color, marker = STYLES[method]
+    if origin == "ours":
         return {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.7, "zorder": 3}
-    color, marker = PEERS[method]
     return {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.1, "linestyle": (0, (4, 2))}
 
 
