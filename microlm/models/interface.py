@@ -52,6 +52,10 @@ class LanguageModel(nn.Module):
     plain_head: bool  # logits are the first V rows of head_weight times the hidden state, and nothing more
     head_weight: Tensor  # [at least V, D]
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`hidden`, as DistributedDataParallel asks for it."""
+        return self.hidden(tokens)
+
     def hidden(
         self,
         tokens: Tensor,

@@ -11,6 +11,7 @@ Of a teacher that runs live in the students' steps there are a manifest and the 
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,10 @@ class CacheIdentity:
 def cache_identity(teacher: TeacherConfig, seq_len: int, shards: TokenShards) -> CacheIdentity:
     """What the cache of this teacher's word on windows of this corpus has to say of itself."""
     tokenizer = shards.manifest["tokenizer"]
+    try:
+        weights_sha256 = teacher_source(teacher).fingerprint()  # None of a hub id, whose revision pins them
+    except UserError:  # the packaged teacher was not fetched, and its cache came from elsewhere
+        weights_sha256 = None
     return CacheIdentity(
         teacher=teacher.model,
         revision=teacher.revision,
@@ -107,16 +112,8 @@ def cache_identity(teacher: TeacherConfig, seq_len: int, shards: TokenShards) ->
         temperatures=tuple(teacher.temperatures),
         record=teacher.record,
         source=teacher.source,
-        weights_sha256=weights_at_hand(teacher),
+        weights_sha256=weights_sha256,
     )
-
-
-def weights_at_hand(teacher: TeacherConfig) -> str | None:
-    """Fingerprint of the teacher's weights where their files are here; a hub id's are pinned by its revision."""
-    try:
-        return teacher_source(teacher).fingerprint()
-    except UserError:  # the packaged teacher was not fetched, and its cache came from elsewhere
-        return None
 
 
 def manifest_of(identity: CacheIdentity, weights_sha256: str, dtype: str, directory: Path) -> dict[str, Any]:
@@ -280,34 +277,26 @@ def _verify(directory: Path, sizes: dict[str, int], sha256: dict[str, str | None
     Raises:
         UserError: a file is absent or another than it should be.
     """
+    seen = {}
     for name, expected in sizes.items():
         path = directory / name
         if sha256.get(name) is None or not path.is_file():
             raise UserError(f"{path} is not there or not in the manifest; {REMAKE}")
-        if path.stat().st_size != expected:
-            raise UserError(f"{path}: {path.stat().st_size} bytes long, expected {expected}; {REMAKE}")
+        seen[name] = path.stat()
+        if seen[name].st_size != expected:
+            raise UserError(f"{path}: {seen[name].st_size} bytes long, expected {expected}; {REMAKE}")
     if distributed.local_rank() == 0:
         memo = resume_root() / f"verified-{sha256_json(str(directory.resolve()))[:16]}.json"
-        known = _remembered(memo) if sum(sizes.values()) > TRUSTED_BYTES else {}
-        new = {name: [*_identity_of(directory / name), sha256[name]] for name in sizes}
+        large, known = sum(sizes.values()) > TRUSTED_BYTES, {}
+        if large:
+            with suppress(UserError):  # absent or damaged: all is hashed again
+                known = read_json(memo, "teacher")
+        new = {name: [of.st_size, of.st_mtime_ns, of.st_ino, sha256[name]] for name, of in seen.items()}
         unknown = [name for name in sizes if known.get(name) != new[name]]
         with ThreadPoolExecutor(available_cores()) as readers:
             for name, found in zip(unknown, readers.map(lambda name: sha256_file(directory / name), unknown)):
                 if found != sha256[name]:
                     raise UserError(f"{directory / name}: its sha256 is not the manifest's; {REMAKE}")
-        if unknown and sum(sizes.values()) > TRUSTED_BYTES:
+        if unknown and large:
             write_json(memo, new)
     distributed.wait_for_all()
-
-
-def _remembered(memo: Path) -> dict[str, Any]:
-    """Nothing where the file is absent or damaged: all is hashed again."""
-    try:
-        return read_json(memo, "teacher")
-    except UserError:
-        return {}
-
-
-def _identity_of(path: Path) -> tuple[int, int, int]:
-    seen = path.stat()
-    return seen.st_size, seen.st_mtime_ns, seen.st_ino

@@ -65,7 +65,9 @@ def train(
         Interrupted: SIGINT or SIGTERM came; run the same command again to go on.
         UserError: a loss or gradient is not finite, and the last checkpoint stands; or memory is too small.
     """
-    with memory_explained(model, batches.config, plan.name, plan.optimization.optimizer, cached_ids(loss)):
+    teacher = getattr(loss, "teacher", None)
+    ids = teacher.identity.top_k if teacher else 0  # of a token, that the loss compares with its teacher's
+    with memory_explained(model, batches.config, plan.name, plan.optimization.optimizer, ids):
         start, history = restore_checkpoint(directory, model, optimizers)
         step_tokens, replica = batches.config.batch_tokens, Replica(model)
         feed = feed_for(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
@@ -105,12 +107,6 @@ def feed_for(batches: Batches, loss: Loss, progress: Callable[[int], float], dev
     """The batches, with the records that a loss which reads a cache (`Loss.read`) will want of them at each step."""
     read = getattr(loss, "read", None)
     return Feed(batches, device, read and (lambda windows, step: read(windows, progress(step))))
-
-
-def cached_ids(loss: Loss) -> int:
-    """Ids of a token that the loss compares with its teacher's; 0 of a loss without a teacher."""
-    teacher = getattr(loss, "teacher", None)
-    return teacher.identity.top_k if teacher is not None else 0
 
 
 def take_step(replica: Replica, feed: Feed, loss: Loss, plan: Plan, optimizers: Optimizers, step: int) -> float:

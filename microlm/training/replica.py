@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from microlm.models.student import StudentLM
@@ -14,17 +14,6 @@ from microlm.runtime import distributed
 # the rotary tables are equal everywhere and never change; before PyTorch 2.13 the argument had another name
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
 WITHOUT_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False}
-
-
-class _Trunk(nn.Module):
-    """`StudentLM.hidden` as the forward pass that DistributedDataParallel wants."""
-
-    def __init__(self, model: StudentLM) -> None:
-        super().__init__()
-        self.student = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.student.hidden(tokens)
 
 
 class Replica:
@@ -40,7 +29,7 @@ class Replica:
         if distributed.size() > 1:
             # blocks are compiled one by one, so that gradients leave between them: none has to be split for that
             torch._dynamo.config.optimize_ddp = False
-            self._shared = DistributedDataParallel(_Trunk(model), gradient_as_bucket_view=True, **WITHOUT_BUFFERS)
+            self._shared = DistributedDataParallel(model, gradient_as_bucket_view=True, **WITHOUT_BUFFERS)
             self._shared.register_comm_hook(None, _sum_gradients)
 
     def hidden(self, tokens: Tensor) -> Tensor:

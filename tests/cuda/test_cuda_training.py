@@ -148,9 +148,7 @@ def test_one_rank_sums_gradients_and_sends_matrices_unchanged(device, determinis
     expected = gradients(alone, alone.hidden)
     with one_rank(tmp_path / "store"):
         shared = on_card(device)
-        parallel = DistributedDataParallel(
-            replica_module._Trunk(shared), gradient_as_bucket_view=True, **replica_module.WITHOUT_BUFFERS
-        )
+        parallel = DistributedDataParallel(shared, gradient_as_bucket_view=True, **replica_module.WITHOUT_BUFFERS)
         parallel.register_comm_hook(None, replica_module._sum_gradients)
         found = gradients(shared, parallel)
         sent = [parameter.detach().clone() for parameter in shared.parameters()]
