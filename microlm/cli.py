@@ -126,8 +126,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _print_table(results: "Sequence[Result]", arguments: argparse.Namespace) -> None:
-    from microlm.report.evaluation_table import results_text
-    from microlm.report.published import published_figures
+    from microlm.report.evaluation_table import published_figures, results_text
 
     print("\n" + plain(results_text(results, published_figures(), arguments.table, arguments.metrics == "all")))
 

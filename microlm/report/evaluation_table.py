@@ -1,18 +1,24 @@
-"""Results of `microlm evaluate` and `microlm compare` for people: tables for a terminal and for Markdown."""
+"""Results of `microlm evaluate` and `microlm compare` for people, beside what others published.
+
+Their figures, each with its protocol and source, are in published.yaml beside this file.
+"""
 
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from microlm.errors import UserError
 from microlm.evaluation.results.metrics import ACCURACIES
 from microlm.evaluation.results.statistics import CONFIDENCE
 from microlm.evaluation.results.store import Result, same_protocol
 from microlm.evaluation.tasks.task import TASKS, task_named
-from microlm.report.published import Figure, worth_showing
+from microlm.files import read_yaml
 from microlm.report.text_table import WIDTH, Grid, blocks, markdown
+from microlm.schema import LARGEST_COUNT, parse, within
 
+PUBLISHED = Path(__file__).with_name("published.yaml")
 SECOND_HAND = "*"
 BLIND = {"majority": "(most frequent label)", "always_positive": "(always yes)"}
 CHANCE = "(guessing)"  # where the labels have no names, so that none can be the most frequent
@@ -20,10 +26,58 @@ PER_BYTE = "gold_bpb"  # the one measure that is not a fraction
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One published figure, a fraction; `error` is its standard error, `shots` is None where the source is silent."""
+
+    model: str
+    task: str
+    metric: str
+    value: float = within(-1, 1)
+    shots: int | None = within(0, LARGEST_COUNT)
+    protocol: str
+    source: str
+    checked: Literal["read at the source", "second hand"]
+    error: float | None = within(0, 1, default=None)
+
+
+@dataclass(frozen=True)
+class _File:
+    figures: list[Figure]
+
+
+def published_figures(path: Path = PUBLISHED) -> list[Figure]:
+    """All figures of the file. UserError, a line for each thing that is wrong, if one is not as `Figure` says."""
+    raw = read_yaml(path, "install microlm again", "figures: [...]")
+    found: list[str] = []
+    file = parse(_File, raw, "", found)
+    if found or file is None:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in found))
+    return file.figures
+
+
+def worth_showing(
+    figures: Sequence[Figure], models: Collection[str], measured: Collection[tuple[str, str, int]]
+) -> list[Figure]:
+    """Those that say something beside our own: of the same model, or of any model under the same protocol.
+
+    A figure of a model that was evaluated at a revision gets that model's name, so that they share a row.
+
+    Args:
+        models: as evaluated: a hub id, id@revision or a path.
+        measured: task, protocol and shots of what was evaluated.
+    """
+    tasks, names = {task for task, _, _ in measured}, {name.partition("@")[0]: name for name in models}
+    return [
+        replace(figure, model=names.get(figure.model, figure.model))
+        for figure in figures
+        if (figure.task, figure.protocol, figure.shots) in measured or (figure.task in tasks and figure.model in names)
+    ]
+
+
+@dataclass(frozen=True)
 class Column:
     """One metric of one task, protocol, number of shots and subset; `published` columns hold others' figures."""
 
-    place: int  # of the task
     task: str
     published: bool
     protocol: str
@@ -33,81 +87,76 @@ class Column:
 
     @property
     def heading(self) -> str:
-        parts = [self.task, self.metric, "published" if self.published else "", self.protocol]
-        parts.append("" if self.shots is None else f"{self.shots}-shot")
-        return "\n".join(filter(None, (*parts, "" if self.limit is None else f"{self.limit:,} questions")))
+        shots = "" if self.shots is None else f"{self.shots}-shot"
+        subset = "" if self.limit is None else f"{self.limit:,} questions"
+        published = "published" if self.published else ""
+        return "\n".join(filter(None, (self.task, self.metric, published, self.protocol, shots, subset)))
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """By task, ours before others', a task's metrics in its own order, the primary one first."""
+        metric = TASKS[self.task].metrics.index(self.metric)
+        return list(TASKS).index(self.task), self.published, self.protocol, self.shots or 0, self.limit or 0, metric
 
 
 def results_text(
     results: Sequence[Result], figures: Sequence[Figure], form: str = "text", every_metric: bool = False
 ) -> str:
-    """`evaluation_text`, or with `form` "markdown" `evaluation_markdown`.
-
-    Of the published `figures` those of the same models, or of the same task, protocol and shots, are shown.
-    """
+    """`evaluation_text` with those of `figures` that are `worth_showing`."""
     models = {result.identity.model for result in results}
-    measured = {(r.identity.task, r.identity.protocol, r.identity.shots) for r in results if r.table is not None}
-    render = {"text": evaluation_text, "markdown": evaluation_markdown}[form]
-    return render(results, worth_showing(figures, models, measured), every_metric)
+    measured = {result.identity.column[:3] for result in results if result.table is not None}
+    return evaluation_text(results, worth_showing(figures, models, measured), form, every_metric)
 
 
-def evaluation_text(results: Sequence[Result], figures: Sequence[Figure] = (), every_metric: bool = False) -> str:
-    """Rows are models, columns tasks; under them what blind answers score, then the notes, in lines of 96 columns.
+def evaluation_text(
+    results: Sequence[Result], figures: Sequence[Figure] = (), form: str = "text", every_metric: bool = False
+) -> str:
+    """Rows are models, columns tasks; under them what blind answers score, then the notes.
 
     A cell is 100 times the metric ± one standard error. Published figures stand in columns of their own.
 
     Args:
         results: of any models and tasks, data that was not available included.
         figures: others' figures to show; those on tasks that no result is of are left out.
+        form: text, in lines of 96 columns, or markdown.
         every_metric: all metrics of a task, not the primary one alone.
 
     Raises:
         UserError: two results of one column are of different data, wording or questions, or of one model.
     """
     grid = _evaluation_grid(results, figures, every_metric)
-    notes = (textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in _notes(results, grid))
-    return "\n\n".join((*blocks(grid), "\n".join(notes))) + "\n"
-
-
-def evaluation_markdown(results: Sequence[Result], figures: Sequence[Figure] = (), every_metric: bool = False) -> str:
-    """The table and notes of `evaluation_text` as Markdown."""
-    grid = _evaluation_grid(results, figures, every_metric)
-    return "\n\n".join((markdown(grid), *_notes(results, grid))) + "\n"
+    notes = _notes(results, grid)
+    if form == "markdown":
+        return "\n\n".join((markdown(grid), *notes)) + "\n"
+    filled = (textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in notes)
+    return "\n\n".join((*blocks(grid), "\n".join(filled))) + "\n"
 
 
 def _evaluation_grid(results: Sequence[Result], figures: Sequence[Figure], every_metric: bool) -> Grid:
     cells: dict[Column, dict[str, str]] = {}
     sharing: dict[Column, list[Result]] = {}
     for result in results:
-        for column in _columns(result, every_metric):
+        who = result.identity
+        for metric in TASKS[who.task].metrics[: None if every_metric else 1]:
+            column = Column(who.task, False, *who.column[1:], metric)
             sharing.setdefault(column, []).append(result)
-            if result.identity.model in cells.get(column, {}):
-                raise UserError(f"{result.identity.model} has two results of {result.identity.task}; show them apart")
-            cells.setdefault(column, {})[result.identity.model] = _cell(result, column.metric)
+            if who.model in cells.setdefault(column, {}):
+                raise UserError(f"{who.model} has two results of {who.task}; show them apart")
+            cells[column][who.model] = _cell(result, metric)
     for column, alike in sharing.items():
         same_protocol(alike)
         cells[column] |= _blind_cells(alike, column.metric)
-    measured = {(column.task, column.metric) for column in cells}
     for figure in figures:
-        if (figure.task, figure.metric) in measured:
-            _add_published(cells, figure)
-    columns = sorted(cells, key=_order)
+        if any((column.task, column.metric) == (figure.task, figure.metric) for column in sharing):
+            column = Column(figure.task, True, figure.protocol, figure.shots, None, figure.metric)
+            shown = f"{100 * figure.value:.2f}" + (SECOND_HAND if figure.checked == "second hand" else "")
+            others = cells.setdefault(column, {})
+            others[figure.model] = " / ".join(filter(None, (others.get(figure.model), shown)))
+    columns = sorted(cells, key=lambda column: column.place)
     models = dict.fromkeys([r.identity.model for r in results] + [f.model for f in figures])
     rows = [name for name in (*models, *BLIND.values(), CHANCE) if any(name in cells[column] for column in columns)]
     head = ["model", *(column.heading for column in columns)]
     return [head, *([name, *(cells[column].get(name, "") for column in columns)] for name in rows)]
-
-
-def _order(column: Column) -> tuple[object, ...]:
-    """By task, ours before others', a task's metrics in its own order, the primary one first."""
-    metric = TASKS[column.task].metrics.index(column.metric)
-    return column.place, column.published, column.protocol, column.shots or 0, column.limit or 0, metric
-
-
-def _columns(result: Result, every_metric: bool) -> list[Column]:
-    identity, task = result.identity, task_named(result.identity.task)
-    key = (list(TASKS).index(task.name), task.name, False, identity.protocol, identity.shots, identity.limit)
-    return [Column(*key, metric) for metric in (task.metrics if every_metric else (task.primary,))]
 
 
 def _cell(result: Result, metric: str) -> str:
@@ -118,20 +167,12 @@ def _cell(result: Result, metric: str) -> str:
 
 
 def _blind_cells(results: Sequence[Result], metric: str) -> dict[str, str]:
-    for result in results:  # of the same labels, so that the first that has any stands for all
-        blind = {row: result.metrics.get(key, {}).get(metric) for key, row in BLIND.items()}
-        if metric in ACCURACIES and "majority" not in result.metrics:
-            blind[CHANCE] = result.metrics.get("chance")
-        if result.table is not None:
-            return {row: f"{100 * value:.2f}" for row, value in blind.items() if value is not None}
-    return {}
-
-
-def _add_published(cells: dict[Column, dict[str, str]], figure: Figure) -> None:
-    key = (list(TASKS).index(figure.task), figure.task, True, figure.protocol, figure.shots, None, figure.metric)
-    column = cells.setdefault(Column(*key), {})
-    shown = f"{100 * figure.value:.2f}" + (SECOND_HAND if figure.checked == "second hand" else "")
-    column[figure.model] = " / ".join(filter(None, (column.get(figure.model), shown)))
+    # of the same labels, so that the first that has any stands for all
+    figures = next((result.metrics for result in results if result.table is not None), {})
+    blind = {row: figures.get(key, {}).get(metric) for key, row in BLIND.items()}
+    if metric in ACCURACIES and "majority" not in figures:
+        blind[CHANCE] = figures.get("chance")
+    return {row: f"{100 * value:.2f}" for row, value in blind.items() if value is not None}
 
 
 def _notes(results: Sequence[Result], grid: Grid) -> list[str]:
@@ -141,37 +182,23 @@ def _notes(results: Sequence[Result], grid: Grid) -> list[str]:
             f"Published figures are others', by the protocol that heads them; their sources are in published.yaml. "
             f"{SECOND_HAND} read in a copy, not at the source."
         )
-    tasks = {result.identity.task: task_named(result.identity.task) for result in results}
-    notes += [f"{name}: {task.note}." for name, task in tasks.items() if task.note]
-    notes += dict.fromkeys(filter(None, (*map(_on_incomplete_data, results), *map(_on_truncation, results))))
-    absent = {result.identity.task: result for result in results if result.table is None}
-    return notes + [_on_absence(name, result) for name, result in absent.items()]
-
-
-def _on_absence(name: str, result: Result) -> str:
-    reason = result.unavailable.removeprefix(f"{name}: ").removeprefix(f"{result.status}: ")
-    return f"{name}: {result.status}: {reason}"
-
-
-def _on_incomplete_data(result: Result) -> str:
-    rows, published = (result.data.get(key, 0) for key in ("rows", "published"))
-    if rows >= published:
-        return ""
-    task = task_named(result.identity.task)
-    return (
-        f"{task.name}: {result.data.get('file')} has {rows:,} questions with a label, the published {task.split} split "
-        f"{published:,}."
-    )
-
-
-def _on_truncation(result: Result) -> str:
-    cut = result.metrics.get("truncated", 0)
-    if not cut:
-        return ""
-    return (
-        f"{_column_name(vars(result.identity))}: of {cut:,} of {result.metrics['items']:,} questions "
-        f"{result.identity.model} did not read the start, since they are longer than its context."
-    )
+    by_task = {result.identity.task: task_named(result.identity.task) for result in results}
+    notes += [f"{name}: {task.note}." for name, task in by_task.items() if task.note]
+    for result in results:
+        task, data = by_task[result.identity.task], {"rows": 0, "published": 0} | result.data
+        if data["rows"] < data["published"]:
+            there = f"{data.get('file')} has {data['rows']:,} questions with a label"
+            notes.append(f"{task.name}: {there}, the published {task.split} split {data['published']:,}.")
+    for result in results:
+        if cut := result.metrics.get("truncated", 0):
+            notes.append(
+                f"{_column_name(vars(result.identity))}: of {cut:,} of {result.metrics['items']:,} questions "
+                f"{result.identity.model} did not read the start, since they are longer than its context."
+            )
+    for name, result in {result.identity.task: result for result in results if result.table is None}.items():
+        reason = result.unavailable.removeprefix(f"{name}: ").removeprefix(f"{result.status}: ")
+        notes.append(f"{name}: {result.status}: {reason}")
+    return list(dict.fromkeys(notes))
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
@@ -184,37 +211,33 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     return "\n\n".join((*tables, "\n".join(said))) + "\n"
 
 
-def comparison_markdown(comparison: Mapping[str, Any]) -> str:
-    """The table and sentences of `comparison_text` as Markdown."""
-    said = "\n".join(f"- {sentence}" for sentence in comparison_sentences(comparison))
-    return markdown(_comparison_grid(comparison)) + "\n\n" + said + "\n"
-
-
 def _comparison_grid(comparison: Mapping[str, Any]) -> Grid:
     interval = f"difference\n[{100 * CONFIDENCE:.0f} %, paired]"
     grid = [["task", "metric", "A", "B", interval, "p", "p\n(Holm)", "McNemar\np", "differ", "could\ndetect"]]
     for row in comparison["tasks"]:
         for metric, entry in row["metrics"].items():
-            primary, scale, digits = metric == row["primary"], *((1, 4) if metric == PER_BYTE else (100, 2))
-            a, b, low, high = (scale * entry[key] for key in ("a", "b", "low", "high"))
-            difference = f"{scale * entry['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-            cells = [_column_name(row) if primary else "", metric, f"{a:.{digits}f}", f"{b:.{digits}f}", difference]
-            cells += [_p(entry["p"]), _p(row["p_holm"]) if primary else ""]
-            cells.append(_p(row["mcnemar_p"]) if primary and "mcnemar_p" in row else "")
-            cells.append(f"{100 * row['discordance']:.1f} %" if primary and "discordance" in row else "")
-            detectable = entry["detectable"]
-            grid.append([*cells, "" if detectable is None else f"{scale * detectable:.{digits}f}"])
-    if "centred_mean" in comparison:
-        grid.append(_centred_row(comparison["centred_mean"]))
+            *found, detectable = _entry_cells(entry, *((1, 4) if metric == PER_BYTE else (100, 2)))
+            name, judged = "", ["", "", ""]
+            if metric == row["primary"]:
+                name = _column_name(row)
+                mcnemar = (
+                    [_p(row["mcnemar_p"]), f"{100 * row['discordance']:.1f} %"] if "mcnemar_p" in row else ["", ""]
+                )
+                judged = [_p(row["p_holm"]), *mcnemar]
+            grid.append([name, metric, *found, *judged, detectable])
+    if entry := comparison.get("centred_mean"):
+        *found, detectable = _entry_cells(entry, sign="+")
+        grid.append([f"centred mean of {len(entry['tasks'])} tasks", "acc", *found, "", "", "", detectable])
     return grid
 
 
-def _centred_row(entry: Mapping[str, Any]) -> list[str]:
-    a, b, low, high = (f"{100 * entry[key]:+.2f}" for key in ("a", "b", "low", "high"))
-    difference = f"{100 * entry['difference']:+.2f} [{low}, {high}]"
-    detectable = "" if entry["detectable"] is None else f"{100 * entry['detectable']:.2f}"
-    name = f"centred mean of {len(entry['tasks'])} tasks"
-    return [name, "acc", a, b, difference, _p(entry["p"]), "", "", "", detectable]
+def _entry_cells(entry: Mapping[str, Any], scale: int = 100, digits: int = 2, sign: str = "") -> list[str]:
+    """A, B, their difference with its interval, p, what could have been detected."""
+    shown = {key: f"{scale * entry[key]:+.{digits}f}" for key in ("difference", "low", "high")}
+    detectable = "" if entry["detectable"] is None else f"{scale * entry['detectable']:.{digits}f}"
+    difference = f"{shown['difference']} [{shown['low']}, {shown['high']}]"
+    a, b = (f"{scale * entry[side]:{sign}.{digits}f}" for side in "ab")
+    return [a, b, difference, _p(entry["p"]), detectable]
 
 
 def comparison_sentences(comparison: Mapping[str, Any]) -> list[str]:

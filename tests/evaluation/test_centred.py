@@ -8,7 +8,7 @@ import pytest
 
 from microlm.evaluation.results.comparison import centred_means, compare, once
 from microlm.evaluation.results.store import Result, write_result
-from microlm.report.evaluation_table import comparison_markdown, comparison_text
+from microlm.report.evaluation_table import comparison_text
 from microlm.report.summary import benchmark_rows, blind, centred_mean_rows
 from microlm.report.text_table import WIDTH
 from tests.support.toy_results import absent, toy_result
@@ -97,4 +97,4 @@ def test_a_comparison_has_it_over_what_both_were_asked(tmp_path: Path) -> None:
     assert entry["a"] > entry["b"] and entry["low"] > 0 and entry["detectable"] > 0
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert max(map(len, comparison_text(found).splitlines())) <= WIDTH
-    assert "centred mean of 2 tasks" in comparison_markdown(found)
+    assert "centred mean of 2 tasks" in comparison_text(found)

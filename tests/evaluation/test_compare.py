@@ -14,13 +14,11 @@ from microlm.evaluation.results.statistics import holm, mcnemar_exact
 from microlm.evaluation.results.store import Result, model_slug, write_result
 from microlm.report.evaluation_table import (
     WIDTH,
-    comparison_markdown,
+    Figure,
     comparison_text,
-    evaluation_markdown,
     evaluation_text,
     results_text,
 )
-from microlm.report.published import Figure
 from tests.support.toy_results import absent, toy_result
 
 DRAWS = 400
@@ -108,7 +106,7 @@ def test_comparison_covers_what_both_have_and_names_the_rest(tmp_path: Path) -> 
     text = comparison_text(found)
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "could have detected" in text and "Left out: mrpc" in text and "not of the recipes" in text
-    assert "stsb (microlm, 0-shot)" in comparison_markdown(found)
+    assert "stsb (microlm, 0-shot)" in comparison_text(found)
 
 
 def test_a_task_that_both_have_but_never_alike_is_refused(tmp_path: Path) -> None:
@@ -141,7 +139,7 @@ def test_the_table_keeps_protocols_and_published_figures_apart() -> None:
         figure(shots=10, model="q"),
         figure(task="xnli_en"),
     ]
-    rows = table_rows(evaluation_markdown(mine, figures))
+    rows = table_rows(evaluation_text(mine, figures, "markdown"))
     assert list(rows) == ["a", "b", "gpt2", "q", "(most frequent label)", "(always yes)", "(guessing)"]
     ours = "hellaswag<br>acc_norm<br>completion<br>0-shot"
     theirs = "hellaswag<br>acc_norm<br>published<br>lm-eval<br>0-shot"
@@ -168,7 +166,7 @@ def test_results_are_shown_beside_what_can_be_compared() -> None:
 
 
 def test_every_metric_has_its_own_column_and_baseline_and_published_figures() -> None:
-    rows = table_rows(evaluation_markdown([toy_result("mrpc", "a")], every_metric=True))
+    rows = table_rows(evaluation_text([toy_result("mrpc", "a")], (), "markdown", every_metric=True))
     assert [heading.split("<br>")[1] for heading in rows["a"]] == ["acc", "f1"] and all(rows["(always yes)"].values())
     results = [toy_result(task, "a") for task in ("hellaswag", "stsb", "cola")]
     rows = table_rows(results_text(results, [figure(metric="acc", protocol="completion")], "markdown", True))
@@ -192,7 +190,7 @@ def test_what_was_truncated_or_is_not_the_whole_split_is_said_under_the_table() 
     text = " ".join(evaluation_text([part, short]).split())
     assert "rte (lm-eval, 0-shot, 10 questions): of 4 of 10 questions short did not read the start" in text
     assert "sst2: GLUE/dev.tsv has 20 questions with a label, the published validation split 872." in text
-    said = evaluation_markdown([dataclasses.replace(whole, data={"rows": 872, "published": 872})])
+    said = evaluation_text([dataclasses.replace(whole, data={"rows": 872, "published": 872})], (), "markdown")
     assert "did not read the start" not in said and "questions with a label" not in said
 
 

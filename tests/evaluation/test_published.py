@@ -8,7 +8,7 @@ import pytest
 from microlm.errors import UserError
 from microlm.evaluation import GPT2_124M_ACC_NORM
 from microlm.evaluation.tasks.task import TASKS
-from microlm.report.published import Figure, published_figures, worth_showing
+from microlm.report.evaluation_table import Figure, published_figures, worth_showing
 
 LINE = """figures:
   - {model: gpt2, task: hellaswag, metric: acc, value: 0.3, shots: 0, protocol: p, source: s, checked: second hand}
