@@ -3,9 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from microlm.corpus.shards import TokenShards
 from microlm.errors import UserError
 from microlm.files import read_json
 from microlm.models.model_files import load_student
-from microlm.models.student import StudentLM
 from microlm.models.teacher_source import teacher_source
 from microlm.pipeline.asked_objective import objective_schedule
 from microlm.runtime.device import Runtime
@@ -41,9 +38,9 @@ NOT_CACHED = {
 class BreakEven:
     """Where capture and cached steps together have cost what live steps would have."""
 
-    epochs: float | None  # over the cached windows; None where they never meet
-    students: int | None  # the least whole number of trainings that the cache makes cheaper, or as cheap
-    reason: str | None  # why they never meet
+    epochs: float | None = None  # over the cached windows; None where they never meet
+    students: int | None = None  # the least whole number of trainings that the cache makes cheaper, or as cheap
+    reason: str | None = None  # why they never meet
 
 
 def break_even(
@@ -56,11 +53,11 @@ def break_even(
     """
     saved_s = (live_step_s - cached_step_s) * steps_per_epoch  # an epoch
     if not saved_s > 0:
-        return BreakEven(None, None, "a step with the teacher live is not dearer than a step from its cache")
+        return BreakEven(reason="a step with the teacher live is not dearer than a step from its cache")
     needed = capture_s / saved_s
     if not math.isfinite(needed / epochs):
-        return BreakEven(None, None, "what the cache saves is too little to be measured")
-    return BreakEven(needed, max(1, math.ceil(needed / epochs)), None)
+        return BreakEven(reason="what the cache saves is too little to be measured")
+    return BreakEven(needed, max(1, math.ceil(needed / epochs)))
 
 
 def ledger(config: Config, runtime: Runtime) -> dict[str, Any]:
@@ -74,24 +71,28 @@ def ledger(config: Config, runtime: Runtime) -> dict[str, Any]:
             f"params.yaml: scales.{config.scale}.teacher.source: live writes no cache, and the ledger times one; set "
             "cache and run dvc repro, or ask `microlm plan`, which prices both"
         )
-    shards = TokenShards(SHARDS, "train")
-    windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
-    cache = TeacherCache(CACHE, cache_identity(config.at.teacher, config.at.batch.seq_len, shards), windows)
-    account = {"teacher": captured(read_json(TEACHER_METRICS, "teacher")), "cache": size_of(CACHE, cache)}
-    seconds, reason = measure_steps(config, runtime, shards, cache)
-    steps_per_epoch, epochs = len(windows) / config.at.batch.rows, config.at.continuation.epochs
-    capture_s = account["teacher"]["capture_s"]
-    if reason is None and capture_s is None:
-        reason = "the last run of the capture found every block done, so that its speed is not known"
-    met = BreakEven(None, None, reason)
+    shards, batch = TokenShards(SHARDS, "train"), config.at.batch
+    windows = cached_windows(shards, batch.seq_len, config.at.teacher.windows)
+    cache = TeacherCache(CACHE, cache_identity(config.at.teacher, batch.seq_len, shards), windows)
+    size = sum(path.stat().st_size for path in CACHE.iterdir())  # manifest and all
+    teacher = captured(read_json(TEACHER_METRICS, "teacher"))
+    reason = NOT_CACHED.get(config.objective, None if config.distills else NOT_CACHED["none"])
+    seconds = measure_steps(
+        config, runtime, Batches(shards, batch, config.seed, windows), cache if not reason else None
+    )
     cross_entropy, cached, live = (seconds.get(name) for name in ("cross_entropy", "cached", "live"))
-    if reason is None:
-        met = break_even(capture_s, cached, live, steps_per_epoch, epochs)
+    if not reason and teacher["capture_s"] is None:
+        reason = "the last run of the capture found every block done, so that its speed is not known"
+    epochs, steps_per_epoch = config.at.continuation.epochs, len(windows) / batch.rows
+    met = BreakEven(reason=reason)
+    if not reason:
+        met = break_even(teacher["capture_s"], cached, live, steps_per_epoch, epochs)
     return {
         "objective": config.objective,
-        **account,
+        "teacher": teacher,
+        "cache": {"bytes": size, "bytes_per_token": round(size / (len(windows) * batch.seq_len), 2)},
         "step": {
-            "tokens": config.at.batch.batch_tokens,
+            "tokens": batch.batch_tokens,
             "cross_entropy_s": rounded(cross_entropy),
             "cached_s": rounded(cached),
             "live_s": rounded(live),
@@ -107,60 +108,39 @@ def ledger(config: Config, runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def measure_steps(
-    config: Config, runtime: Runtime, shards: TokenShards, cache: TeacherCache
-) -> tuple[dict[str, float], str | None]:
-    """Median seconds of a step by name, and why none from the cache or live is among them, where none is."""
+def measure_steps(config: Config, runtime: Runtime, batches: Batches, cache: TeacherCache | None) -> dict[str, float]:
+    """Median seconds of the gradients of a step by name; run in turn, after a round that warms up.
+
+    Args:
+        cache: None where no step asks the teacher; then there is cross-entropy alone.
+    """
     student = load_student(MODELS / "control").set_activation_dtype(runtime.dtype).to(runtime.device)
     if runtime.compiled:
         student.compile_blocks()
     schedule = objective_schedule(config)
     variants: dict[str, Loss] = {"cross_entropy": losses.cross_entropy(student.n_vocab, schedule.z_loss)}
-    reason = None if config.distills else NOT_CACHED["none"]
-    reason = NOT_CACHED.get(config.objective, reason)
-    if reason is None:
+    if cache:
         # the capture's dtype, so that both ways say the same
-        teacher_runtime = Runtime(runtime.device, cache.dtype, runtime.compiled, runtime.threads)
         with config.naming_keys():
-            model = load_fitting_teacher(teacher_source(config.at.teacher), cache.identity, teacher_runtime)
+            source, as_captured = teacher_source(config.at.teacher), replace(runtime, dtype=cache.dtype)
+            model = load_fitting_teacher(source, cache.identity, as_captured)
         live = LiveTeacher(Recorder(model, cache.identity, runtime.compiled), cache.tables)
         for name, teacher in (("cached", cache), ("live", live)):
             variants[name] = losses.Distillation(student.n_vocab, schedule, teacher)
     lines = [*runtime.lines(), f"step     {config.at.batch.batch_tokens:,} tokens, {ROUNDS} of each, in turn"]
     banner(f"ledger: {', '.join(name.replace('_', '-') for name in variants)}", lines)
-    windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
-    batches = Batches(shards, config.at.batch, config.seed, windows)
     at_work = max((0.0, 0.5, 1.0), key=schedule.alpha)  # where in a training the teacher has most of a say
-    runs = {name: step_of(student, batches, loss, at_work, runtime.device) for name, loss in variants.items()}
-    return median_seconds(runs, ROUNDS), reason
-
-
-def step_of(
-    student: StudentLM, batches: Batches, loss: Loss, progress: float, device: torch.device
-) -> Callable[[int], None]:
-    """Gradients of the step with a given number, dropped again."""
-
-    replica, feed = Replica(student), feed_for(batches, loss, lambda _: progress, device)
-
-    def step(number: int) -> None:
-        accumulate_gradients(replica, feed, loss, number, progress)
-        student.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return step
-
-
-def median_seconds(runs: dict[str, Callable[[int], None]], rounds: int) -> dict[str, float]:
-    """Median over `rounds` of each, run in turn after a round that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
+    feeds = {name: feed_for(batches, loss, lambda _: at_work, runtime.device) for name, loss in variants.items()}
+    replica, seconds = Replica(student), {name: [] for name in variants}
+    for turn in range(ROUNDS + 1):
+        for name, loss in variants.items():
             began = time.perf_counter()
-            run(turn)
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            accumulate_gradients(replica, feeds[name], loss, turn, at_work)
+            student.zero_grad(set_to_none=True)
+            if runtime.device.type == "cuda":
+                torch.cuda.synchronize(runtime.device)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 
 def captured(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -170,13 +150,6 @@ def captured(metrics: dict[str, Any]) -> dict[str, Any]:
     except KeyError as error:
         raise UserError(f"{TEACHER_METRICS} lacks {error}; {REMAKE}") from None
     return {"tokens": tokens, "tokens_per_s": speed, "capture_s": round(tokens / speed, 1) if speed else None}
-
-
-def size_of(directory: Path, cache: TeacherCache) -> dict[str, float]:
-    """Bytes on disk, manifest and all."""
-    size = sum(path.stat().st_size for path in directory.iterdir())
-    tokens = cache.identity.windows * cache.identity.seq_len
-    return {"bytes": size, "bytes_per_token": round(size / tokens, 2)}
 
 
 def rounded(value: float | None) -> float | None:
