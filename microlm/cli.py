@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from microlm.config import PARAMS, load_config
-from microlm.errors import UserError, plain, run_stage
+from microlm.errors import OneLineParser, UserError, plain, run_stage
 from microlm.evaluation.tasks.benchmarks import Material, benchmarks, gather
 from microlm.evaluation.tasks.prompts import PROTOCOLS
 from microlm.evaluation.tasks.task import TASKS
@@ -36,13 +36,6 @@ BATCH_TOKENS = 8192
 COMPILED_FROM = 2000  # questions; with fewer, compiling the pass over the logits takes longer than it saves
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """A mistake on the command line is one line, as any other is."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help says what there is")
-
-
 def main() -> None:
     """The console script."""
     run_stage(lambda: _run(sys.argv[1:]))
@@ -55,7 +48,7 @@ def _run(given: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser("microlm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("microlm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     scoring = argparse.ArgumentParser(add_help=False)
     add = scoring.add_argument

@@ -1,5 +1,6 @@
 """What a person sees when something is wrong: one line that names the file, the key and the mend."""
 
+import argparse
 import errno
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)|hf_[A-Za-z0-9]{16,}")
@@ -18,6 +20,13 @@ class UserError(Exception):
 
 class ParameterError(UserError):
     """Of a key of a scale, with which each line begins; who holds the whole file says where that is."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A mistake on the command line is one line, as any other is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says what there is")
 
 
 class Terminated(KeyboardInterrupt):

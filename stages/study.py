@@ -1,13 +1,11 @@
 """Run a grid of study/<name>.yaml through the DVC queue -> study/results.csv, STUDY.md. Run again, it goes on."""
 
-import argparse
 import signal
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from microlm.config import load_config
-from microlm.errors import UserError, run_stage
+from microlm.errors import OneLineParser, UserError, run_stage
 from microlm.research.study.driver import Study
 from microlm.research.study.grid import FIRST, FOLDER, read_grid, read_yaml
 from microlm.research.study.report import rows_of, write_report
@@ -17,13 +15,8 @@ from microlm.runtime.device import available_cores
 ROOT = Path(".")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"stages.study: {message}; see python -m stages.study --help")
-
-
 def main() -> None:
-    parser = Parser(prog="python -m stages.study", description=__doc__)
+    parser = OneLineParser(prog="python -m stages.study", description=__doc__)
     parser.add_argument("--study", default=FIRST, help="a file of study/, without .yaml (default: grid, the first)")
     parser.add_argument("--grid", help="a grid of that file (default: its first)")
     parser.add_argument("--scale", help="a scale of params.yaml (default: the file's own)")
@@ -68,17 +61,17 @@ def _jobs(asked: int | None, scale: str, params: dict[str, Any]) -> int:
     """How many runs at once. Two that share cores slow each other many times over, so that is refused."""
     cores = available_cores()
     threads = params["scales"][scale]["runtime"]["threads"]
-    most = cores // threads if isinstance(threads, int) else 1
-    jobs = max(1, most) if asked is None else asked
+    most = max(1, cores // threads) if isinstance(threads, int) else 1
+    jobs = most if asked is None else asked
     if jobs < 1:
         raise UserError(f"stages.study: --jobs {jobs}: must be at least 1")
-    if jobs > max(1, most):
+    if jobs > most:
         raise UserError(
             f"stages.study: --jobs {jobs}: with scales.{scale}.runtime.threads={threads} they would share {cores} "
-            f"cores; use at most {max(1, most)}, or set threads: {max(1, cores // jobs)} in params.yaml"
+            f"cores; use at most {most}, or set threads: {max(1, cores // jobs)} in params.yaml"
         )
     return jobs
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage(main))
+    run_stage(main)

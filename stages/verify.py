@@ -7,7 +7,6 @@ Not a stage of the pipeline: a question that a person may ask at any time. Ends 
 
 import argparse
 from dataclasses import replace
-from typing import NoReturn
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from microlm.config import load_config
 from microlm.corpus.batches import cached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import load_tokenizer
-from microlm.errors import UserError, run_stage
+from microlm.errors import OneLineParser, UserError, run_stage
 from microlm.models.teacher_source import teacher_source
 from microlm.research.verify import refuse_other, replay
 from microlm.runtime.device import set_up
@@ -25,13 +24,10 @@ from microlm.teacher.cache import TeacherCache, cache_identity
 from microlm.teacher.loading import load_recorder
 
 
-class Arguments(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"stages.verify: {message}; see python -m stages.verify --help")
-
-
 def arguments() -> argparse.Namespace:
-    parser = Arguments(prog="stages.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        "python -m stages.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--windows", type=int, default=16, help="how many cached windows to replay")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of windows")
     parser.add_argument("--teacher", metavar="MODEL", help="replay this teacher, not the one of params.yaml")

@@ -77,9 +77,8 @@ def ledger(config: Config, runtime: Runtime) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in CACHE.iterdir())  # manifest and all
     teacher = captured(read_json(TEACHER_METRICS, "teacher"))
     reason = NOT_CACHED.get(config.objective, None if config.distills else NOT_CACHED["none"])
-    seconds = measure_steps(
-        config, runtime, Batches(shards, batch, config.seed, windows), cache if not reason else None
-    )
+    batches = Batches(shards, batch, config.seed, windows)
+    seconds = measure_steps(config, runtime, batches, None if reason else cache)
     cross_entropy, cached, live = (seconds.get(name) for name in ("cross_entropy", "cached", "live"))
     if not reason and teacher["capture_s"] is None:
         reason = "the last run of the capture found every block done, so that its speed is not known"

@@ -86,31 +86,31 @@ def row_of(run: Run, config: Config, metrics: Mapping[str, Any], settings: str, 
 
 def read_results(path: Path) -> list[Row]:
     """The rows, numbers as numbers; none if there is no file yet. UserError naming the line if one is damaged."""
-    rows = _read_cells(path)
-    for number, row in enumerate(rows, start=2):
-        for column in (*NUMBERS, *OUTSIDE):
-            try:
-                blank = column in OUTSIDE and not row[column]
-                row[column] = math.nan if blank else int(row[column]) if column == "seed" else float(row[column])
-            except ValueError:
-                raise _damaged(path, f"line {number}: {column}: {row[column]!r} is no number") from None
-    return rows
-
-
-def _read_cells(path: Path) -> list[Row]:
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"))))
     except FileNotFoundError:
         return []
     except UnicodeDecodeError as error:
         raise _damaged(path, f"not text: {error}") from None
-    lines = list(csv.reader(io.StringIO(text)))
     if not lines or tuple(lines[0]) not in (RECORDED, COLUMNS):
         raise _damaged(path, "line 1: other columns than this version writes")
+    rows = []
     for number, cells in enumerate(lines[1:], start=2):
         if len(cells) != len(lines[0]):
             raise _damaged(path, f"line {number}: {len(cells)} cells in place of {len(lines[0])}")
-    return [dict.fromkeys(OUTSIDE, "") | dict(zip(lines[0], cells)) for cells in lines[1:]]
+        row = dict.fromkeys(OUTSIDE, "") | dict(zip(lines[0], cells))
+        for column in (*NUMBERS, *OUTSIDE):
+            try:
+                row[column] = math.nan if column in OUTSIDE and not row[column] else _number(row[column])
+            except ValueError:
+                raise _damaged(path, f"line {number}: {column}: {row[column]!r} is no number") from None
+        rows.append(row)
+    return rows
+
+
+def _number(text: str) -> int | float:
+    """As it was written, so that a row is written again as it was read."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -122,23 +122,22 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 def add_rows(path: Path, fresh: Sequence[Row]) -> None:
     """Write the file again with `fresh` in it; an older row of the same run goes."""
-    read_results(path)  # a damaged file is refused here too, not carried along
     replaced = {row["run"] for row in fresh}
-    _write(path, [*(row for row in _read_cells(path) if row["run"] not in replaced), *fresh])
+    _write(path, [*(row for row in read_results(path) if row["run"] not in replaced), *fresh])
 
 
 def stamp_rows(path: Path, stamps: Mapping[str, tuple[str, str]]) -> None:
     """Put new digests of settings and code, by run, on rows whose numbers stay."""
-    rows = _read_cells(path)
+    rows = read_results(path)
     for row in rows:
-        if row["run"] in stamps:
-            row["settings"], row["code"] = stamps[row["run"]]
+        row["settings"], row["code"] = stamps.get(row["run"], (row["settings"], row["code"]))
     _write(path, rows)
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
+    rows = [{column: cell for column, cell in row.items() if cell == cell} for row in rows]  # a NaN is a blank cell
+    columns = COLUMNS if any(column in row for row in rows for column in OUTSIDE) else RECORDED
     with atomic_file(path, "w") as file:
-        columns = COLUMNS if any(row.get(column, "") != "" for row in rows for column in OUTSIDE) else RECORDED
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row["run"]))
