@@ -133,4 +133,4 @@ def read_gguf_llama(path: Path, dtype: torch.dtype) -> Any:
         raise UserError(
             f"{path}: not a whole GGUF file ({error}); fetch it again with: dvc repro -f -s fetch"
         ) from None
-    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return LlamaForCausalLM.from_pretrained(None, revision=None, config=config, state_dict=state, dtype=dtype)
