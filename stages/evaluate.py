@@ -78,7 +78,7 @@ def _losses(candidate: Candidate, config: Config) -> dict[str, ValidationLoss]:
     """On evenly spaced windows of each text that is held out, the same ones for every model."""
     at, tokenizer = config.at, load_tokenizer(SHARDS / "tokenizer")
     seq_len, rows = at.batch.seq_len, max(1, at.evaluation.batch_tokens // at.batch.seq_len)
-    native = candidate.vocabulary != tokenizer.fingerprint
+    native = candidate.tokenizer.fingerprint != tokenizer.fingerprint
     projection = Projection(candidate.tokenizer, tokenizer, candidate.model.context) if native else None
     found = {}
     for split, shards in held_out(at).items():

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +12,11 @@ import torch
 
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError
-from microlm.evaluation.scoring.encoding import BatchEncoder
 from microlm.files import sha256_bytes, sha256_file
 from microlm.models import model_files
 from microlm.models.interface import LanguageModel
-from microlm.models.student import Linear, StudentLM
-from microlm.models.teacher_source import PackagedTeacher, teacher_source
+from microlm.models.student import Linear
+from microlm.models.teacher_source import PackagedTeacher, TeacherSource, teacher_source
 from microlm.parameters import TeacherConfig
 from microlm.runtime.paths import MODELS, SHARDS
 
@@ -59,10 +58,9 @@ class Candidate:
 
     name: str  # as it was asked for
     model: LanguageModel
-    tokenizer: BatchEncoder
+    tokenizer: "Tokenizer | TransformersTokenizer"
     start_token: int | None  # what an empty context becomes
     weights: str  # sha256, or the hub's commit
-    vocabulary: str  # the tokenizer's fingerprint
     begin: tuple[int, ...] = ()  # ids before every text that is encoded as one with its ending
 
     @property
@@ -78,13 +76,10 @@ def load_candidate(name: str, revision: str | None, dtype: torch.dtype) -> Candi
         UserError: weights or tokenizer are absent or damaged.
     """
     if name == PACKAGED:
-        packaged = PackagedTeacher()
-        ours = packaged.tokenizer()
-        return Candidate(name, packaged.load(dtype), ours, ours.eot_id, packaged.fingerprint(), ours.fingerprint)
+        return _teacher(name, PackagedTeacher(), dtype)
     directory = Path(name)
     if directory.is_dir() and model_files.is_ours(directory):
-        model, ours = _cast_once(model_files.load_student(directory, dtype)), _tokenizer_of(directory)
-        return Candidate(name, model, ours, ours.eot_id, sha256_file(directory / model_files.WEIGHTS), ours.fingerprint)
+        return _student(name, directory, _tokenizer_of(directory), dtype)
     if not directory.is_dir() and (directory.exists() or name.startswith((".", os.sep)) or name.count("/") > 1):
         raise UserError(f"{name}: is no model directory; name a folder with config.json, or a hub id such as gpt2")
     try:
@@ -98,22 +93,20 @@ def load_candidate(name: str, revision: str | None, dtype: torch.dtype) -> Candi
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     commit = None if directory.is_dir() else getattr(model.network.config, "_commit_hash", None)
     weights = commit or model_files.weights_sha256(directory)
-    return Candidate(name, model, theirs, start, weights, theirs.fingerprint, theirs.begin)
+    return Candidate(name, model, theirs, start, weights, theirs.begin)
 
 
-def _cannot_be_had(error: UserError) -> bool:
-    """Told by the errors below: an id or file that is malformed is another matter, as is a full or forbidden disk."""
-    below = list(_causes(error))
-    ours = any(isinstance(cause, PermissionError) or getattr(cause, "errno", None) in FULL_DISK for cause in below)
-    malformed = any(isinstance(cause, ValueError) for cause in below)
+def _cannot_be_had(error: BaseException) -> bool:
+    """Told by the errors that it was raised from, also where these were hidden from the reader.
+
+    An id or file that is malformed is another matter, as is a full or forbidden disk.
+    """
+    below: list[BaseException] = []
+    while (cause := error.__cause__ or error.__context__) is not None:
+        below.append(error := cause)
+    ours = any(isinstance(one, PermissionError) or getattr(one, "errno", None) in FULL_DISK for one in below)
+    malformed = any(isinstance(one, ValueError) for one in below)
     return bool(below) and isinstance(below[0], OSError) and not ours and not malformed
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """What `error` was raised from, also where that was hidden from the reader."""
-    while (below := error.__cause__ or error.__context__) is not None:
-        yield below
-        error = below
 
 
 def load_pipeline_model(name: str, teacher: TeacherConfig, dtype: torch.dtype) -> Candidate:
@@ -123,22 +116,22 @@ def load_pipeline_model(name: str, teacher: TeacherConfig, dtype: torch.dtype) -
         UserError: the weights are absent, damaged or unreachable.
     """
     if name == "teacher":
-        source = teacher_source(teacher)
-        tokenizer, model = source.tokenizer(), source.load(dtype)
-        weights = source.fingerprint(model)
-    else:
-        tokenizer = load_tokenizer(SHARDS / "tokenizer")
-        model = _cast_once(model_files.load_student(MODELS / name, dtype))
-        weights = sha256_file(MODELS / name / model_files.WEIGHTS)
-    return Candidate(name, model, tokenizer, tokenizer.eot_id, weights, tokenizer.fingerprint)
+        return _teacher(name, teacher_source(teacher), dtype)
+    return _student(name, MODELS / name, load_tokenizer(SHARDS / "tokenizer"), dtype)
 
 
-def _cast_once(model: StudentLM) -> StudentLM:
-    """A student's matrices in the dtype of its activations, to which each forward pass casts them otherwise."""
+def _teacher(name: str, source: TeacherSource, dtype: torch.dtype) -> Candidate:
+    tokenizer, model = source.tokenizer(), source.load(dtype)
+    return Candidate(name, model, tokenizer, tokenizer.eot_id, source.fingerprint(model))
+
+
+def _student(name: str, directory: Path, tokenizer: Tokenizer, dtype: torch.dtype) -> Candidate:
+    """With its matrices in the dtype of its activations, to which each forward pass casts them otherwise."""
+    model = model_files.load_student(directory, dtype)
     for module in model.modules():
         if isinstance(module, (Linear, torch.nn.Embedding)):
             module.weight = torch.nn.Parameter(module.weight.to(model.activation_dtype), requires_grad=False)
-    return model.eval()
+    return Candidate(name, model.eval(), tokenizer, tokenizer.eot_id, sha256_file(directory / model_files.WEIGHTS))
 
 
 def _tokenizer_of(directory: Path) -> Tokenizer:

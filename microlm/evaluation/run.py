@@ -6,6 +6,7 @@ one begins, so that an interrupted run goes on where it stopped.
 Several processes deal a benchmark's questions among them; all get every answer, the first one writes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from microlm.evaluation.results.metrics import task_metrics
 from microlm.evaluation.results.store import Identity, Result, require_ours, result_path, standing, write_result
 from microlm.evaluation.scoring.backends import missed
 from microlm.evaluation.scoring.encoding import Encoding, encode
-from microlm.evaluation.scoring.engine import backends_used, score
+from microlm.evaluation.scoring.engine import score
 from microlm.evaluation.tasks.benchmarks import Material
 from microlm.runtime import distributed
 from microlm.runtime.terminal import progress_bar
@@ -36,7 +37,7 @@ def identity(candidate: Candidate, material: Material) -> Identity:
     return Identity(
         model=candidate.name,
         model_digest=candidate.weights,
-        tokenizer=candidate.vocabulary,
+        tokenizer=candidate.tokenizer.fingerprint,
         task=benchmark.task.name,
         protocol=benchmark.protocol,
         shots=benchmark.shots,
@@ -87,8 +88,8 @@ def score_benchmark(
     progress: Callable[[int], object] = int,
 ) -> Result:
     """Score, answer, measure. UserError as `engine.score` and `encode`."""
-    benchmark, encoding = material.benchmark, _encode(candidate, material)
-    nats = _score(candidate, encoding, batch_tokens, progress=progress)
+    benchmark, encoding, used = material.benchmark, _encode(candidate, material), Counter()
+    nats = _score(candidate, encoding, batch_tokens, progress=progress, used=used)
     fixed_endings = len({question.endings for question in material.questions}) == 1
     bare = _without_question(candidate, material, batch_tokens) if pmi or fixed_endings else None
     word = benchmark.task.kind == "word"
@@ -97,11 +98,7 @@ def score_benchmark(
     nats, lengths = (_of_questions(material, of_reads) for of_reads in (nats, lengths))
     table = answers(material.questions, nats, lengths, bare, benchmark.protocol, misses)
     metrics = task_metrics(benchmark.task, benchmark.protocol, benchmark.shots, table)
-    metrics |= {
-        "truncated": encoding.truncated,
-        "unshared_prefix": encoding.unshared,
-        "backends": backends_used(candidate.model, encoding.questions, encoding.prefix),
-    }
+    metrics |= {"truncated": encoding.truncated, "unshared_prefix": encoding.unshared, "backends": dict(used)}
     return Result(identity(candidate, material), metrics, table, data=material.data)
 
 

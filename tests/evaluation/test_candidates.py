@@ -67,8 +67,8 @@ def test_a_model_is_told_by_its_weights_and_tokenizer_not_by_its_place(tmp_path:
     student, second = loaded("models/student"), loaded("models/second")
     shutil.copytree("models/student", tmp_path / "moved")
     moved = loaded(tmp_path / "moved")
-    assert (moved.weights, moved.vocabulary) == (student.weights, student.vocabulary)
-    assert second.weights != student.weights and second.vocabulary == student.vocabulary
+    assert (moved.weights, moved.tokenizer.fingerprint) == (student.weights, student.tokenizer.fingerprint)
+    assert second.weights != student.weights and second.tokenizer.fingerprint == student.tokenizer.fingerprint
     definition = (tmp_path / "moved" / "tokenizer.json").read_text()
     assert '"content":"<|endoftext|>"' in definition
     llama, relabelled = loaded("models/llama"), tmp_path / "relabelled"
@@ -76,7 +76,10 @@ def test_a_model_is_told_by_its_weights_and_tokenizer_not_by_its_place(tmp_path:
     merges = re.sub(r'("merges":\[)(\[[^\]]*\]|"[^"]*"),', r"\1", definition)  # one merge fewer
     assert merges != definition
     (relabelled / "tokenizer.json").write_text(merges)
-    assert loaded(relabelled).weights == llama.weights and loaded(relabelled).vocabulary != llama.vocabulary
+    assert (
+        loaded(relabelled).weights == llama.weights
+        and loaded(relabelled).tokenizer.fingerprint != llama.tokenizer.fingerprint
+    )
 
 
 def cut(path: Path) -> None:

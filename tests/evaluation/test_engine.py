@@ -1,6 +1,7 @@
 """Scores of tree attention and of kept keys and values against plain scoring, that against transformers' own logits."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,7 +35,7 @@ from transformers import (
 from microlm.errors import UserError
 from microlm.evaluation.scoring.backends import block_mask, collate, plan, row_length
 from microlm.evaluation.scoring.encoding import Encoded
-from microlm.evaluation.scoring.engine import backends_used, choose_backend, score
+from microlm.evaluation.scoring.engine import choose_backend, score
 from microlm.evaluation.tasks.prompts import Question
 from microlm.models.architecture import ModelShape
 from microlm.models.interface import LanguageModel
@@ -227,8 +228,9 @@ def test_rows_beyond_a_sliding_window_are_scored_one_by_one_and_counted() -> Non
     model, questions = built("mistral"), drawn(20)
     beyond = sum(len(q.context) + max(len(e) for e in q.endings) - 1 > WINDOW for q in questions)
     assert 0 < beyond < len(questions)
-    assert backends_used(model, questions) == {"tree": len(questions) - beyond, "plain": beyond}
-    assert_same(score(model, questions, 256), by_transformers(model, questions))
+    used: Counter[str] = Counter()
+    assert_same(score(model, questions, 256, used=used), by_transformers(model, questions))
+    assert used == {"tree": len(questions) - beyond, "plain": beyond}
 
 
 class Mended(StudentLM):
@@ -273,7 +275,6 @@ def test_a_slower_way_is_told_once_with_what_differs_and_by_how_much(capfd: pyte
     model.fault = "mask"
     for _ in range(2):
         score(model, questions, 512, name="models/x")
-        backends_used(model, questions)
     (line,) = capfd.readouterr().err.splitlines()
     told = r"warning: models/x is scored by `cached`: `tree` is off by [\d.]+ nats on an ending, rounding explains 0.0"
     assert re.match(told, line)

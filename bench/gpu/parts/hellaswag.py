@@ -1,15 +1,14 @@
 """All of HellaSwag on a student of the measured shape, through the project's own evaluator."""
 
 import time
-
-import numpy as np
+from collections import Counter
 
 from bench.gpu.device import forget_peak, peak_bytes, synchronize
 from bench.gpu.setting import Figures, Setting
 from microlm.corpus.tokenizer import load_tokenizer
 from microlm.evaluation.results.answers import answers, curve_figures
 from microlm.evaluation.scoring.encoding import encode
-from microlm.evaluation.scoring.engine import backends_used, score
+from microlm.evaluation.scoring.engine import score
 from microlm.evaluation.tasks.data import read_rows
 from microlm.evaluation.tasks.prompts import questions
 from microlm.evaluation.tasks.task import task_named
@@ -32,14 +31,14 @@ def _measure(setting: Setting) -> dict[str, object]:
     encoded = encode(asked, tokenizer, model.context, tokenizer.eot_id, joint=False).questions
     encoding_s = time.perf_counter() - began
     forget_peak(setting.device)
-    seconds = []
+    seconds, used = [], Counter()
     for _ in range(2):
         synchronize(setting.device)
         began = time.perf_counter()
-        nats = score(model, encoded, setting.sizes.scoring_tokens)
+        nats = score(model, encoded, setting.sizes.scoring_tokens, used=used)
         synchronize(setting.device)
         seconds.append(time.perf_counter() - began)
-    lengths = [np.array([len(ending) for ending in item.endings]) for item in encoded]
+    lengths = [item.lengths for item in encoded]
     found = curve_figures(answers([item.question for item in encoded], nats, lengths, None, PROTOCOL), PROTOCOL)
     return {
         "questions": len(encoded),
@@ -47,6 +46,6 @@ def _measure(setting: Setting) -> dict[str, object]:
         "seconds": seconds[1],
         "encoding_seconds": encoding_s,
         "peak_bytes": peak_bytes(),
-        "backends": ", ".join(backends_used(model, encoded)),
+        "backends": ", ".join(used),
         "acc_norm": found["acc_norm"],
     }

@@ -102,18 +102,12 @@ def _ids(
 ) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
     """Ids of the context, few-shot text included, and of each ending."""
     whole = [prefix + question.context for question in questions]
-    texts = [text.rstrip() if joint else text for text in whole]
-    contexts = _encode(tokenizer, texts)
-    counts = [len(question.endings) for question in questions]
-    if not joint:
-        flat = _encode(tokenizer, [ending for question in questions for ending in question.endings])
-    else:
-        # behind a context without a token there is nothing to be joined with: `whole` is then white space alone
-        flat = _encode(tokenizer, [text + ending for text, q in zip(whole, questions) for ending in q.endings])
-        starts = np.repeat([len(ids) for ids in contexts], counts)
-        flat = [ids[start:] for ids, start in zip(flat, starts)]
-    last = np.cumsum(counts)
-    return [(ids, tuple(flat[end - n : end])) for ids, end, n in zip(contexts, last, counts)]
+    contexts = _encode(tokenizer, [text.rstrip() if joint else text for text in whole])
+    # behind a context without a token there is nothing to be joined with: `whole` is then white space alone
+    heads = whole if joint else [""] * len(whole)
+    flat = iter(_encode(tokenizer, [head + ending for head, q in zip(heads, questions) for ending in q.endings]))
+    starts = [len(ids) if joint else 0 for ids in contexts]
+    return [(ids, tuple(next(flat)[start:] for _ in q.endings)) for ids, start, q in zip(contexts, starts, questions)]
 
 
 def _never_empty(context: np.ndarray, start_token: int | None, question: Question) -> np.ndarray:

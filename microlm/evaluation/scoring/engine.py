@@ -38,6 +38,7 @@ def score(
     backend: str = "auto",
     together: bool = False,
     measure: Measure | None = None,
+    used: Counter[str] | None = None,
 ) -> list[np.ndarray]:
     """Summed nats of each question's endings, float64, in order. No gradient, no random number, the model's mode kept.
 
@@ -48,6 +49,7 @@ def score(
         name: of the model, for the error message.
         backend: `tree`, `cached`, `plain` (see backends.py) or `auto`, which is `choose_backend`'s.
         measure: what is summed in place of nats, e.g. `backends.missed`.
+        used: counts the questions by the backend that scores them, for a report.
         together: whole batches are dealt to the processes, which all call this, and each gets all: the bits of one.
 
     Raises:
@@ -56,12 +58,13 @@ def score(
     nats = [np.zeros(len(item.endings)) for item in encoded]
     deal, waiting = (distributed.dealt if together else list), len(encoded)
     with _scoring(model):
-        for part in _parts(model, encoded, prefix, backend, name, together):
-            questions = [encoded[i] for i in part.members]
-            found = nats_by(part.backend, model, questions, batch_tokens, part.prefix, deal, measure)
-            for indices, values in found:
+        for way, before, members in _parts(model, encoded, prefix, backend, name, together):
+            questions = [encoded[i] for i in members]
+            if used is not None:
+                used[way] += len(members)
+            for indices, values in nats_by(way, model, questions, batch_tokens, before, deal, measure):
                 for index, value in zip(indices, values):
-                    nats[part.members[index]] = _finite(value, questions[index], name)
+                    nats[members[index]] = _finite(value, questions[index], name)
                 waiting -= len(indices)
                 progress(len(indices))
     if not together or distributed.size() == 1:
@@ -69,17 +72,6 @@ def score(
     progress(waiting)  # those of the others
     whole = distributed.sum_over_ranks(torch.from_numpy(np.concatenate(nats)))  # each is of one process, so exact
     return np.split(whole.numpy(), np.cumsum([len(values) for values in nats])[:-1])
-
-
-def backends_used(
-    model: LanguageModel, encoded: Sequence[Encoded], prefix: np.ndarray = NO_PREFIX, backend: str = "auto"
-) -> dict[str, int]:
-    """Questions by the backend that `score` takes for them, for a report. The same choice as `score`'s."""
-    counts: Counter[str] = Counter()
-    with _scoring(model):
-        for part in _parts(model, encoded, prefix, backend):
-            counts[part.backend] += len(part.members)
-    return dict(counts)
 
 
 class Choice(NamedTuple):
@@ -150,14 +142,6 @@ def _trial(n_vocab: int, after_prefix: bool) -> tuple[tuple[Encoded, Encoded], n
     return tuple(asked), prefix if after_prefix else NO_PREFIX
 
 
-class _Part(NamedTuple):
-    """Questions that one backend scores behind one prefix."""
-
-    backend: str
-    prefix: np.ndarray
-    members: list[int]
-
-
 def _parts(
     model: LanguageModel,
     encoded: Sequence[Encoded],
@@ -165,8 +149,11 @@ def _parts(
     backend: str,
     name: str = "",
     together: bool = False,
-) -> list[_Part]:
-    """A way that is not the fastest is told on stderr, of a model with a `name`."""
+) -> Iterator[tuple[str, np.ndarray, list[int]]]:
+    """A backend, a prefix, and the questions that it scores behind that.
+
+    A way that is not the fastest is told on stderr, of a model with a `name`.
+    """
     if backend not in (*PREFERENCE, "auto"):
         raise ValueError(f"backend={backend!r} is none of {', '.join(PREFERENCE)}, auto")
     limit = _uniform_context(model)
@@ -175,7 +162,6 @@ def _parts(
         shared = len(prefix) if question.shares_prefix else 0
         length = shared + len(question.context) + question.lengths.max() - 1
         parts.setdefault((shared > 0, length > limit), []).append(index)
-    made = []
     for (shares, beyond), members in sorted(parts.items(), reverse=True):
         chosen = "plain" if beyond else backend
         if chosen == "auto":
@@ -184,8 +170,7 @@ def _parts(
                 _warn(f"{name} is scored by `{chosen}`{', one ending at a time' * (chosen == 'plain')}: {why}")
         if together:  # batches of one kind, else some would be scored by none
             chosen = PREFERENCE[distributed.largest(PREFERENCE.index(chosen))]
-        made.append(_Part(chosen, prefix if shares else NO_PREFIX, members))
-    return made
+        yield chosen, prefix if shares else NO_PREFIX, members
 
 
 def _uniform_context(model: LanguageModel) -> int:
