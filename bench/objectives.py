@@ -28,10 +28,9 @@ from microlm.teacher.cache import TeacherCache, cache_identity
 from microlm.teacher.loading import load_fitting_teacher
 from microlm.teacher.recorders import LiveTeacher, Recorder
 from microlm.training import losses
-from microlm.training.feed import Feed
-from microlm.training.loop import Loss, accumulate_gradients
+from microlm.training.feed import Feed, Loss
+from microlm.training.loop import Replica, accumulate_gradients
 from microlm.training.optimizer import Optimizers
-from microlm.training.replica import Replica
 
 SHARDS, CACHE, CONTROL = Path("data/shards"), Path("data/teacher"), Path("models/control")
 OBJECTIVES = ("fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd", "notebook")
@@ -58,10 +57,10 @@ def variants(config: Config, runtime: Runtime, model: StudentLM, only: list[str]
 
 
 def step_of(model: StudentLM, batches: Batches, loss: Loss, optimizers: Optimizers) -> Callable[[int], None]:
-    replica, feed = Replica(model), Feed(batches, model.head_weight.device)
+    replica, feed = Replica(model), Feed(batches, loss, lambda _: 0.5, model.head_weight.device)
 
     def step(index: int) -> None:
-        accumulate_gradients(replica, feed, loss, index, 0.5).item()  # as a step waits for its loss
+        accumulate_gradients(replica, feed, index).item()  # as a step waits for its loss
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(0.0)  # the arithmetic of an update that leaves the weights as they are
 

@@ -89,14 +89,6 @@ class ModelShape:
         attention = 2 * (self.query_width + self.key_width)
         return self.layers * (attention + 3 * self.intermediate_size) * self.hidden_size
 
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias or self.kind.always_biased
-
-    @property
-    def output_bias(self) -> bool:
-        return self.attention_bias and not self.kind.always_biased
-
 
 def shape_of(config: dict[str, Any], n_vocab: int, context: int, name: str) -> ModelShape:
     """The shape that a config.json of the family describes.

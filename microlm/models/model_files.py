@@ -13,7 +13,6 @@ from microlm.corpus.tokenizer import Tokenizer
 from microlm.errors import UserError
 from microlm.files import atomic_directory, check_sums, read_json, sha256_bytes, sha256_file, write_json, write_sums
 from microlm.models.architecture import config_of, shape_of
-from microlm.models.interface import LanguageModel
 from microlm.models.student import StudentLM
 from microlm.models.transformers_model import TransformersModel
 from microlm.runtime.paths import TRAINED_MODELS
@@ -54,7 +53,8 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
         UserError: a file is absent, damaged or of another shape.
     """
     stage = TRAINED_MODELS.get(directory.name, directory.name)
-    check_sums(directory, ("config.json", WEIGHTS), f"make it again with: dvc repro -f -s {stage}")
+    mend = f"make it again with: dvc repro -f -s {stage}"
+    check_sums(directory, ("config.json", WEIGHTS), mend)
     config = read_json(directory / "config.json", stage)
     try:
         context = config["max_position_embeddings"]
@@ -63,25 +63,18 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
         model.load_state_dict(load_file(directory / WEIGHTS))
     except (SafetensorError, RuntimeError, KeyError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{directory / WEIGHTS} is damaged or not of config.json's shape ({reason}); make it again with: "
-            f"dvc repro -f -s {stage}"
-        ) from None
+        raise UserError(f"{directory / WEIGHTS} is damaged or not of config.json's shape ({reason}); {mend}") from None
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(
-            f"{directory / WEIGHTS} holds weights that are not finite; make it again with: dvc repro -f -s {stage}"
-        )
+        raise UserError(f"{directory / WEIGHTS} holds weights that are not finite; {mend}")
     return model.set_activation_dtype(dtype)
 
 
-def as_student(model: LanguageModel, name: str) -> StudentLM:
+def as_student(model: TransformersModel, name: str) -> StudentLM:
     """A model of the llama family as a student of its own full shape: the same logits, float32 weights.
 
     Raises:
         UserError: it is of another family, or has what a student's arithmetic leaves out.
     """
-    if isinstance(model, StudentLM):
-        return model
     config = model.network.config.to_dict()
     try:
         shape = shape_of(config, model.n_vocab, model.uniform_context, name)

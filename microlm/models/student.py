@@ -59,10 +59,11 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_dim = shape.heads, shape.head_dim
         self.group = shape.heads // shape.kv_heads  # heads of queries that one of keys and values serves
-        self.q_proj = Linear(shape.hidden_size, shape.query_width, shape.qkv_bias)
-        self.k_proj = Linear(shape.hidden_size, shape.key_width, shape.qkv_bias)
-        self.v_proj = Linear(shape.hidden_size, shape.key_width, shape.qkv_bias)
-        self.o_proj = Linear(shape.query_width, shape.hidden_size, shape.output_bias)
+        always = shape.kind.always_biased
+        self.q_proj = Linear(shape.hidden_size, shape.query_width, shape.attention_bias or always)
+        self.k_proj = Linear(shape.hidden_size, shape.key_width, shape.attention_bias or always)
+        self.v_proj = Linear(shape.hidden_size, shape.key_width, shape.attention_bias or always)
+        self.o_proj = Linear(shape.query_width, shape.hidden_size, shape.attention_bias and not always)
         self.qk_norm = shape.kind.qk_norm
         if self.qk_norm != "none":
             whole = self.qk_norm == "whole"
@@ -190,11 +191,7 @@ class StudentLM(LanguageModel):
         return self._training_block is not Block.__call__
 
     def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        prefix: Prefix | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, prefix: Prefix | None = None
     ) -> Tensor:
         """As `LanguageModel.hidden`, [B, T, D] in the activations' dtype."""
         x, cos, sin = self.embedded(tokens, 0 if prefix is None else prefix.length, positions)

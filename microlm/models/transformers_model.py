@@ -45,11 +45,7 @@ class TransformersModel(LanguageModel):
         return min(limit for limit in limits if limit)
 
     def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        prefix: Prefix | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, prefix: Prefix | None = None
     ) -> Tensor:
         """As `LanguageModel.hidden`. ValueError or TypeError where the network takes no positions or no such mask."""
         cache = None if prefix is None else _prefix_cache(prefix, len(prefix.spans[0]), keep=False)

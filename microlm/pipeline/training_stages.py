@@ -39,8 +39,9 @@ from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, cache_i
 from microlm.teacher.loading import load_fitting_teacher, load_recorder
 from microlm.teacher.recorders import LiveTeacher
 from microlm.training import losses
+from microlm.training.feed import Loss
 from microlm.training.history import Evaluation, History
-from microlm.training.loop import Loss, Plan, train
+from microlm.training.loop import Plan, train
 from microlm.training.optimizer import Optimizers
 
 TASK, PROTOCOL = "hellaswag", "completion"  # of the curves

@@ -23,8 +23,8 @@ from microlm.teacher.cache import REMAKE, TeacherCache, cache_identity
 from microlm.teacher.loading import load_fitting_teacher
 from microlm.teacher.recorders import LiveTeacher, Recorder
 from microlm.training import losses
-from microlm.training.loop import Loss, accumulate_gradients, feed_for
-from microlm.training.replica import Replica
+from microlm.training.feed import Feed, Loss
+from microlm.training.loop import Replica, accumulate_gradients
 
 TEACHER_METRICS = METRICS / "teacher.json"
 ROUNDS = 3  # timed, after one that warms up
@@ -129,12 +129,12 @@ def measure_steps(config: Config, runtime: Runtime, batches: Batches, cache: Tea
     lines = [*runtime.lines(), f"step     {config.at.batch.batch_tokens:,} tokens, {ROUNDS} of each, in turn"]
     banner(f"ledger: {', '.join(name.replace('_', '-') for name in variants)}", lines)
     at_work = max((0.0, 0.5, 1.0), key=schedule.alpha)  # where in a training the teacher has most of a say
-    feeds = {name: feed_for(batches, loss, lambda _: at_work, runtime.device) for name, loss in variants.items()}
+    feeds = {name: Feed(batches, loss, lambda _: at_work, runtime.device) for name, loss in variants.items()}
     replica, seconds = Replica(student), {name: [] for name in variants}
     for turn in range(ROUNDS + 1):
-        for name, loss in variants.items():
+        for name, feed in feeds.items():
             began = time.perf_counter()
-            accumulate_gradients(replica, feeds[name], loss, turn, at_work)
+            accumulate_gradients(replica, feed, turn)
             student.zero_grad(set_to_none=True)
             if runtime.device.type == "cuda":
                 torch.cuda.synchronize(runtime.device)

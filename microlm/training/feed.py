@@ -4,30 +4,37 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from microlm.corpus.batches import Batch, Batches
+from microlm.objective.fused_head import HeadLoss
 from microlm.runtime import distributed
 
-Reader = Callable[[np.ndarray, int], Tensor | None]
-"""(windows [B], step) -> records of the teacher's cache, uint8 [B * T, bytes of a record], or None."""
+Loss = Callable[[Tensor, Tensor, Batch, int, float], HeadLoss]
+"""(hidden [N, D], head weight [V, D], batch, tokens of the whole step, share of the training done) -> loss of this
+part of the step."""
 
 
 class Feed:
-    """`batches`, of which this process takes its share of every step.
+    """`batches`, of which this process takes its share of every step, and the loss that is made of them.
 
     Args:
-        read: what else the loss wants of each batch.
+        loss: what it reads of a batch (`Distillation.read`), where it reads anything, comes with the batch.
+        progress: the share of the training that is done at a step.
         ahead: read the next step in a thread during this one; None does so on CUDA.
     """
 
     def __init__(
-        self, batches: Batches, device: torch.device, read: Reader | None = None, ahead: bool | None = None
+        self,
+        batches: Batches,
+        loss: Loss,
+        progress: Callable[[int], float],
+        device: torch.device,
+        ahead: bool | None = None,
     ) -> None:
-        self.config = batches.config
-        self._batches, self._device, self._more = batches, device, read
+        self.batches, self.loss, self.progress = batches, loss, progress
+        self._device = device
         ahead = device.type == "cuda" if ahead is None else ahead
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches") if ahead else None
         self._next: tuple[int, Future[list[Batch]]] | None = None
@@ -42,14 +49,10 @@ class Feed:
         self._next = (step + 1, self._reader.submit(self._read, step + 1))
         return [self._moved(batch) for batch in found]
 
-    def of_step(self, step: int) -> np.ndarray:
-        """The windows of the step, those of all processes."""
-        return self._batches.of_step(step)
-
     def _read(self, step: int) -> list[Batch]:
-        found = self._batches.micro_batches(step, distributed.rank(), distributed.size())
-        if self._more is not None:
-            found = [replace(batch, records=self._more(batch.windows, step)) for batch in found]
+        found = self.batches.micro_batches(step, distributed.rank(), distributed.size())
+        if read := getattr(self.loss, "read", None):
+            found = [replace(batch, records=read(batch.windows, self.progress(step))) for batch in found]
         if self._device.type != "cuda":
             return found
         return [_each(batch, Tensor.pin_memory) for batch in found]

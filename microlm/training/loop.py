@@ -1,36 +1,38 @@
 """The loop of every training. What is minimized is handed in."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from microlm.corpus.batches import Batch, Batches
+from microlm.corpus.batches import Batches
 from microlm.errors import UserError
 from microlm.models.student import StudentLM
-from microlm.objective.fused_head import HeadLoss
 from microlm.parameters import OptimizationConfig
 from microlm.runtime import distributed
 from microlm.runtime.stop_requests import stop_requests
 from microlm.runtime.terminal import banner, duration, progress_bar
 from microlm.training.checkpoint import Pace, restore_checkpoint, save_checkpoint
-from microlm.training.feed import Feed
+from microlm.training.feed import Feed, Loss
 from microlm.training.history import Evaluation, History
 from microlm.training.memory import memory_explained
 from microlm.training.optimizer import Optimizers, learning_rate_multiplier
-from microlm.training.replica import Replica
-
-Loss = Callable[[Tensor, Tensor, Batch, int, float], HeadLoss]
-"""(hidden [N, D], head weight [V, D], batch, tokens of the whole step, share of the training done) -> loss of this
-part of the step."""
 
 Evaluator = Callable[[StudentLM, np.ndarray | None], Evaluation]
 """(model, training windows whose loss is wanted too) -> what is measured. Every process calls it, and gets the same."""
+
+# the rotary tables are equal everywhere and never change; before PyTorch 2.13 the argument had another name
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+WITHOUT_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False}
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def train(
     with memory_explained(model, batches.config, plan.name, plan.optimization.optimizer, ids):
         start, history = restore_checkpoint(directory, model, optimizers)
         step_tokens, replica = batches.config.batch_tokens, Replica(model)
-        feed = feed_for(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
-        announce_expected_time(replica, feed, loss, plan, optimizers, start)
+        feed = Feed(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
+        announce_expected_time(replica, feed, plan, optimizers, start)
         bar, pace = progress_bar(plan.steps * step_tokens, start * step_tokens, "tok", plan.name), Pace()
         with stop_requests() as stopping, bar:
             for step in range(start, plan.steps + 1):
@@ -87,7 +89,7 @@ def train(
                 if step == plan.steps:
                     break
                 began = time.perf_counter()
-                cross_entropy = take_step(replica, feed, loss, plan, optimizers, step)
+                cross_entropy = take_step(replica, feed, plan, optimizers, step)
                 history.elapsed_s += time.perf_counter() - began
                 history.trained_tokens += step_tokens
                 history.add_step(plan.first_step + step + 1, cross_entropy)
@@ -103,40 +105,67 @@ def train(
         return history
 
 
-def feed_for(batches: Batches, loss: Loss, progress: Callable[[int], float], device: torch.device) -> Feed:
-    """The batches, with the records that a loss which reads a cache (`Loss.read`) will want of them at each step."""
-    read = getattr(loss, "read", None)
-    return Feed(batches, device, read and (lambda windows, step: read(windows, progress(step))))
+class Replica:
+    """The model as one of several equal copies, whose gradients are summed over the processes once a step; the model
+    itself where there is one process.
+
+    The head's weight is used outside the wrapped forward pass too, by the loss. Its gradient arrives whole all the
+    same: DistributedDataParallel hooks the parameter's one accumulator, which runs when autograd has summed all uses.
+    """
+
+    def __init__(self, model: StudentLM) -> None:
+        self.model = model
+        self._shared: DistributedDataParallel | None = None
+        if distributed.size() > 1:
+            # blocks are compiled one by one, so that gradients leave between them: none has to be split for that
+            torch._dynamo.config.optimize_ddp = False
+            self._shared = DistributedDataParallel(model, gradient_as_bucket_view=True, **WITHOUT_BUFFERS)
+            self._shared.register_comm_hook(None, _sum_gradients)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """As `StudentLM.hidden` of tokens [B, T]."""
+        return self.model.hidden(tokens) if self._shared is None else self._shared(tokens)
+
+    def part(self, last: bool) -> AbstractContextManager[None]:
+        """Around a forward and backward pass: gradients stay here until the step's `last` one has added its own."""
+        return nullcontext() if last or self._shared is None else self._shared.no_sync()
 
 
-def take_step(replica: Replica, feed: Feed, loss: Loss, plan: Plan, optimizers: Optimizers, step: int) -> float:
+def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The sum, not DistributedDataParallel's mean: every part of the loss is divided by the whole step's tokens."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def take_step(replica: Replica, feed: Feed, plan: Plan, optimizers: Optimizers, step: int) -> float:
     """One update. Returns the cross-entropy before it, nats per token, of all micro-batches.
 
     On CUDA the host waits for the device once: for the sum of the losses and the gradient's norm, in one copy, without
     which nothing may be updated. What a loss waits for comes on top. Several processes agree over gloo, on the host.
     """
-    nats = accumulate_gradients(replica, feed, loss, step, step / plan.steps)
+    nats = accumulate_gradients(replica, feed, step)
     norm = torch.nn.utils.clip_grad_norm_(replica.model.parameters(), plan.optimization.clip_norm)
     nats, norm = torch.stack((nats, norm.double())).tolist()
     cross_entropy = per_token(nats, feed)
     if distributed.any_rank(not (math.isfinite(cross_entropy) and math.isfinite(norm))):
         raise UserError(
             f"{plan.name}: step {step + 1} is not finite (cross-entropy {cross_entropy}, gradient norm {norm}; windows "
-            f"{feed.of_step(step)[:8].tolist()} ...); nothing was updated. Lower the learning rates in params.yaml"
+            f"{feed.batches.of_step(step)[:8].tolist()} ...); nothing was updated. Lower the learning rates in "
+            "params.yaml"
         )
     optimizers.step(learning_rate_multiplier(plan.optimization, step, plan.steps))
     return cross_entropy
 
 
-def accumulate_gradients(replica: Replica, feed: Feed, loss: Loss, step: int, progress: float) -> Tensor:
+def accumulate_gradients(replica: Replica, feed: Feed, step: int) -> Tensor:
     """Sum the gradients of the step's micro-batches, and their nats: those of this process, a float64 on the device."""
     model = replica.model.train()
     nats = torch.zeros((), dtype=torch.float64, device=model.head_weight.device)
-    parts = feed.micro_batches(step)
+    parts, step_tokens = feed.micro_batches(step), feed.batches.config.batch_tokens
     for index, batch in enumerate(parts):
         with replica.part(last=index == len(parts) - 1):
             hidden = replica.hidden(batch.tokens).flatten(0, 1)
-            part = loss(hidden, model.head_weight, batch, feed.config.batch_tokens, progress)
+            part = feed.loss(hidden, model.head_weight, batch, step_tokens, feed.progress(step))
             part.loss.backward()
         nats += part.cross_entropy.double()
     return nats
@@ -144,7 +173,7 @@ def accumulate_gradients(replica: Replica, feed: Feed, loss: Loss, step: int, pr
 
 def per_token(nats: float, feed: Feed) -> float:
     """The cross-entropy of a step whose nats in this process are `nats`."""
-    return distributed.sum_over_ranks(torch.tensor(nats, dtype=torch.float64)).item() / feed.config.batch_tokens
+    return distributed.sum_over_ranks(torch.tensor(nats, dtype=torch.float64)).item() / feed.batches.config.batch_tokens
 
 
 def refuse_infinite_weights(model: StudentLM, plan: Plan, batches: Batches, step: int) -> None:
@@ -156,9 +185,7 @@ def refuse_infinite_weights(model: StudentLM, plan: Plan, batches: Batches, step
         )
 
 
-def announce_expected_time(
-    replica: Replica, feed: Feed, loss: Loss, plan: Plan, optimizers: Optimizers, start: int
-) -> None:
+def announce_expected_time(replica: Replica, feed: Feed, plan: Plan, optimizers: Optimizers, start: int) -> None:
     """Rehearse a step twice without an update, beside as much memory as its state will take: what does not fit fails
     now, and the second pass is timed.
     """
@@ -167,12 +194,12 @@ def announce_expected_time(
     with optimizers.room_for_state():
         for _ in range(2):
             began = time.perf_counter()
-            accumulate_gradients(replica, feed, loss, start, start / plan.steps).item()
+            accumulate_gradients(replica, feed, start).item()
             step_s = time.perf_counter() - began
             replica.model.zero_grad(set_to_none=True)
     rest = plan.steps - start
     resumed = f", resumed after step {start}" if start else ""
     banner(
         f"{plan.name}: {rest} steps to go{resumed}",
-        [f"expected {duration(rest * step_s)} at {feed.config.batch_tokens / step_s:,.0f} tokens/s"],
+        [f"expected {duration(rest * step_s)} at {feed.batches.config.batch_tokens / step_s:,.0f} tokens/s"],
     )

@@ -12,7 +12,7 @@ from microlm.objective.on_policy import MiniLLM
 from microlm.objective.schedule import Objective, ObjectiveSchedule
 from microlm.teacher.cache import TeacherCache
 from microlm.teacher.recorders import LiveTeacher
-from microlm.training.loop import Loss
+from microlm.training.feed import Loss
 
 
 @dataclass(frozen=True)

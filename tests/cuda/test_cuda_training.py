@@ -27,11 +27,11 @@ from microlm.objective.fused_head import HeadLoss
 from microlm.parameters import PretrainConfig
 from microlm.teacher.cache import CacheIdentity
 from microlm.teacher.recorders import LiveTeacher, Recorder
-from microlm.training import replica as replica_module
-from microlm.training.loop import Interrupted, Loss, Plan, feed_for, take_step, train
+from microlm.training import loop
+from microlm.training.feed import Feed, Loss
+from microlm.training.loop import Interrupted, Plan, Replica, take_step, train
 from microlm.training.losses import Distillation
 from microlm.training.optimizer import Optimizers
-from microlm.training.replica import Replica
 from tests.cuda.test_cuda_models import asked, llama
 from tests.support.clones import ROOT
 from tests.support.on_cuda import COMPILES, DEVICE, NEEDS_CUDA, compiled_kernels, device  # noqa: F401
@@ -44,7 +44,7 @@ HERE = str(ROOT / "microlm")
 # where the host waits for the device in a step: take_step needs the loss and the norm before it may update, a live
 # teacher's labels are refused where they are not finite
 WAITS = {"take_step"}
-LIVE_WAITS = {"_refuse_not_finite"}
+LIVE_WAITS = {"refuse_not_finite"}
 TAIL_WAITS = {"capped": {"solve_by_sweeps"}}  # after each of Newton's sweeps, whether any row moved
 
 
@@ -148,8 +148,8 @@ def test_one_rank_sums_gradients_and_sends_matrices_unchanged(device, determinis
     expected = gradients(alone, alone.hidden)
     with one_rank(tmp_path / "store"):
         shared = on_card(device)
-        parallel = DistributedDataParallel(shared, gradient_as_bucket_view=True, **replica_module.WITHOUT_BUFFERS)
-        parallel.register_comm_hook(None, replica_module._sum_gradients)
+        parallel = DistributedDataParallel(shared, gradient_as_bucket_view=True, **loop.WITHOUT_BUFFERS)
+        parallel.register_comm_hook(None, loop._sum_gradients)
         found = gradients(shared, parallel)
         sent = [parameter.detach().clone() for parameter in shared.parameters()]
         for tensor in sent:
@@ -171,8 +171,8 @@ def steps_of(
         model.compile_blocks()
     batches, plan = batches_of(shards), Plan("toy", STEPS, 0, settings)
     replica, optimizers = Replica(model), Optimizers(model, settings)
-    feed = feed_for(batches, loss, lambda step: step / STEPS, device)
-    return model, lambda step: take_step(replica, feed, loss, plan, optimizers, step)
+    feed = Feed(batches, loss, lambda step: step / STEPS, device)
+    return model, lambda step: take_step(replica, feed, plan, optimizers, step)
 
 
 @COMPILES

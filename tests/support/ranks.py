@@ -33,13 +33,12 @@ from microlm.runtime.device import set_up
 from microlm.runtime.launcher import run_shared_stage
 from microlm.runtime.stop_requests import stop_requests
 from microlm.teacher import cache as cache_module
-from microlm.training.feed import Feed
+from microlm.training.feed import Feed, Loss
 from microlm.training.history import Evaluation
 from microlm.training.loop import Evaluator as TrainingEvaluator
-from microlm.training.loop import Loss, Plan, accumulate_gradients, per_token, train
+from microlm.training.loop import Plan, Replica, accumulate_gradients, per_token, train
 from microlm.training.losses import cross_entropy
 from microlm.training.optimizer import Optimizers
-from microlm.training.replica import Replica
 
 N_VOCAB, STEPS, BLOCK_BYTES = 70, 6, 2**16
 EVEN = BatchConfig(seq_len=16, batch_tokens=64, micro_batch_rows=2)  # two parts: their sum has one order
@@ -146,10 +145,10 @@ def toy() -> None:
     """Small promises, each told in toy-<process>.json: gradients, both optimizers, who stops, who refuses."""
     torch.set_num_threads(1)
     replica, last = Replica(toy_student()), distributed.size() - 1
-    feed = Feed(toy_batches(UNEVEN), torch.device("cpu"))
+    feed = Feed(toy_batches(UNEVEN), LOSS, lambda step: 0.0, torch.device("cpu"))
     for step in range(2):  # the second pass is that of the buckets as the first one has ordered them
         replica.model.zero_grad(set_to_none=True)
-        mean = per_token(accumulate_gradients(replica, feed, LOSS, step, 0.0).item(), feed)
+        mean = per_token(accumulate_gradients(replica, feed, step).item(), feed)
     gradients = {name: p.grad.flatten()[:50].tolist() for name, p in replica.model.named_parameters()}
     runs = {
         "muon": toy_training("muon", LOSS, evaluator=toy_evaluator()),

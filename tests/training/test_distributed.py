@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -296,7 +297,8 @@ def test_batches_read_ahead_are_those_read_when_needed(tmp_path: Path) -> None:
     def records(windows: np.ndarray, step: int) -> torch.Tensor:
         return torch.from_numpy((windows[:, None] + step + np.arange(5)).astype(np.uint8))
 
-    plain, ahead = (Feed(batches, torch.device("cpu"), records, ahead) for ahead in (False, True))
+    loss, cpu = SimpleNamespace(read=records), torch.device("cpu")
+    plain, ahead = (Feed(batches, loss, lambda step: step, cpu, ahead) for ahead in (False, True))
     for step in (3, 4, 5, 9, 10, 0, 31):
         for a, b in zip(plain.micro_batches(step), ahead.micro_batches(step), strict=True):
             assert torch.equal(a.rows, b.rows) and torch.equal(a.records, b.records)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from microlm.training.muon import BatchedMuon
+from microlm.training.optimizer import BatchedMuon
 
 SHAPES = ((24, 24), (64, 24), (24, 64), (8, 40), (1, 16), (16, 1))
 # a direction is a product of bfloat16 numbers: its entries are off by a few of their last bits, 2^-8 of the largest

@@ -18,9 +18,9 @@ from microlm.pipeline.asked_objective import objective_schedule
 from microlm.research.plan.sizes import forward_flops
 from microlm.teacher.recorders import LiveTeacher, Recorder
 from microlm.training import losses
-from microlm.training.loop import Loss, Plan, feed_for, take_step
+from microlm.training.feed import Feed, Loss
+from microlm.training.loop import Plan, Replica, take_step
 from microlm.training.optimizer import Optimizers
-from microlm.training.replica import Replica
 
 WARM_UP = 2
 CROSS_ENTROPY, CACHED = "cross-entropy", "cached rkl, lumped"
@@ -128,11 +128,11 @@ class StepBench:
         setting, device = self.setting, self.setting.device
         plan = Plan("bench", WARM_UP + setting.sizes.steps, 0, self.config.at.pretrain)
         replica = Replica(self.model)
-        feed = feed_for(batches, loss, lambda step: step / plan.steps, device)
+        feed = Feed(batches, loss, lambda step: step / plan.steps, device)
         for step in range(plan.steps):
             synchronize(device)
             began = time.perf_counter()
-            take_step(replica, feed, loss, plan, self.optimizers, step)
+            take_step(replica, feed, plan, self.optimizers, step)
             synchronize(device)
             yield time.perf_counter() - began
 
