@@ -23,9 +23,9 @@ from microlm.runtime.paths import CACHE, METRICS, SHARDS
 from microlm.runtime.resume import resumable, stage_code
 from microlm.runtime.terminal import banner, progress_bar
 from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, cache_identity, manifest_of, map_block, sealed_sums
-from microlm.teacher.capture import capture, loss_of_gold, projected_loss
+from microlm.teacher.capture import capture, projected_loss
 from microlm.teacher.loading import load_recorder
-from microlm.teacher.projection import native_loss
+from microlm.teacher.projection import loss_of_gold, native_loss
 from microlm.teacher.recorders import Recorder
 
 

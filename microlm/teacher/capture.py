@@ -16,6 +16,7 @@ from microlm.evaluation.scoring.held_out_loss import ValidationLoss
 from microlm.files import atomic_file
 from microlm.runtime import distributed
 from microlm.teacher.cache import TABLE, CacheIdentity, is_finished, seal_file
+from microlm.teacher.projection import loss_of_gold
 from microlm.teacher.recorders import Read, Recorder
 from microlm.teacher.records import Labels
 
@@ -172,19 +173,3 @@ def projected_loss(
 
     shared = sum(int(read.aligned.shared.sum()) for read in reads)
     return loss_of_gold(windows, said(), byte_lengths), shared / (len(windows) * record.identity.seq_len)
-
-
-def loss_of_gold(
-    windows: np.ndarray, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], byte_lengths: np.ndarray
-) -> ValidationLoss:
-    """The teacher's loss where it speaks, in bytes of the corpus's tokens.
-
-    Args:
-        parts: of the windows, in order: where it speaks, the text's log-probabilities, and the text, each [B, seq_len].
-    """
-    nats, lengths, tokens = [], [], 0
-    for covered, gold, targets in parts:
-        nats.append(-np.where(covered, gold, 0).sum(-1, dtype=np.float64))
-        lengths.append((byte_lengths[targets] * covered).sum(-1))
-        tokens += int(covered.sum())
-    return ValidationLoss(windows, np.concatenate(nats), np.concatenate(lengths).astype(np.int64), tokens)

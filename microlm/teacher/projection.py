@@ -16,7 +16,7 @@ student, U of the teacher.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +82,6 @@ class Aligned:
 
     tokens: Tensor  # int64 [B, S], short rows filled up with end-of-text, which nothing before it sees
     targets: Tensor  # int64 [B, S], the token after each
-    target_bytes: np.ndarray  # int64 [B, S], of text behind each target; 0 behind end-of-text
     real: np.ndarray  # bool [B, S], the target is of the window: no filling
     shared: np.ndarray  # bool [B * L], positions after which both have a boundary
     covered: np.ndarray  # bool [B * L]
@@ -132,7 +131,6 @@ class Projection:
         return Aligned(
             torch.from_numpy(tokens[:, :-1].copy()),
             torch.from_numpy(targets.copy()),
-            self.teacher.byte_lengths[targets] * real,
             real,
             shared.ravel(),
             covered.ravel(),
@@ -189,15 +187,32 @@ def native_loss(
         progress: told the windows done.
     """
     device = next(model.parameters()).device
-    sums, lengths, tokens = [], [], 0
-    with torch.inference_mode():
+
+    def said() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         for start in range(0, len(windows), rows):
             aligned = projection.align(read_batch(shards, windows[start : start + rows], seq_len))
-            hidden = model.hidden(aligned.tokens.to(device)).flatten(0, 1)
-            targets = aligned.targets.to(device).flatten()
-            nats = token_nats(hidden, model.head_weight, targets, len(projection.first)).view(aligned.targets.shape)
-            sums.append((nats.double().cpu().numpy() * aligned.real).sum(-1))
-            lengths.append(aligned.target_bytes.sum(-1))
-            tokens += int(aligned.real.sum())
+            with torch.inference_mode():
+                hidden = model.hidden(aligned.tokens.to(device)).flatten(0, 1)
+                targets = aligned.targets.to(device).flatten()
+                nats = token_nats(hidden, model.head_weight, targets, len(projection.first)).view(aligned.targets.shape)
             progress(len(aligned.real))
-    return ValidationLoss(windows, np.concatenate(sums), np.concatenate(lengths).astype(np.int64), tokens)
+            yield aligned.real, -nats.double().cpu().numpy(), aligned.targets.numpy()
+
+    return loss_of_gold(windows, said(), projection.teacher.byte_lengths)
+
+
+def loss_of_gold(
+    windows: np.ndarray, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], byte_lengths: np.ndarray
+) -> ValidationLoss:
+    """The loss where the teacher speaks.
+
+    Args:
+        parts: of the windows, in order: where it speaks, the log-probabilities of targets, and these, each [B, L].
+        byte_lengths: int, of text behind each token.
+    """
+    nats, lengths, tokens = [], [], 0
+    for covered, gold, targets in parts:
+        nats.append(-np.where(covered, gold, 0).sum(-1, dtype=np.float64))
+        lengths.append((byte_lengths[targets] * covered).sum(-1))
+        tokens += int(covered.sum())
+    return ValidationLoss(windows, np.concatenate(nats), np.concatenate(lengths).astype(np.int64), tokens)
