@@ -163,14 +163,13 @@ def _without_revision(name: str) -> tuple[str, str | None]:
 def _load(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]) -> "tuple[Candidate, Runtime]":
     """The model, once nothing speaks against scoring it."""
     from microlm.evaluation.candidates import load_candidate
-    from microlm.evaluation.run import refuse_foreign_places, refuse_overlong_shots
+    from microlm.evaluation.run import refuse_before_scoring
     from microlm.runtime.device import set_up
 
     many = sum(len(material.questions) for material in gathered) >= COMPILED_FROM
     runtime = set_up(RuntimeConfig(dtype=arguments.dtype, compile="auto" if many else "off", threads="auto"))
     candidate = load_candidate(*_without_revision(name), runtime.dtype)
-    refuse_overlong_shots(candidate, gathered)
-    refuse_foreign_places(candidate, gathered, arguments.out)
+    refuse_before_scoring(candidate, gathered, arguments.out)
     return candidate, runtime
 
 

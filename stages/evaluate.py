@@ -18,7 +18,7 @@ from microlm.errors import UserError
 from microlm.evaluation import SCORED_MODELS
 from microlm.evaluation.candidates import Candidate, load_pipeline_model
 from microlm.evaluation.results.store import model_slug
-from microlm.evaluation.run import evaluate, refuse_overlong_shots
+from microlm.evaluation.run import evaluate, refuse_before_scoring
 from microlm.evaluation.scoring.held_out_loss import ValidationLoss, held_out, loss_on
 from microlm.evaluation.tasks.benchmarks import configured_benchmarks, gather
 from microlm.files import atomic_directory, write_json, write_sums
@@ -49,23 +49,26 @@ def main() -> None:
         with atomic_directory(SCORES / name) as folder:
             for file in (done / model_slug(name)).iterdir():
                 shutil.copy(file, folder)
-            pd.concat(map(_rows, losses, losses.values())).to_parquet(folder / "windows.parquet", index=False)
+            windows = (
+                pd.DataFrame({"split": split, "window": of.windows, "nats": of.window_nats, "bytes": of.window_bytes})
+                for split, of in losses.items()
+            )
+            pd.concat(windows).to_parquet(folder / "windows.parquet", index=False)
             write_sums(folder)
     for split, loss in losses.items():
-        name_of = {"val": "validation"}.get(split, split)
-        metrics[name_of] = {"nats": loss.nats, "bpb": loss.bpb, "windows": len(loss.windows), "tokens": loss.tokens}
-    elapsed = {"elapsed_s": round(time.monotonic() - started, 1)}
-    write_json(METRICS / "evaluation" / f"{name}.json", metrics | elapsed)
+        text = {"val": "validation"}.get(split, split)
+        metrics[text] = {"nats": loss.nats, "bpb": loss.bpb, "windows": len(loss.windows), "tokens": loss.tokens}
+    metrics["elapsed_s"] = round(time.monotonic() - started, 1)
+    write_json(METRICS / "evaluation" / f"{name}.json", metrics)
 
 
 def _benchmarks(candidate: Candidate, config: Config, out: Path) -> dict[str, Any]:
     """Figures by task, protocol and number of shots."""
     at = config.at.evaluation
-    folder = Path(at.data) if at.data else None
     with config.naming_keys():
         asked = configured_benchmarks(at.benchmarks)
-    gathered = gather(asked, folder, at.hub, config.at.corpus.source)
-    refuse_overlong_shots(candidate, gathered)
+    gathered = gather(asked, Path(at.data) if at.data else None, at.hub, config.at.corpus.source)
+    refuse_before_scoring(candidate, gathered, out)
     found: dict[str, Any] = {}
     for result, _ in evaluate(candidate, gathered, out, at.batch_tokens):
         who = result.identity
@@ -80,22 +83,16 @@ def _losses(candidate: Candidate, config: Config) -> dict[str, ValidationLoss]:
     seq_len, rows = at.batch.seq_len, max(1, at.evaluation.batch_tokens // at.batch.seq_len)
     native = candidate.tokenizer.fingerprint != tokenizer.fingerprint
     projection = Projection(candidate.tokenizer, tokenizer, candidate.model.context) if native else None
-    found = {}
+    found, model, lengths = {}, candidate.model, tokenizer.byte_lengths
     for split, shards in held_out(at).items():
         available = window_count(shards, seq_len)
         chosen = evenly_spaced(available, at.evaluation.windows or available)
         with progress_bar(len(chosen), 0, "window", f"{candidate.name}: {split} text") as bar:
             if projection:
-                found[split] = native_loss(candidate.model, projection, shards, seq_len, chosen, rows, bar.update)
+                found[split] = native_loss(model, projection, shards, seq_len, chosen, rows, bar.update)
             else:
-                told, lengths = bar.update, tokenizer.byte_lengths
-                found[split] = loss_on(candidate.model, shards, lengths, seq_len, chosen, rows, told, together=True)
+                found[split] = loss_on(model, shards, lengths, seq_len, chosen, rows, bar.update, together=True)
     return found
-
-
-def _rows(split: str, loss: ValidationLoss) -> pd.DataFrame:
-    columns = {"window": loss.windows, "nats": loss.window_nats, "bytes": loss.window_bytes}
-    return pd.DataFrame({"split": split, **columns})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """A model to be evaluated, wherever it lies: in the pipeline, packaged, in a folder or on the hub."""
 
-import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
-from microlm.errors import UserError
+from microlm.errors import UserError, explained
 from microlm.files import sha256_bytes, sha256_file
 from microlm.models import model_files
 from microlm.models.interface import LanguageModel
@@ -24,7 +23,6 @@ if TYPE_CHECKING:  # a second that a model of ours does not need
     from transformers import PreTrainedTokenizerBase
 
 PACKAGED = "packaged"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class WeightsNotAvailable(UserError):
@@ -104,9 +102,9 @@ def _cannot_be_had(error: BaseException) -> bool:
     below: list[BaseException] = []
     while (cause := error.__cause__ or error.__context__) is not None:
         below.append(error := cause)
-    ours = any(isinstance(one, PermissionError) or getattr(one, "errno", None) in FULL_DISK for one in below)
+    disk = any(isinstance(one, PermissionError) or (isinstance(one, OSError) and explained(one)) for one in below)
     malformed = any(isinstance(one, ValueError) for one in below)
-    return bool(below) and isinstance(below[0], OSError) and not ours and not malformed
+    return bool(below) and isinstance(below[0], OSError) and not disk and not malformed
 
 
 def load_pipeline_model(name: str, teacher: TeacherConfig, dtype: torch.dtype) -> Candidate:

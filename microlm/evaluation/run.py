@@ -115,16 +115,9 @@ def _score(candidate: Candidate, encoding: Encoding, batch_tokens: int, **asked:
 
 
 def _encode(candidate: Candidate, material: Material) -> Encoding:
-    joint = material.benchmark.protocol not in APART
-    return encode(
-        material.reads,
-        candidate.tokenizer,
-        candidate.model.context,
-        candidate.start_token,
-        material.prefix,
-        joint,
-        _begin(candidate, material),
-    )
+    joint, limit = material.benchmark.protocol not in APART, candidate.model.context
+    begin = _begin(candidate, material)
+    return encode(material.reads, candidate.tokenizer, limit, candidate.start_token, material.prefix, joint, begin)
 
 
 def _begin(candidate: Candidate, material: Material) -> tuple[int, ...]:
@@ -133,30 +126,23 @@ def _begin(candidate: Candidate, material: Material) -> tuple[int, ...]:
 
 def _without_question(candidate: Candidate, material: Material, batch_tokens: int) -> list[np.ndarray]:
     """The endings' nats after `Question.unconditional`, each distinct set of endings scored once."""
-    first: dict[tuple[str, ...], int] = {}
-    places = [first.setdefault((q.unconditional, *q.endings), len(first)) for q in material.questions]
-    distinct = {place: question for question, place in zip(material.questions, places)}
-    bare = [replace(distinct[place], context=distinct[place].unconditional, openings=()) for place in range(len(first))]
-    encoding = _encode(candidate, replace(material, questions=tuple(bare), prefix=""))
-    nats = _score(candidate, encoding, batch_tokens)
-    return [nats[place] for place in places]
+    distinct = {(q.unconditional, *q.endings): q for q in material.questions}
+    bare = tuple(replace(q, context=q.unconditional, openings=()) for q in distinct.values())
+    encoding = _encode(candidate, replace(material, questions=bare, prefix=""))
+    nats = dict(zip(distinct, _score(candidate, encoding, batch_tokens), strict=True))
+    return [nats[q.unconditional, *q.endings] for q in material.questions]
 
 
-def refuse_overlong_shots(candidate: Candidate, gathered: Sequence[Material]) -> None:
-    """A model whose context the exemplars alone fill is refused before anything is scored."""
+def refuse_before_scoring(candidate: Candidate, gathered: Sequence[Material], out: Path) -> None:
+    """UserError where exemplars alone fill the model's context, or a result's place holds what is not ours."""
     for material in gathered:
+        who, context = identity(candidate, material), candidate.model.context
+        require_ours(result_path(out, who), who.model)
         if material.prefix:
             (ids,) = candidate.tokenizer.encode_batch([material.prefix])
             length = len(_begin(candidate, material)) + len(ids)
-            if length >= candidate.model.context:
+            if length >= context:
                 raise UserError(
-                    f"shots: the {material.benchmark.shots} exemplars of {material.benchmark.task.name} take "
-                    f"{length} tokens, {candidate.name} has {candidate.model.context} positions; ask for fewer"
+                    f"shots: the {who.shots} exemplars of {who.task} take {length} tokens, {candidate.name} has "
+                    f"{context} positions; ask for fewer"
                 )
-
-
-def refuse_foreign_places(candidate: Candidate, gathered: Sequence[Material], out: Path) -> None:
-    """What `write_result` would refuse to overwrite is told before anything is scored."""
-    for material in gathered:
-        who = identity(candidate, material)
-        require_ours(result_path(out, who), who.model)

@@ -217,14 +217,10 @@ def _comparison_grid(comparison: Mapping[str, Any]) -> Grid:
     for row in comparison["tasks"]:
         for metric, entry in row["metrics"].items():
             *found, detectable = _entry_cells(entry, *((1, 4) if metric == PER_BYTE else (100, 2)))
-            name, judged = "", ["", "", ""]
-            if metric == row["primary"]:
-                name = _column_name(row)
-                mcnemar = (
-                    [_p(row["mcnemar_p"]), f"{100 * row['discordance']:.1f} %"] if "mcnemar_p" in row else ["", ""]
-                )
-                judged = [_p(row["p_holm"]), *mcnemar]
-            grid.append([name, metric, *found, *judged, detectable])
+            primary, exact = metric == row["primary"], metric == row["primary"] and "mcnemar_p" in row
+            judged = [_p(row["p_holm"]) if primary else "", _p(row["mcnemar_p"]) if exact else ""]
+            judged.append(f"{100 * row['discordance']:.1f} %" if exact else "")
+            grid.append([_column_name(row) if primary else "", metric, *found, *judged, detectable])
     if entry := comparison.get("centred_mean"):
         *found, detectable = _entry_cells(entry, sign="+")
         grid.append([f"centred mean of {len(entry['tasks'])} tasks", "acc", *found, "", "", "", detectable])
@@ -255,7 +251,8 @@ def comparison_sentences(comparison: Mapping[str, Any]) -> list[str]:
 
 def _on_task(row: Mapping[str, Any]) -> str:
     metric, entry = row["primary"], row["metrics"][row["primary"]]
-    points = f"{100 * entry['difference']:+.1f} points, {_p(row['p_holm'], 'p ')} after Holm"
+    p = f"p {_p(row['p_holm'])}" if row["p_holm"] < 0.001 else f"p = {_p(row['p_holm'])}"
+    points = f"{100 * entry['difference']:+.1f} points, {p} after Holm"
     found = f"no difference in {metric} is shown"
     if row["p_holm"] < 1 - CONFIDENCE:
         found = f"{'A' if entry['difference'] > 0 else 'B'} is ahead in {metric}"
@@ -275,6 +272,5 @@ def _column_name(row: Mapping[str, Any]) -> str:
     return f"{row['task']} ({row['protocol']}, {row['shots']}-shot{subset})"
 
 
-def _p(p: float, prefix: str = "") -> str:
-    sign = "= " if prefix else ""
-    return f"{prefix}< 0.001" if p < 0.001 else f"{prefix}{sign}{p:.3f}"
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -14,14 +14,8 @@ from microlm.evaluation.tasks.prompts import Question
 from microlm.evaluation.tasks.task import task_named
 
 # what acc_norm means under a protocol; acc is by the sum everywhere
-NORMALISER = {
-    "completion": "token",
-    "lm-eval": "character",
-    "olmes": "character",
-    "question": "sum",
-    "infill": "sum",
-    "microlm": "sum",
-}
+NORMALISER = {"completion": "token", "lm-eval": "character", "olmes": "character"}
+NORMALISER |= dict.fromkeys(("question", "infill", "microlm"), "sum")
 NORMALISERS = ("sum", "token", "character", "byte", "pmi")
 NEAR_TIE = 1e-4  # nats, per unit of the normaliser: closer than two backends in fp32 are sure to agree on
 
@@ -55,14 +49,10 @@ def answers(
         ValueError: the lists are not of one length, or a question is scored on other than its endings.
     """
     sizes = [len(question.endings) for question in questions]
-    columns = {
-        "nats": _padded(nats, sizes),
-        "tokens": _padded(tokens, sizes),
-        "characters": _padded([q.characters for q in questions], sizes),
-        "bytes": _padded([[len(ending.encode()) for ending in q.endings] for q in questions], sizes),
-    }
-    if unconditional is not None:
-        columns["unconditional"] = _padded(unconditional, sizes)
+    lengths = {"tokens": tokens, "characters": [q.characters for q in questions]}
+    lengths["bytes"] = [[len(ending.encode()) for ending in q.endings] for q in questions]
+    given = {"nats": nats, **lengths, "unconditional": unconditional}
+    columns = {name: _padded(rows, sizes) for name, rows in given.items() if rows is not None}
     kind = task_named(questions[0].task).kind if questions else "choice"
     regression = kind == "regression"
     labels = np.array([question.label for question in questions], dtype=np.float64 if regression else np.int64)
@@ -109,9 +99,9 @@ def _words(columns: dict[str, np.ndarray], missed: np.ndarray) -> dict[str, np.n
 
 
 def _expected_value(questions: Sequence[Question], nats: np.ndarray) -> np.ndarray:
-    numbers = _padded([[float(ending) for ending in q.endings] for q in questions], [len(q.endings) for q in questions])
-    weights = np.exp(np.nanmin(nats, axis=1, keepdims=True) - nats)
-    return np.nansum(weights * numbers, axis=1) / np.nansum(weights, axis=1)
+    numbers = np.array([[float(ending) for ending in question.endings] for question in questions])
+    weights = np.exp(nats.min(axis=1, keepdims=True) - nats)
+    return (weights * numbers).sum(axis=1) / weights.sum(axis=1)
 
 
 def _padded(rows: Sequence[Sequence[float] | np.ndarray], sizes: Sequence[int]) -> np.ndarray:

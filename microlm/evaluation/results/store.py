@@ -152,7 +152,7 @@ def read_result(path: Path) -> Result:
     found: list[str] = []
     identity = parse(Identity, content.get("identity"), "identity.", found)
     unavailable, metrics, data = (content.get(key) for key in ("unavailable", "metrics", "data"))
-    if found or identity is None or not (isinstance(unavailable, str) or isinstance(metrics, dict)):
+    if found or not (isinstance(unavailable, str) or isinstance(metrics, dict)):
         raise UserError(f"{path} is damaged ({'; '.join(found) or 'it has no metrics'}); {AGAIN}")
     if isinstance(unavailable, str):
         return Result(identity, unavailable=unavailable)
