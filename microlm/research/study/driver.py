@@ -3,9 +3,8 @@
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ class Study:
         """
         stale = self.stale()
         sample = stale[:: max(1, len(stale) - 1)]  # the first and the last
-        if failed := self.run(sample, jobs, self.refuse_moved):
+        if failed := self.run(sample, jobs, again=True):
             raise UserError(f"{self.csv}: {', '.join(failed)} failed, see above; the rows stand as they were")
         stamp_rows(self.csv, {run.slug: (task.settings, self.code) for task in stale for run in task.runs})
         return f"{len(sample)} runs gave the recorded losses to the last digit; {len(stale)} runs are taken for done"
@@ -120,13 +119,13 @@ class Study:
                 told = f"{row['run']} comes out otherwise under this code ({', '.join(moved[:3])})"
                 raise UserError(f"{self.csv}: {told}; run: make study")
 
-    def run(self, waiting: Sequence[Task], jobs: int, keep: Callable[[Sequence[Row]], None] | None = None) -> list[str]:
+    def run(self, waiting: Sequence[Task], jobs: int, again: bool = False) -> list[str]:
         """Run tasks, `jobs` at once; returns the names of those that failed, whose logs have been shown.
 
         Args:
-            keep: takes the rows of each that ends; without it they are added to results.csv.
+            again: hold the rows of each against the recorded ones, in place of recording them.
         """
-        self.progress, self.keep = Progress(list(waiting)), keep or partial(add_rows, self.csv)
+        self.progress, self.again = Progress(list(waiting)), again
         self.queue = DvcQueue((self.root / CLONE).absolute(), jobs)
         points, folder = len(self.grid.runs), self.root / FOLDER
         print(f"study: {len(self.tasks)} runs for {points} points of the grid, {len(waiting)} of them to do")
@@ -191,7 +190,10 @@ class Study:
             fresh = [row_of(run, task.config, metrics, task.settings, self.code) for run in task.runs]
         except KeyError as error:
             raise UserError(f"metrics of {task.name} lack {error}; bring the code and the study together") from None
-        self.keep(fresh)
+        if self.again:
+            self.refuse_moved(fresh)
+        else:
+            add_rows(self.csv, fresh)
         del self.progress.flying[task.name]
         self.progress.made |= set(task.keys.values())
         difference = fresh[0]["student_minus_continued_val_bpb"]

@@ -4,8 +4,10 @@ A row stands for its run as long as the settings it resolved to and the code it 
 """
 
 import csv
+import functools
 import io
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,26 +22,35 @@ LABELS = ("run", "group", "label", "scale", "init", "objective", "windows", "ove
 SCORES = ("val_bpb", "nats", "acc_norm", "gold_bpb")
 PAIRS = ("student_minus_continued", "student_minus_control")
 ENDS = ("", "_low", "_high")
-NUMBERS = (
-    "alpha",
-    "seed",
-    "parameters",
-    "tokens",
-    *(f"{model}_{score}" for model in SCORED_MODELS for score in SCORES),
-    *(f"{pair}_{score}{end}" for pair in PAIRS for score in ("val_bpb", "acc_norm") for end in ENDS),
-    "teacher_tokens",
-    "labelling_to_distilling_flops",
-    "student_elapsed_s",
-    "continued_elapsed_s",
-    "teacher_elapsed_s",
-)
+
+
+def _scored(model: str, score: str) -> tuple[str, ...]:
+    return (f"evaluation/{model}", "validation", "nats") if score == "nats" else ("summary", model, score)
+
+
+# column -> where a run's metrics hold it
+MEASURED = {
+    "parameters": ("summary", "student", "parameters"),
+    "tokens": ("summary", "student", "tokens"),
+    **{f"{model}_{score}": _scored(model, score) for model in SCORED_MODELS for score in SCORES},
+    **{
+        f"{pair}_{score}{end}": ("summary", pair, score + end)
+        for pair in PAIRS
+        for score in ("val_bpb", "acc_norm")
+        for end in ENDS
+    },
+    "teacher_tokens": ("summary", "teacher", "tokens_labelled"),
+    "labelling_to_distilling_flops": ("summary", "teacher", "labelling_to_distilling_flops"),
+    **{f"{model}_elapsed_s": (model, "elapsed_s") for model in ("student", "continued", "teacher")},
+}
+OUTSIDE = {
+    **{f"{model}_ood_bpb": ("summary", model, "ood_bpb") for model in SCORED_MODELS},
+    **{f"{pair}_ood_bpb{end}": ("summary", pair, f"ood_bpb{end}") for pair in PAIRS for end in ENDS},
+}
+"""Last in a file, and only where some run was scored on text of another kind; blank cells of a row without are NaN."""
+NUMBERS = ("alpha", "seed", *MEASURED)
 RECORDED = (*LABELS, *NUMBERS)
 """What every file has."""
-OUTSIDE = (
-    *(f"{model}_ood_bpb" for model in SCORED_MODELS),
-    *(f"{pair}_ood_bpb{end}" for pair in PAIRS for end in ENDS),
-)
-"""Last in a file, and only where some run was scored on text of another kind; blank cells of a row without are NaN."""
 COLUMNS = (*RECORDED, *OUTSIDE)
 
 Row = dict[str, Any]
@@ -53,8 +64,8 @@ def row_of(run: Run, config: Config, metrics: Mapping[str, Any], settings: str, 
         settings: digest of all parameters that the run resolved to.
         code: digest of the code it ran under.
     """
-    summary = metrics["summary"]
-    row: Row = {
+    measured = MEASURED | OUTSIDE if "ood_bpb" in metrics["summary"]["student"] else MEASURED
+    return {
         "run": run.slug,
         "group": run.group,
         "label": run.label,
@@ -67,21 +78,8 @@ def row_of(run: Run, config: Config, metrics: Mapping[str, Any], settings: str, 
         "code": code,
         "alpha": config.alpha,
         "seed": config.seed,
-        "parameters": summary["student"]["parameters"],
-        "tokens": summary["student"]["tokens"],
-        "teacher_tokens": summary["teacher"]["tokens_labelled"],
-        "labelling_to_distilling_flops": summary["teacher"]["labelling_to_distilling_flops"],
+        **{column: round(functools.reduce(operator.getitem, place, metrics), 6) for column, place in measured.items()},
     }
-    row |= {f"{model}_elapsed_s": metrics[model]["elapsed_s"] for model in ("student", "continued", "teacher")}
-    for model in SCORED_MODELS:
-        row[f"{model}_nats"] = round(metrics[f"evaluation/{model}"]["validation"]["nats"], 6)
-        row |= {f"{model}_{score}": summary[model][score] for score in SCORES if score != "nats"}
-    for pair in PAIRS:
-        row |= {f"{pair}_{score}{end}": summary[pair][score + end] for score in ("val_bpb", "acc_norm") for end in ENDS}
-    if "ood_bpb" in summary["student"]:
-        row |= {f"{model}_ood_bpb": summary[model]["ood_bpb"] for model in SCORED_MODELS}
-        row |= {f"{pair}_ood_bpb{end}": summary[pair][f"ood_bpb{end}"] for pair in PAIRS for end in ENDS}
-    return row
 
 
 def read_results(path: Path) -> list[Row]:
