@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,6 +275,14 @@ def test_uncommitted_code_is_refused_and_the_working_tree_is_left_alone(tmp_path
     commits = {git(prepare(tmp_path, "study"), "rev-parse", "HEAD") for _ in range(2)}
     assert len(commits) == 1 and not (there / "dvc.lock").exists() and (tmp_path / "dvc.lock").exists()
     assert (prepare(tmp_path, "study") / "microlm/training/loop.py").read_text() == content
+
+
+def test_without_git_runs_are_listed_and_none_is_made(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    shutil.rmtree(tmp_path / ".git")
+    command = (sys.executable, "-m", "stages.study", "--scale", "smoke", "--jobs", "1")
+    assert "objective=rkl" in clone.run(*command, "--list").stdout
+    assert "is no Git repository with a commit" in clone.run(*command, status=1).stderr
 
 
 def test_a_command_ends_with_its_process_not_with_what_that_left_running(tmp_path: Path) -> None:

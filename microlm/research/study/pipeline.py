@@ -22,7 +22,7 @@ class Pipeline:
 
     def __init__(self, root: Path, scale: str) -> None:
         self.root = root
-        with Repo(str(root)) as repo:
+        with Repo(str(root), config={"core": {"no_scm": True}}) as repo:  # dvc.yaml as it lies there, in Git or not
             resolver = DataResolver(repo, "", read_yaml(root / "dvc.yaml"))
             resolver.context["scale"] = scale  # not the one that params.yaml chooses
             every = {name: _definition(body) for name, body in resolver.resolve()["stages"].items()}
