@@ -10,8 +10,7 @@ from typing import Any
 
 from microlm.corpus.parts import EVALUATION, OLMES_REQUESTS, PARTS_DIRECTORY, part_file
 from microlm.errors import ParameterError, UserError
-from microlm.evaluation.tasks.data import DataNotAvailable, Rows, read_rows
-from microlm.evaluation.tasks.formats import Row, canonical
+from microlm.evaluation.tasks.data import DataNotAvailable, Row, Rows, canonical, read_rows
 from microlm.evaluation.tasks.prompts import Question, check_protocol, questions, stratified_subset, true_ending
 from microlm.evaluation.tasks.task import IN_CORPUS, Task, task_named
 from microlm.files import read_yaml, sha256_json

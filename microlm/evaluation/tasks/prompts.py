@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from microlm.errors import UserError
-from microlm.evaluation.tasks.data import Rows
-from microlm.evaluation.tasks.formats import Row
+from microlm.evaluation.tasks.data import Row, Rows
 from microlm.evaluation.tasks.task import Task
 
 PROTOCOLS = ("completion", "lm-eval", "olmes", "question", "infill", "microlm")
