@@ -6,11 +6,7 @@ from typing import Any
 
 from microlm.config import load_config
 from microlm.errors import OneLineParser, UserError, run_stage
-from microlm.research.study.driver import Study
 from microlm.research.study.grid import FIRST, FOLDER, read_grid, read_yaml
-from microlm.research.study.report import rows_of, write_report
-from microlm.research.study.sections import markdown
-from microlm.runtime.device import available_cores
 
 ROOT = Path(".")
 
@@ -38,6 +34,11 @@ def main() -> None:
         choice = ", ".join(known)
         raise UserError(f"stages.study: --study {asked.study}: there is no such file in study/; choose of {choice}")
     grid = read_grid(asked.grid, asked.scale, params, ROOT / FOLDER / f"{asked.study}.yaml")
+    # here, so that no refusal above waits for torch and matplotlib
+    from microlm.research.study.driver import Study
+    from microlm.research.study.report import rows_of, write_report
+    from microlm.research.study.sections import markdown
+
     if asked.markdown:
         print(markdown(rows_of(grid, ROOT)), end="")
         return
@@ -59,6 +60,8 @@ def main() -> None:
 
 def _jobs(asked: int | None, scale: str, params: dict[str, Any]) -> int:
     """How many runs at once. Two that share cores slow each other many times over, so that is refused."""
+    from microlm.runtime.device import available_cores
+
     cores = available_cores()
     threads = params["scales"][scale]["runtime"]["threads"]
     most = max(1, cores // threads) if isinstance(threads, int) else 1

@@ -48,6 +48,7 @@ def told(said: Said) -> str:
         ("microlm", ["compare", "nothing", "nobody"]),
         ("microlm", ["plan", "--gpus", "0"]),
         ("stages.check", []),
+        ("stages.study", ["--study", "nothing"]),
     ],
 )
 def test_what_is_said_at_the_door_waits_for_no_torch(module: str, arguments: list[str]) -> None:
