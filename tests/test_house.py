@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +72,10 @@ def test_only_the_top_holds_all_of_the_parameters() -> None:
     assert (
         sorted(name for name, found in IMPORTS.items() if "microlm.config" in found and room(name) not in WHOLE) == []
     )
+
+
+def test_an_installed_package_has_every_file_that_is_no_module() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["microlm"]
+    packed = {file for pattern in patterns for file in (ROOT / "microlm").glob(pattern)}
+    others = {file for file in (ROOT / "microlm").rglob("*.*") if file.suffix not in (".py", ".pyc")}
+    assert others and others <= packed

@@ -1,11 +1,14 @@
 """The whole pipeline through real DVC, at scale smoke, in a clone of the working tree.
 
-`make smoke` and `make soak` run it under GPT-2's tokenizer, as params.yaml has it, `make test` under one of bytes: what
-DVC promises is the same, and half of the time would go into a vocabulary of 50,257.
+`make smoke` and `make soak` run it under GPT-2's tokenizer, as params.yaml has it, and every stage in an interpreter of
+its own; `make test` under a tokenizer of bytes, in forks of one (support/forked_python.py): what DVC promises is the
+same, and most of the time would go into a vocabulary of 50,257 and importing torch.
 """
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -17,8 +20,9 @@ from microlm.corpus.tokenizer import load_tokenizer
 from microlm.files import sha256_file
 from microlm.models.model_files import load_student
 from tests.support.clones import Clone
+from tests.support.forked_python import forking_python
 from tests.support.soak import SOAKING
-from tests.support.tiny_run import TEACHER, WHEELS, tiny_parameters, write_teacher_of_bytes
+from tests.support.tiny_run import TEACHER, WHEELS, one_scale, tiny_parameters, write_teacher_of_bytes
 from tests.support.tiny_teacher import write_tiny_teacher
 
 CONTEXT = 512  # for all of HellaSwag, byte by byte
@@ -47,16 +51,21 @@ def ran(output: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Clone, str]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Clone, str]]:
     """A clone after its first `dvc repro` at scale smoke, committed, and what that printed."""
-    clone = Clone(tmp_path_factory.mktemp("clone"))
+    with ExitStack() as stack:
+        tools = [] if SOAKING else [stack.enter_context(forking_python(tmp_path_factory.mktemp("python") / "bin"))]
+        yield ran_once(Clone(tmp_path_factory.mktemp("clone"), *tools))
+
+
+def ran_once(clone: Clone) -> tuple[Clone, str]:
     (clone.directory / "dvc.lock").unlink(missing_ok=True)
     params = clone.directory / "params.yaml"
     if SOAKING:
         params.write_text(re.sub(r"(?m)^scale: \S+", "scale: smoke", params.read_text()))
         write_tiny_teacher(clone.directory / TEACHER, wheels=WHEELS)
     else:
-        params.write_text(tiny_parameters().replace("context: 128", f"context: {CONTEXT}"))
+        params.write_text(one_scale(tiny_parameters()).replace("context: 128", f"context: {CONTEXT}"))
         write_teacher_of_bytes(clone.directory / TEACHER, CONTEXT)
     # shared, so that the wheels are downloaded once, whoever asks first
     WHEELS.mkdir(parents=True, exist_ok=True)

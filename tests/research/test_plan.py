@@ -29,7 +29,9 @@ from microlm.research.plan.sizes import KNOWN_TEACHERS, VOCABULARIES, forward_fl
 from microlm.training.memory import FLOAT32, Precision, activation_bytes, optimizer_bytes, training_memory
 from microlm.training.optimizer import Optimizers
 from tests.support.clones import ROOT, Clone
+from tests.support.tiny_candidates import microlm
 from tests.support.tiny_teacher import tiny_llama
+from tests.support.workspace import inside
 
 SCALES = ("laptop", "study", "one-gpu", "gpt2-124m")
 WITHIN = 0.1
@@ -305,16 +307,22 @@ def test_damaged_card_file_is_named(tmp_path: Path, content: str) -> None:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_command_prints_page_and_json(tmp_path: Path) -> None:
-    clone = Clone(tmp_path)
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """Without data and without teachers of its own."""
+    return Clone(tmp_path_factory.mktemp("clone"))
+
+
+def test_command_prints_page_and_json(clone: Clone) -> None:
     command = [sys.executable, "-m", "microlm", "plan", "--scale", "gpt2-124m", "--gpus", "8"]
-    printed = clone.run(*command).stdout
+    with inside(clone.directory):
+        printed = microlm(*command[3:]).out
     plan = make_plan(config_of_scale("gpt2-124m"), Machine(8, rate_of(None)))
     assert printed.startswith(page(plan)) and printed.splitlines()[-2].startswith("disk here: ")
     found = json.loads(clone.run(*command, "--json").stdout)
     assert found.pop("disk")["needed"] == sum(plan["bytes"].values())
     assert found == json.loads(json.dumps(plan))
-    assert not (tmp_path / "data" / "parts").exists()
+    assert not (clone.directory / "data" / "parts").exists()
 
 
 @pytest.mark.parametrize(
@@ -329,11 +337,11 @@ def test_command_prints_page_and_json(tmp_path: Path) -> None:
         (["--scale", "smoke"], "teacher.model: data/tiny-teacher is no folder here"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], told: str) -> None:
-    clone = Clone(tmp_path)
-    ended = clone.run(sys.executable, "-m", "microlm", "plan", *arguments, status=1)
-    assert ended.stderr.startswith(f"error: {told}") and len(ended.stderr.splitlines()) == 1
-    assert ended.stdout == ""
+def test_mistakes_are_one_line(clone: Clone, arguments: list[str], told: str) -> None:
+    with inside(clone.directory):
+        said = microlm("plan", *arguments)
+    assert said.code == 1 and said.out == ""
+    assert said.err.startswith(f"error: {told}") and len(said.err.splitlines()) == 1
 
 
 def test_broken_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,6 +291,11 @@ def test_a_command_ends_with_its_process_not_with_what_that_left_running(tmp_pat
     os.kill(pid, signal.SIGKILL)  # ProcessLookupError if `run` had waited for it
 
 
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    return Clone(tmp_path_factory.mktemp("refusing"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -302,11 +307,10 @@ def test_a_command_ends_with_its_process_not_with_what_that_left_running(tmp_pat
         (["--what"], "unrecognized arguments: --what"),
     ],
 )
-def test_bad_command_is_refused_in_one_line(tmp_path: Path, arguments: list[str], told: str) -> None:
-    clone = Clone(tmp_path)
-    ended = clone.run(sys.executable, "-m", "stages.study", *arguments, status=1)
+def test_bad_command_is_refused_in_one_line(refusing: Clone, arguments: list[str], told: str) -> None:
+    ended = refusing.run(sys.executable, "-m", "stages.study", *arguments, status=1)
     assert ended.stderr.startswith("error: ") and told in ended.stderr and len(ended.stderr.splitlines()) == 1
-    assert not (tmp_path / FOLDER).exists()
+    assert not (refusing.directory / FOLDER).exists()
 
 
 @LONG

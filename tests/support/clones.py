@@ -15,10 +15,14 @@ FIXTURES = ROOT / "tests" / "fixtures"
 
 
 class Clone:
-    """A Git repository with the files of this one that Git does not ignore, committed; no data and no models."""
+    """A Git repository with the files of this one that Git does not ignore, committed; no data and no models.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    Args:
+        tools: folders for the front of PATH.
+    """
+
+    def __init__(self, directory: Path, *tools: Path) -> None:
+        self.directory, self.tools = directory, tools
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
         for name in filter(None, listed.split("\0")):
@@ -33,7 +37,7 @@ class Clone:
     def run(self, *command: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run a command in the clone; `status` None accepts any. What it printed is in the failure."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DVC_ROOT")}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = os.pathsep.join(map(str, (*self.tools, Path(sys.executable).parent, os.environ["PATH"])))
         ended = subprocess.run(
             command, cwd=self.directory, env={**inherited, "PATH": path}, capture_output=True, text=True
         )

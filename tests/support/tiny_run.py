@@ -193,6 +193,13 @@ def tiny_parameters() -> str:
     return text
 
 
+def one_scale(text: str) -> str:
+    """Parameters without the scales that are not asked for: DVC, which reads them dozens of times, is slow at it."""
+    head, blocks = text.split("\nscales:\n")
+    (block,) = re.findall(r"(?ms)^  smoke:\n.*?(?=^  \S|\Z)", blocks)
+    return f"{head}\nscales:\n{block}"
+
+
 def finished() -> Path:
     """A folder in which every stage has run. Whoever changes it takes a copy."""
     return made_once("tiny-run", _fill)
