@@ -48,7 +48,9 @@ def with_value(keys: Keys, value: Any, of: dict[str, Any] = PARAMS) -> dict[str,
 
 def written(tmp_path: Path, params: Any) -> Path:
     stream = io.StringIO()
-    YAML(typ="safe", pure=True).dump(params, stream)
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False  # in flow style it writes `{:0: 1}` for the key ":0", and cannot read that
+    writer.dump(params, stream)
     path = tmp_path / "params.yaml"
     path.write_text(stream.getvalue(), encoding="utf-8")
     return path
