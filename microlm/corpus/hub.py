@@ -47,8 +47,7 @@ def refuse_absent(config: CorpusConfig, key: str) -> None:
     except RevisionNotFoundError:
         told = f"has the dataset, but no such revision; set {key}.revision to the full hash of one of its commits"
     except RepositoryNotFoundError:
-        mend = f"correct {key}.dataset, or {LOG_IN} with an account that may read it"
-        told = f"has no such dataset, or hides it; {mend}"
+        told = f"has no such dataset, or hides it; correct {key}.dataset, or {LOG_IN} with an account that may read it"
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status not in (401, 403):

@@ -12,10 +12,10 @@ import gzip
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,60 +67,41 @@ def write_outside(
     shards = TokenShards(corpus, "val")
     known = shards.manifest["tokenizer"]
     manifest = {"format": FORMAT, "version": VERSION, "tokenizer": known, "source": None, "splits": {}}
-    if at.evaluation.outside is None:
-        with atomic_directory(target) as folder:
-            write_json(folder / "manifest.json", sealed(manifest))
-        return {**dict.fromkeys(COUNTS, 0), "removed": 0, "kinds": {}}
-    tokenizer = load_tokenizer(corpus / "tokenizer")
-    source, texts = _texts(at, parts)
-    documents = _encoded(texts, tokenizer)
-    kept = new_documents(documents, (shards, TokenShards(corpus, "train")), tokenizer.eot_id)
-    _refuse_too_few(kept, len(documents), at.batch.seq_len)
-    kinds: dict[str, Counter[str]] = {}
+    counts = {**dict.fromkeys(COUNTS, 0), "removed": 0, "kinds": defaultdict(Counter)}
     with atomic_directory(target) as folder:
-        writer = SplitWriter(folder, "outside", tokenizer, at.corpus.shard_tokens)
-        for document in kept:
-            tokens = np.concatenate(([tokenizer.eot_id], document.tokens)).astype(shards.dtype)
-            text_bytes = int(tokenizer.byte_lengths[tokens].sum())
-            writer.write(tokens, text_bytes)
-            counted = zip(COUNTS, (1, len(tokens), text_bytes), strict=True)
-            kinds.setdefault(document.kind, Counter()).update(dict(counted))
-        manifest |= {"source": source, "splits": {"outside": writer.close()}}
+        if at.evaluation.outside is not None:
+            tokenizer = load_tokenizer(corpus / "tokenizer")
+            manifest["source"], texts = _texts(at, parts)
+            documents = _encoded(texts, tokenizer)
+            kept = new_documents(documents, (shards, TokenShards(corpus, "train")), tokenizer.eot_id)
+            _refuse_too_few(kept, len(documents), at.batch.seq_len)
+            writer = SplitWriter(folder, "outside", tokenizer, at.corpus.shard_tokens)
+            for document in kept:
+                tokens = np.append(tokenizer.eot_id, document.tokens).astype(shards.dtype)
+                text_bytes = int(tokenizer.byte_lengths[tokens].sum())
+                writer.write(tokens, text_bytes)
+                counts["kinds"][document.kind].update(documents=1, tokens=len(tokens), text_bytes=text_bytes)
+            entry = manifest["splits"]["outside"] = writer.close()
+            counts |= {**{key: entry[key] for key in COUNTS}, "removed": len(documents) - len(kept)}
         write_json(folder / "manifest.json", sealed(manifest))
-    counts = {key: manifest["splits"]["outside"][key] for key in COUNTS}
-    return {**counts, "removed": len(documents) - len(kept), "kinds": {name: dict(of) for name, of in kinds.items()}}
+    return counts
 
 
 def new_documents(documents: list[Document], corpus: Iterable[TokenShards], eot_id: int) -> list[Document]:
     """Those that begin as no document of the corpus does: by their first HEAD tokens, or all and the end."""
-    heads = [np.append(document.tokens, eot_id)[:HEAD].astype(np.int64) for document in documents]
-    by_start: dict[int, list[int]] = {}
-    for number, head in enumerate(heads):
-        by_start.setdefault(_key(head[0], head[min(1, len(head) - 1)]), []).append(number)
-    wanted, found = np.array(sorted(by_start)), set()
-    for shards in corpus:
-        for chunk, starts in _beginnings(shards, eot_id):
-            started = _key(chunk[starts], chunk[starts + 1])
-            here = np.isin(started, wanted)
-            for start, key in zip(starts[here], started[here], strict=True):
-                found |= {
-                    n for n in by_start[int(key)] if np.array_equal(chunk[start : start + len(heads[n])], heads[n])
-                }
-    return [document for number, document in enumerate(documents) if number not in found]
+    heads = [np.append(document.tokens, eot_id)[:HEAD].astype(np.int64).tobytes() for document in documents]
+    known = set(heads).intersection(chain.from_iterable(_heads(shards, eot_id) for shards in corpus))
+    return [document for document, head in zip(documents, heads) if head not in known]
 
 
-def _beginnings(shards: TokenShards, eot_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pieces of the split, int64, with the places in each where a document begins; HEAD tokens more are behind it."""
-    end = np.full(HEAD + 1, eot_id)
+def _heads(shards: TokenShards, eot_id: int) -> Iterator[bytes]:
+    """Of each document of the split the first HEAD tokens, or all and the end, int64."""
     for first in range(0, shards.n_tokens, CHUNK_TOKENS):
-        length = min(CHUNK_TOKENS + HEAD + 1, shards.n_tokens - first)
-        chunk = np.concatenate((shards.read(first, length), end)).astype(np.int64)
-        yield chunk, np.flatnonzero(chunk[: min(CHUNK_TOKENS, length)] == eot_id) + 1
-
-
-def _key(first: Any, second: Any) -> Any:
-    """Two tokens as one number."""
-    return first * 2**32 + second
+        length = min(CHUNK_TOKENS + HEAD, shards.n_tokens - first)
+        chunk = np.append(shards.read(first, length), eot_id).astype(np.int64)
+        for before, end in pairwise(np.flatnonzero(chunk == eot_id).tolist()):
+            if before < CHUNK_TOKENS:
+                yield chunk[before + 1 : end + 1][:HEAD].tobytes()
 
 
 def _encoded(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[Document]:

@@ -193,7 +193,6 @@ def read_manifest(parts: Path = PARTS_DIRECTORY) -> dict[str, Any]:
 
 def _provide(part: Part, cache: Path) -> None:
     """Leave the wheel of `part` in `cache`, with the right hash."""
-    cache.mkdir(parents=True, exist_ok=True)
     wheel = cache / part.wheel
     for fetched in (False, True, True):
         if fetched:

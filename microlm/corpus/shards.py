@@ -77,10 +77,7 @@ class TokenShards:
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Windows of `length` tokens from each of `starts` [n]: [n, length] int64."""
-        out = np.empty((len(starts), length), np.int64)
-        for row, start in enumerate(starts):
-            out[row] = self.read(int(start), length)
-        return out
+        return np.array([self.read(int(start), length) for start in starts], np.int64).reshape(len(starts), length)
 
 
 def _open_shard(path: Path, entry: dict[str, Any], dtype: np.dtype, remake: str) -> np.ndarray:

@@ -95,7 +95,7 @@ def batches(
             is out of reach.
     """
     if config.source == "packaged":
-        files = iter([_packaged(parts)])
+        files = _packaged(parts)
     else:
         files = _files(config, key) if config.source == "files" else _hub(config, key)
     empty = start == BEGINNING
@@ -153,7 +153,7 @@ def _key(key: str, name: str) -> str:
     return f"{key}.{name}" if key == CORPUS else key
 
 
-def _packaged(parts: Path) -> _File:
+def _packaged(parts: Path) -> Iterator[_File]:
     """Leads of Wikipedia articles and BoolQ's passages, mixed by a hash of the text, the same everywhere."""
     wiki, boolq = (packaged.part_file(*member, parts) for member in PACKAGED)
     try:
@@ -166,7 +166,7 @@ def _packaged(parts: Path) -> _File:
     # not the hash that chooses the validation split: in its order, validation would come first
     texts.sort(key=lambda text: hashlib.sha256(b"order\0" + text.encode()).digest())
     rows = _datasets().Dataset.from_dict({"text": texts})
-    return _File(str(parts), "text", rows.to_iterable_dataset, "not readable")
+    yield _File(str(parts), "text", rows.to_iterable_dataset, "not readable")
 
 
 def matching_files(paths: Iterable[str], key: str = CORPUS) -> list[Path]:

@@ -20,17 +20,25 @@ import tiktoken
 import tokenizers
 
 from microlm.corpus import parts as packaged
-from microlm.corpus.tokenizer_definition import (
-    BYTE_LEVEL,
-    DIGITS,
-    END_OF_TEXT,
-    byte_level_definition,
-    cutting_pattern,
-    text_normalizer,
-    vocabulary_bytes,
-)
 from microlm.errors import UserError
 from microlm.files import atomic_file, check_sums, sha256_bytes, sha256_json, write_json
+
+END_OF_TEXT = "<|endoftext|>"
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+# What ByteLevel's regular expression matches, written so that tiktoken is fast: the alternatives without a look-ahead
+# stand in one group, which its engine compiles as a whole. A run of spaces leaves its last one to the next word.
+GPT2_PATTERN = r"""(?: ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"""
+# The same after Digits(individual_digits=True), which cuts the text around every digit first: a digit stands alone, and
+# a run of spaces before it stays whole. Digits knows the digits of Unicode 17, regular expressions those of Unicode 16.
+DIGIT = r"\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
+DIGITS_PATTERN = rf"""(?: ?\p{{L}}+|'(?:[sdmt]|ll|ve|re)|[{DIGIT}]| ?[^\s\p{{L}}{DIGIT}]+)|\s+(?![^\s{DIGIT}])|\s"""
+
+# GPT-2's printable character for each byte, as {character: byte} (openai/gpt-2, encoder.py, bytes_to_unicode)
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+ALPHABET = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 # Where implementations of the same tokenizer are known to differ.
 AWKWARD_TEXTS = (
@@ -72,21 +80,24 @@ class Tokenizer:
             )
         self.eot_id = self.special_tokens[END_OF_TEXT]
         reserved = {token["id"] for token in added}
-        ranks = vocabulary_bytes(model["vocab"], reserved, source)
+        ranks = _vocabulary_bytes(model["vocab"], reserved, source)
         self.n_vocab = 1 + max(chain(ranks.values(), reserved))
         self._bytes = [b""] * self.n_vocab
         for content, token in chain(ranks.items(), ((text.encode(), i) for text, i in self._added.items())):
             self._bytes[token] = content
         self.byte_lengths = np.array([len(content) for content in self._bytes], np.int32)
-        pattern = cutting_pattern(definition.get("pre_tokenizer"), source)
-        self._normalizer = text_normalizer(definition.get("normalizer"), source)
+        pattern, normalizer = _cutting_pattern(definition.get("pre_tokenizer"), source), definition.get("normalizer")
+        if normalizer not in (None, {"type": "NFC"}):
+            known = f"its normalizer {normalizer.get('type')} is not one that MicroLM knows (none, NFC)"
+            raise UserError(f"{source}: {known}")
+        self._normalizer = tokenizers.normalizers.NFC() if normalizer else None
         longest_first = map(re.escape, sorted(self._added, key=len, reverse=True))
         self._splitter = re.compile(f"({'|'.join(longest_first)})")
         # enough to tell that none is in a text: a run of 24 spaces is not there where a run of 2 is not
         self._shortest_added = [a for a in self._added if not any(b in a for b in self._added if b != a)]
         tokens = sha256_bytes(b"".join(len(content).to_bytes(4, "little") + content for content in self._bytes))
         decisive = {"tokens": tokens, "special": self.special_tokens, "added": self._added, "pattern": pattern}
-        self.fingerprint = sha256_json(decisive | {"normalizer": definition.get("normalizer")})
+        self.fingerprint = sha256_json(decisive | {"normalizer": normalizer})
         # tiktoken must know every byte; those that the vocabulary lacks (rare control characters) get ids past its end
         lacking = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         ranks |= {byte: self.n_vocab + i for i, byte in enumerate(lacking)}
@@ -120,9 +131,17 @@ class Tokenizer:
 
     def encode_as_it_is(self, text: str) -> np.ndarray:
         """Ids of `text` without the normalizer, uint32. A byte that the vocabulary lacks has one from n_vocab on."""
-        if any(token in text for token in self._shortest_added):
-            return self._encode_around_added(text)
-        return self._core.encode_to_numpy(text, disallowed_special=())
+        if not any(token in text for token in self._shortest_added):
+            return self._core.encode_to_numpy(text, disallowed_special=())
+        # added tokens that are not special cut the text before the pattern sees it, the longest first
+        return np.concatenate(
+            [
+                np.array([self._added[piece]], np.uint32)
+                if piece in self._added
+                else self._core.encode_to_numpy(piece, disallowed_special=())
+                for piece in filter(None, self._splitter.split(text))
+            ]
+        )
 
     def encode_piece(self, content: bytes) -> list[int]:
         """Ids of any bytes merged as one word, without normalizer and pattern; from n_vocab on as above."""
@@ -131,18 +150,6 @@ class Tokenizer:
     def bytes_of(self, token: int) -> bytes:
         """Bytes of text behind an id: none for a special token, one for an id from n_vocab on."""
         return self._bytes[token] if token < self.n_vocab else self._core.decode_single_token_bytes(token)
-
-    def _encode_around_added(self, text: str) -> np.ndarray:
-        """Added tokens that are not special cut the text before the pattern sees it, the longest first."""
-        pieces = filter(None, self._splitter.split(text))
-        return np.concatenate(
-            [
-                np.array([self._added[piece]], np.uint32)
-                if piece in self._added
-                else self._core.encode_to_numpy(piece, disallowed_special=())
-                for piece in pieces
-            ]
-        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens are left out, broken UTF-8 becomes U+FFFD."""
@@ -168,8 +175,6 @@ class Tokenizer:
 
     def save(self, directory: Path, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         with atomic_file(directory / "tokenizer.json", "w") as file:
             # at once: json.dump encodes piece by piece in Python, in six times as long
             file.write(json.dumps(self._definition, ensure_ascii=False, separators=(",", ":")))
@@ -184,6 +189,52 @@ class Tokenizer:
         }
         write_json(directory / "tokenizer_config.json", config)
         write_json(directory / "special_tokens_map.json", special)
+
+
+def _vocabulary_bytes(vocab: dict[str, int], reserved: set[int], source: str) -> dict[bytes, int]:
+    """{bytes: id} of the ordinary tokens. tiktoken merges by id, so ids must be in the order of the merges."""
+    try:
+        return {bytes(ALPHABET[c] for c in text): i for text, i in vocab.items() if i not in reserved}
+    except KeyError as error:
+        raise UserError(
+            f"{source}: not a byte-level BPE, it has a token with the character {error}; use another tokenizer"
+        ) from None
+
+
+def _cutting_pattern(pre_tokenizer: dict[str, Any] | None, source: str) -> str:
+    """The regular expression that cuts a text as `pre_tokenizer` does."""
+    *before, last = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        match last.get("use_regex", True), before:
+            case True, []:
+                return GPT2_PATTERN
+            case True, [digits] if digits == DIGITS:
+                return DIGITS_PATTERN
+            case False, [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}]:
+                return pattern
+    raise UserError(
+        f"{source}: its pre_tokenizer is not one that MicroLM knows (ByteLevel, Digits + ByteLevel, Split + ByteLevel)"
+    )
+
+
+def byte_level_definition(
+    vocab: dict[str, int], merges: list[str], special: dict[str, int], pre_tokenizer: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of a tokenizer.json."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text, **flags} for text, i in sorted(special.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
+        "model": {"type": "BPE", "vocab": vocab, "merges": [merge.split(" ") for merge in merges]},
+    }
 
 
 def smollm2_tokenizer(gguf: Path) -> Tokenizer:

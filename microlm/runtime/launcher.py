@@ -1,4 +1,4 @@
-"""Start a stage in as many processes as it has GPUs, through torchrun's own agent (torch.distributed.elastic).
+"""Start a stage in as many processes as it has GPUs, through torchrun's own agent, and stop a training when asked.
 
 `python -m stages.pretrain` runs itself again, once for each process. MICROLM_PROCESSES says how many; `auto`, the
 default, is one for each CUDA device and one on the CPU, where threads share the work better. It is an environment
@@ -15,7 +15,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 
@@ -26,7 +27,11 @@ from microlm.files import write_json
 from microlm.runtime import distributed
 
 PROCESSES, REPORTS = "MICROLM_PROCESSES", "MICROLM_REPORTS"
+STOPS = (signal.SIGINT, signal.SIGTERM)
 SHUTDOWN_S = 120  # from a request to stop to SIGKILL: a step, and the checkpoint after it
+# what comes as soon is the same request: a scheduler that stops a job signals every process of it, and the launcher,
+# which is one of them, passes the signal on
+SAME_REQUEST_S = 2.0
 
 
 def run_shared_stage(main: Callable[[], None], most: Callable[[], int] | None = None) -> None:
@@ -40,7 +45,7 @@ def run_shared_stage(main: Callable[[], None], most: Callable[[], int] | None = 
     elif REPORTS in os.environ:
         _run_reporting(main, Path(os.environ[REPORTS]))
     else:
-        run_stage(lambda: _run_joined(main))
+        run_stage(distributed.joined()(main))
 
 
 def processes(most: Callable[[], int] | None = None) -> int:
@@ -104,22 +109,18 @@ def _launch(count: int, command: list[str]) -> None:
 def _first_killed(count: int, statuses: dict[int, int]) -> str:
     """The process that a signal ended, not one of those that the agent then stopped; empty where none was."""
     for number, status in statuses.items():
-        if status < 0 and -status not in (signal.SIGTERM, signal.SIGINT):
+        if status < 0 and -status not in STOPS:
             why = ", as the kernel does when memory is short" if -status == signal.SIGKILL else ""
             return f"process {number} of {count} was ended by {signal.Signals(-status).name}{why}"
     return ""
-
-
-def _run_joined(main: Callable[[], None]) -> None:
-    with distributed.joined():
-        main()
 
 
 def _run_reporting(main: Callable[[], None], reports: Path) -> None:
     """Be one process of `_launch`: say nothing, leave a report."""
     _stop_with_the_launcher()
     try:
-        _run_joined(main)
+        with distributed.joined():
+            main()
     except BaseException as error:
         known = explained(error)
         text, status = known or (traceback.format_exc().rstrip(), 1)
@@ -146,3 +147,43 @@ def _stop_with_the_launcher() -> None:
             time.sleep(SHUTDOWN_S)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a flag, so that a step is finished and saved before the process ends.
+
+    Where the step cannot finish, because the process waits for a device or for another process that is gone, a second
+    request `SAME_REQUEST_S` after the first ends it with status 128 + signal. Nothing is written half: what reaches
+    the disk is renamed into place.
+    """
+    asked: list[int] = []
+    # a handler of Python's runs when the main thread is back from C, which may be never: a thread reads the signals
+    # that the interpreter's own handler writes into a pipe on the spot
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in STOPS}
+    previous_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_second, args=(read,), name="stop requests", daemon=True).start()
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.set_wakeup_fd(previous_pipe)
+        os.close(write)  # the thread's pipe ends, and with it the thread
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_at_second(pipe: int) -> None:
+    first_at = None
+    while came := os.read(pipe, 64):
+        for number in filter(STOPS.__contains__, came):
+            if first_at is None:
+                first_at = time.monotonic()
+            elif time.monotonic() - first_at > SAME_REQUEST_S:
+                if REPORTS not in os.environ:  # else the launcher speaks for all its processes
+                    name = signal.Signals(number).name
+                    said = f"ended at once by a second {name}; run the same command again to go on from the last save"
+                    os.write(2, f"\nerror: {said}\n".encode())
+                os._exit(128 + number)
+    os.close(pipe)

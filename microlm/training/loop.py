@@ -19,7 +19,7 @@ from microlm.errors import UserError
 from microlm.models.student import StudentLM
 from microlm.parameters import OptimizationConfig
 from microlm.runtime import distributed
-from microlm.runtime.stop_requests import stop_requests
+from microlm.runtime.launcher import stop_requests
 from microlm.runtime.terminal import banner, duration, progress_bar
 from microlm.training.checkpoint import Pace, restore_checkpoint, save_checkpoint
 from microlm.training.feed import Feed, Loss

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from microlm.corpus.encoding import Encoded, encoded
 from microlm.corpus.sources import Documents, Position
 from microlm.corpus.tokenizer import AWKWARD_TEXTS, Tokenizer, build_tokenizer
-from microlm.corpus.writing import ShardWriter
+from microlm.corpus.writing import Encoded, ShardWriter, encoded
 from microlm.errors import UserError
 from tests.support.clones import FIXTURES, ROOT
 from tests.support.toy_shards import batches_of
@@ -31,7 +30,7 @@ def tokenizer(parts: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def batches(tokenizer: Tokenizer) -> list[tuple[Encoded, Position]]:
+def batches(tokenizer: Tokenizer) -> list[tuple[list[Encoded], Position]]:
     """Of seven documents: a shard ends in the middle of some, none ends in others."""
     small = [Documents(TEXTS[i : i + 7], Position(0, min(i + 7, len(TEXTS)))) for i in range(0, len(TEXTS), 7)]
     return list(encoded(small, tokenizer, 0.2, workers=1))
@@ -45,7 +44,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def whole(
     request: pytest.FixtureRequest,
     tokenizer: Tokenizer,
-    batches: list[tuple[Encoded, Position]],
+    batches: list[tuple[list[Encoded], Position]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[int | None, dict[str, bytes]]:
     """The limit of the training split, and the files of a run that was never stopped."""
@@ -60,7 +59,7 @@ def whole(
 @given(stops=st.lists(st.integers(1, 12), max_size=4), junk=st.binary(max_size=50))
 def test_runs_stopped_anywhere_end_in_the_same_bytes(
     tokenizer: Tokenizer,
-    batches: list[tuple[Encoded, Position]],
+    batches: list[tuple[list[Encoded], Position]],
     whole: tuple[int | None, dict[str, bytes]],
     tmp_path_factory: pytest.TempPathFactory,
     stops: list[int],
@@ -82,7 +81,7 @@ def test_runs_stopped_anywhere_end_in_the_same_bytes(
     assert files_of(folder / "target") == expected
 
 
-def rest_of(batches: list[tuple[Encoded, Position]], position: Position) -> list[tuple[Encoded, Position]]:
+def rest_of(batches: list[tuple[list[Encoded], Position]], position: Position) -> list[tuple[list[Encoded], Position]]:
     return [batch for batch in batches if batch[1].row > position.row]
 
 
@@ -94,7 +93,7 @@ def finished(folder: Path) -> set[str]:
 
 
 def test_a_second_run_has_little_left_to_do(
-    tokenizer: Tokenizer, batches: list[tuple[Encoded, Position]], tmp_path: Path
+    tokenizer: Tokenizer, batches: list[tuple[list[Encoded], Position]], tmp_path: Path
 ) -> None:
     writer = ShardWriter(tmp_path, tokenizer, SHARD_TOKENS)
     writer.write(batches)
@@ -108,7 +107,7 @@ def test_a_second_run_has_little_left_to_do(
 @pytest.mark.parametrize("which", ["first", "last"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_in_an_interrupted_run_is_named_before_anything_is_built_on_it(
-    tokenizer: Tokenizer, batches: list[tuple[Encoded, Position]], tmp_path: Path, which: str, damage: str
+    tokenizer: Tokenizer, batches: list[tuple[list[Encoded], Position]], tmp_path: Path, which: str, damage: str
 ) -> None:
     ShardWriter(tmp_path, tokenizer, SHARD_TOKENS).write(batches)
     shards = sorted((tmp_path / "shards").glob("train-*"))
@@ -146,9 +145,9 @@ def test_an_error_of_the_source_ends_the_workers_and_comes_through(tokenizer: To
 ENDLESS = """
 import itertools, os, sys
 from pathlib import Path
-from microlm.corpus.encoding import encoded
 from microlm.corpus.sources import Documents, Position
 from microlm.corpus.tokenizer import json_tokenizer
+from microlm.corpus.writing import encoded
 
 if __name__ == "__main__":
     endless = (Documents(["a text"], Position(0, i)) for i in itertools.count(1))

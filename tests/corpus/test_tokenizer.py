@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 
 from microlm.corpus.tokenizer import (
     AWKWARD_TEXTS,
+    END_OF_TEXT,
     Tokenizer,
     build_tokenizer,
     json_tokenizer,
     load_tokenizer,
     smollm2_tokenizer,
 )
-from microlm.corpus.tokenizer_definition import END_OF_TEXT
 from microlm.errors import UserError
 from tests.support.clones import FIXTURES
 

@@ -34,7 +34,7 @@ HARMLESS = {
     "microlm/errors.py": "words for people",
     "microlm/files.py": "how bytes reach the disk, not which",
     "microlm/runtime/compilation.py": "a flag, which device.py sets",
-    "microlm/runtime/launcher.py": "starts processes; how many changes no result",
+    "microlm/runtime/launcher.py": "starts and stops processes; how many, or when, changes no result",
     "microlm/report/text_table.py": "words for people",
     "microlm/teacher/loading.py": "refuses; what it returns model_files.py loads and projection.py makes",
     "microlm/runtime/paths.py": "where files lie, not what is in them",
@@ -43,7 +43,6 @@ HARMLESS = {
     "microlm/runtime/resume.py": "where an interrupted stage leaves what it has done",
     "microlm/training/checkpoint.py": "a resumed training gives the same bits",
     "microlm/training/memory.py": "words for people, and what a plan counts",
-    "microlm/runtime/stop_requests.py": "when a training ends early; a resumed one gives the same bits",
 }
 # Imported by many, read by few: a new objective must not cost a new control, an edit of the student not a new cache.
 TRAININGS = {"pretrain", "continue", "distill"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from microlm.runtime.stop_requests import SAME_REQUEST_S, stop_requests
+from microlm.runtime.launcher import SAME_REQUEST_S, stop_requests
 from tests.support.clones import ROOT
 
 STOPS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -19,7 +19,7 @@ WAIT_IN_C = """
 from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
-from microlm.runtime.stop_requests import stop_requests
+from microlm.runtime.launcher import stop_requests
 store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 with stop_requests() as stopping:
     Path("waiting-0").touch()

@@ -14,10 +14,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from microlm.corpus.tokenizer import Tokenizer
-from microlm.corpus.tokenizer_definition import BYTE_LEVEL, END_OF_TEXT, _byte_alphabet, byte_level_definition
+from microlm.corpus.tokenizer import ALPHABET, BYTE_LEVEL, END_OF_TEXT, Tokenizer, byte_level_definition
 
-CHARACTER = {byte: character for character, byte in _byte_alphabet().items()}
+CHARACTER = {byte: character for character, byte in ALPHABET.items()}
 LETTERS = b"abc \xc3\xa9"  # the last two are the letter that is spelled in two bytes
 
 

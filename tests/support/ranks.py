@@ -30,8 +30,7 @@ from microlm.pipeline.select import select_windows
 from microlm.pipeline.training_stages import Evaluator
 from microlm.runtime import distributed
 from microlm.runtime.device import set_up
-from microlm.runtime.launcher import run_shared_stage
-from microlm.runtime.stop_requests import stop_requests
+from microlm.runtime.launcher import run_shared_stage, stop_requests
 from microlm.teacher import cache as cache_module
 from microlm.training.feed import Feed, Loss
 from microlm.training.history import Evaluation

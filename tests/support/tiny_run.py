@@ -23,8 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from microlm.corpus.parts import EVALUATION, validation_arrow
-from microlm.corpus.tokenizer import Tokenizer
-from microlm.corpus.tokenizer_definition import ALPHABET, BYTE_LEVEL, END_OF_TEXT, byte_level_definition
+from microlm.corpus.tokenizer import ALPHABET, BYTE_LEVEL, END_OF_TEXT, Tokenizer, byte_level_definition
 from microlm.files import sha256_file, sha256_json, write_json
 from tests.support.clones import ROOT
 from tests.support.shared import made_once

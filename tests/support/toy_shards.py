@@ -6,10 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from microlm.corpus.encoding import encoded
 from microlm.corpus.sources import Documents, Position
 from microlm.corpus.tokenizer import Tokenizer
-from microlm.corpus.writing import ShardWriter
+from microlm.corpus.writing import ShardWriter, encoded
 
 BATCH_DOCUMENTS = 5  # small, so that other processes are started for a few documents
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from microlm.corpus.batches import Batch, evenly_spaced, read_batch, window_count
 from microlm.corpus.parts import WIKI, WIKI_SUMMARIES
 from microlm.corpus.shards import TokenShards
-from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
-from microlm.corpus.tokenizer_definition import END_OF_TEXT
+from microlm.corpus.tokenizer import END_OF_TEXT, Tokenizer, build_tokenizer
 from microlm.models import teacher_source as teacher_sources
 from microlm.models.model_files import TransformersModel
 from microlm.models.teacher_source import teacher_source
