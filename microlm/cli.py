@@ -38,11 +38,11 @@ COMPILED_FROM = 2000  # questions; with fewer, compiling the pass over the logit
 
 def main() -> None:
     """The console script."""
-    run_stage(lambda: _run(sys.argv[1:]))
+    run_stage(_run)
 
 
-def _run(given: Sequence[str]) -> None:
-    arguments = _parser().parse_args(given)
+def _run() -> None:
+    arguments = _parser().parse_args()
     run = {"evaluate": _evaluate, "compare": _compare, "references": _references, "plan": _plan}
     run[arguments.command](arguments)
 
@@ -92,15 +92,14 @@ def _plan(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: {value} is not a number above 0")
     if arguments.utilisation is not None and arguments.utilisation > 1:
         raise UserError(f"--utilisation: {arguments.utilisation:g} is more than the whole; a share, e.g. 0.4")
-    from microlm.research.plan.estimate import config_of_scale, disk_here, make_plan
-    from microlm.research.plan.machine import Machine, rate_of
+    from microlm.research.plan.estimate import config_of_scale, disk_here, machine_of, make_plan
     from microlm.research.plan.page import disk_lines, page
 
-    rate = rate_of(arguments.card)
     stated = {key: getattr(arguments, key) for key in ("peak_tflops", "utilisation") if getattr(arguments, key)}
     if stated:
-        rate = replace(rate, **stated, source="as stated")
-    machine = Machine(arguments.gpus, rate, arguments.price_per_gpu_hour)
+        stated["source"] = "as stated"
+    asked = {"gpus": arguments.gpus, "price_per_gpu_hour": arguments.price_per_gpu_hour, **stated}
+    machine = replace(machine_of(arguments.card), **asked)
     found = make_plan(config_of_scale(arguments.scale), machine, arguments.teacher_parameters)
     disk = disk_here(found)
     print(json.dumps(found | {"disk": disk}, indent=2) if arguments.json else f"{page(found)}\n{disk_lines(disk)}")

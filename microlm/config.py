@@ -58,11 +58,8 @@ class Config:
     @property
     def distills(self) -> bool:
         """Whether the distillation term has a weight at all."""
-        return self.objective == "notebook" or self.largest_alpha > 0
-
-    @property
-    def largest_alpha(self) -> float:
-        return self.alpha if self.alpha_schedule == "constant" else max(self.alpha, self.alpha_final)
+        later = self.alpha_schedule != "constant" and self.alpha_final > 0
+        return self.objective == "notebook" or self.alpha > 0 or later
 
     @contextmanager
     def naming_keys(self) -> Iterator[None]:

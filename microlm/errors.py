@@ -82,19 +82,13 @@ def explained(error: BaseException) -> tuple[str, int] | None:
         return "error: terminated", 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return "error: interrupted", 130
-    reason = _machine_error(error)
-    if reason is None:
-        return None
-    return f"error: {plain(reason)}; make room or grant access, then run the same command again", 1
-
-
-def _machine_error(error: BaseException) -> str | None:
-    """File and reason of a full, read-only or forbidden disk; None for any other error."""
     if isinstance(error, OSError):
-        where = error.filename or os.getcwd()
-        return f"{where}: {error.strerror}" if error.errno in _MACHINE_ERRORS else None
-    # safetensors raises an exception of its own and leaves the system's number in its text
-    for number in _MACHINE_ERRORS:
-        if f"code: {number}," in str(error) or f"os error {number})" in str(error):
-            return f"{os.getcwd()}: {os.strerror(number)}"
-    return None
+        number, where, reason = error.errno, error.filename, error.strerror
+    else:  # safetensors raises an exception of its own and leaves the system's number in its text
+        told = (n for n in _MACHINE_ERRORS if f"code: {n}," in str(error) or f"os error {n})" in str(error))
+        number = next(told, None)
+        where, reason = None, number and os.strerror(number)
+    if number not in _MACHINE_ERRORS:
+        return None
+    cause = plain(f"{where or os.getcwd()}: {reason}")
+    return f"error: {cause}; make room or grant access, then run the same command again", 1

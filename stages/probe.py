@@ -8,14 +8,13 @@ import sys
 from microlm.config import load_config
 from microlm.errors import UserError, run_stage
 from microlm.files import read_json
-from microlm.research.probe.report import markdown
-from microlm.research.probe.run import METRICS, probe
+from microlm.research.probe.run import RESULT, markdown, probe
 from microlm.runtime.device import set_up
 
 
 def main() -> None:
     if sys.argv[1:] == ["--markdown"]:
-        print(markdown(read_json(METRICS, "measure/dvc.yaml:probe")), end="")
+        print(markdown(read_json(RESULT, "measure/dvc.yaml:probe")), end="")
         return
     if sys.argv[1:]:
         raise UserError("stages.probe: takes one option or none: python -m stages.probe [--markdown]")

@@ -37,10 +37,10 @@ def caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, x=0.99, ha="right", fontsize=8, color=FAINT)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 160) -> None:
     with atomic_file(path) as file:
         # the library's version and the date would change the bytes, and DVC would see another output
-        figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+        figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def draw_layers(table: pd.DataFrame, path: Path) -> None:

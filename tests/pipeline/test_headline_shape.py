@@ -12,8 +12,7 @@ from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.files import atomic_directory, read_json
 from microlm.models.model_files import load_student
-from microlm.research.plan.estimate import make_plan
-from microlm.research.plan.machine import Machine
+from microlm.research.plan.estimate import Machine, make_plan
 from tests.support.clones import ROOT, Clone
 from tests.support.forked_python import forking_python
 from tests.support.soak import LONG

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from microlm.files import read_json
 from microlm.report.summary_table import benchmarks_markdown, markdown
-from microlm.research.probe.report import markdown as probe_markdown
+from microlm.research.probe.run import markdown as probe_markdown
 from microlm.research.study.grid import read_grid, read_yaml
 from microlm.research.study.report import notes_of, report_text, rows_of
 from microlm.research.study.sections import markdown as study_markdown

@@ -22,8 +22,7 @@ from microlm.objective.fused_head import fused_head_loss
 from microlm.objective.schedule import Objective
 from microlm.objective.vocabulary_blocks import COLUMNS, SIZES, SPARE, layout_of
 from microlm.parameters import BatchConfig
-from microlm.research.plan.estimate import config_of_scale, make_plan
-from microlm.research.plan.machine import ASSUMED, Machine, Rate, rate_of
+from microlm.research.plan.estimate import Machine, config_of_scale, machine_of, make_plan
 from microlm.research.plan.page import page, size
 from microlm.research.plan.sizes import KNOWN_TEACHERS, VOCABULARIES, forward_flops, teacher_shape
 from microlm.training.memory import FLOAT32, Precision, activation_bytes, optimizer_bytes, training_memory
@@ -203,7 +202,7 @@ def test_directory_of_a_teacher_is_read(parts: Path, tmp_path: Path) -> None:
 @given(scale=st.sampled_from(SCALES), gpus=st.integers(1, 64), share=st.floats(0.01, 1), price=st.floats(0.01, 100))
 @settings(max_examples=30)
 def test_gpu_hours_are_flops_at_the_stated_speed(scale: str, gpus: int, share: float, price: float) -> None:
-    plan = make_plan(config_of_scale(scale), Machine(gpus, Rate(500.0, share, "as stated"), price))
+    plan = make_plan(config_of_scale(scale), Machine(gpus, 500.0, share, "as stated", price))
     for name, one in plan["stages"].items():
         busy = plan["busy_share"] if name in ("pretrain", "continue", "distill") else 1
         assert one["gpu_hours"] * 3600 * 500e12 * share == pytest.approx(one["flops"] / busy)
@@ -282,16 +281,16 @@ def card_file(folder: Path, name: str, **content: Any) -> Path:
 
 
 def test_measured_card_takes_the_place_of_the_assumed_one(tmp_path: Path) -> None:
-    assert rate_of(None, tmp_path) == ASSUMED
+    assert machine_of(None, tmp_path) == Machine()
     card_file(tmp_path, "h100", peak_tflops=700.0, utilisation=0.5)
     card_file(tmp_path, "cut-short", peak_tflops=700.0)
-    assert (rate_of(None, tmp_path).peak_tflops, rate_of(None, tmp_path).utilisation) == (700.0, 0.5)
-    assert "assumed" not in page(make_plan(config_of_scale("one-gpu"), Machine(1, rate_of(None, tmp_path))))
+    assert (machine_of(None, tmp_path).peak_tflops, machine_of(None, tmp_path).utilisation) == (700.0, 0.5)
+    assert "assumed" not in page(make_plan(config_of_scale("one-gpu"), machine_of(None, tmp_path)))
     card_file(tmp_path, "a100", peak_tflops=250.0, utilisation=0.4)
-    assert rate_of(None, tmp_path) == ASSUMED  # which of the two is meant is not known
-    assert rate_of("a100", tmp_path).peak_tflops == 250.0
+    assert machine_of(None, tmp_path) == Machine()  # which of the two is meant is not known
+    assert machine_of("a100", tmp_path).peak_tflops == 250.0
     with pytest.raises(UserError, match="--card: 'b200' was not measured; known: a100, h100"):
-        rate_of("b200", tmp_path)
+        machine_of("b200", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +299,7 @@ def test_measured_card_takes_the_place_of_the_assumed_one(tmp_path: Path) -> Non
 def test_damaged_card_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "h100.json").write_text(content)
     with pytest.raises(UserError, match=r"h100\.json.*make gpu") as told:
-        rate_of(None, tmp_path)
+        machine_of(None, tmp_path)
     assert "\n" not in str(told.value)
 
 
@@ -317,7 +316,7 @@ def test_command_prints_page_and_json(clone: Clone) -> None:
     command = [sys.executable, "-m", "microlm", "plan", "--scale", "gpt2-124m", "--gpus", "8"]
     with inside(clone.directory):
         printed = microlm(*command[3:]).out
-    plan = make_plan(config_of_scale("gpt2-124m"), Machine(8, rate_of(None)))
+    plan = make_plan(config_of_scale("gpt2-124m"), replace(machine_of(None), gpus=8))
     assert printed.startswith(page(plan)) and printed.splitlines()[-2].startswith("disk here: ")
     found = json.loads(clone.run(*command, "--json").stdout)
     assert found.pop("disk")["needed"] == sum(plan["bytes"].values())
@@ -373,13 +372,13 @@ def test_known_teachers_are_those_of_the_scales() -> None:
 def test_docs_show_the_page() -> None:
     text = (ROOT / "docs" / "scale.md").read_text()
     shown = text.split("<!-- plan:begin -->\n```\n")[1].split("```\n<!-- plan:end -->")[0]
-    assert shown == page(make_plan(config_of_scale("gpt2-124m"), Machine(8, rate_of(None))))
+    assert shown == page(make_plan(config_of_scale("gpt2-124m"), replace(machine_of(None), gpus=8)))
 
 
 def test_docs_show_the_hours_and_memory_of_one_gpu() -> None:
     text = (ROOT / "docs" / "scale.md").read_text()
     config = config_of_scale("one-gpu")
-    plans = [make_plan(config, Machine(1, Rate(peak, 0.4, ""))) for peak in (989.0, 312.0, 165.0)]
+    plans = [make_plan(config, Machine(1, peak, 0.4, "")) for peak in (989.0, 312.0, 165.0)]
     hours = [sum(one["hours"] for one in plan["stages"].values()) for plan in plans]
     assert f"| all | | {' | '.join(f'**{one:.1f} h**' for one in hours)} | not run |" in text
     for rows in (8, 16, 32, 64):

@@ -31,7 +31,7 @@ from microlm.research.probe.closed_form_gradients import (
     reverse_kl,
     terms,
 )
-from microlm.research.probe.dense_positions import DensePositions, TailModel, code_bytes
+from microlm.research.probe.dense_positions import DensePositions, TailModel
 from microlm.research.probe.measure import CountSketch, Probe
 from microlm.research.probe.methods import METHODS
 from microlm.research.probe.run import at_budget, probe
@@ -106,7 +106,6 @@ def by_autograd(name: str, target: Target, now: Scene) -> tuple[Tensor, Tensor]:
         "reverse_kl": lambda: plain_kl(log_q, log_t),
         "conditional_reverse_kl": lambda: plain_kl(among_q, among_t),
         "dropped_reverse_kl": lambda: plain_kl(hidden_q, log_t),
-        "floored_reverse_kl": lambda: plain_kl(log_q, torch.where(listed, log_t, -100.0)),
     }[name]()
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     return value.detach(), gradient
@@ -149,7 +148,7 @@ def test_the_cap_is_the_oracles_and_its_bounds_hold(seed, k, sharpness):
     oracle = cap_tail(lump(at.log_p, lumped.ids), lumped.ids, at.log_q)
     torch.testing.assert_close(dense_log_target(capped, at).exp(), oracle.exp(), rtol=1e-2, atol=1e-12)
     torch.testing.assert_close(dense_log_target(capped, at).exp(), oracle.exp(), rtol=1e-6, atol=1e-9)
-    upper = forward_upper_bound(at.ranked_log_p[:, :k], at.tail_mass(k), at.log_q.gather(-1, lumped.ids), at)
+    upper = forward_upper_bound(lumped, k, at)
     for read, direction in ((forward_kl, "forward"), (reverse_kl, "reverse")):
         exact, low, high = at.exact[direction][0], read(lumped, at).value, read(capped, at).value
         assert (low >= -1e-9).all() and (low <= high + 1e-7).all() and (high <= exact + 1e-7).all()
@@ -158,7 +157,7 @@ def test_the_cap_is_the_oracles_and_its_bounds_hold(seed, k, sharpness):
 
 def test_a_cache_of_the_whole_vocabulary_loses_nothing():
     now = scene(2)
-    measured = Probe(V, D, 0, now.tails, ks=(V,), methods=exact_methods())
+    measured = Probe(now.tails, D, 0, ks=(V,), methods=exact_methods())
     measured.add(now.teacher_logits, now.logits, now.teacher_hidden, torch.randn(N, D, generator=draws()))
     table = measured.table()
     assert len(table) == 7 and (table["relative_error"] < 1e-7).all()
@@ -169,7 +168,7 @@ def test_a_cache_of_the_whole_vocabulary_loses_nothing():
 def test_positions_that_fill_no_step_count_in_the_whole(monkeypatch):
     monkeypatch.setattr(measure_module, "STEP_POSITIONS", N)
     now, hidden = scene(2), torch.randn(N, D, generator=draws())
-    measured = Probe(V, D, 0, now.tails, ks=(4,), methods=(BY_NAME["capped"],))
+    measured = Probe(now.tails, D, 0, ks=(4,), methods=(BY_NAME["capped"],))
     with torch.inference_mode():  # as the probe adds them
         for rows in (slice(None), slice(2)):
             measured.add(*(values[rows] for values in (now.teacher_logits, now.logits, now.teacher_hidden, hidden)))
@@ -193,7 +192,7 @@ def exact_methods() -> tuple[m.Method, ...]:
 def test_measured_errors_are_those_of_the_whole_gradients(name, direction):
     now, method = scene(3), BY_NAME[name]
     hidden = torch.randn(N, D, generator=draws())
-    measured = Probe(V, D, 7, now.tails, ks=(4,), methods=(dataclasses.replace(method, ks=None),))
+    measured = Probe(now.tails, D, 7, ks=(4,), methods=(dataclasses.replace(method, ks=None),))
     measured.add(now.teacher_logits, now.logits, now.teacher_hidden, hidden)
     got = measured.table().set_index("direction").loc[direction]
     target = method.keep(now.at, 4, draws(7))
@@ -246,9 +245,9 @@ def test_bytes_are_those_of_the_layouts():
     assert sizes["head + samples"] == identity.token_bytes + 16 * 2
     compact = np.dtype([("ids", "<u2", 16), ("drop", "u1", 16), ("tail", "<f4"), ("gold", "<f4")])
     assert sizes["compact capped"] == sizes["compact table tail"] == compact.itemsize
-    assert sizes["code tail"] == compact.itemsize + code_bytes(128) == compact.itemsize + 32
+    assert sizes["code tail"] == compact.itemsize + 32
     assert sizes["random sampling"] == 36 and sizes["ghost token"] == 80
-    assert [m.distillkit_bytes(k) for k in (50, 128)] == [114, 312]
+    assert [BY_NAME["renormalized"].token_bytes(k, 0.0) for k in (50, 128)] == [114, 312]
 
 
 def test_the_tables_target_is_what_training_reads():
@@ -283,7 +282,7 @@ def test_negative_and_blind_losses_of_peers_are_reproduced():
     )  # verl#7806: -0.243
     assert float(closed_form_gradients.conditional_reverse_kl(head, at).value) == 0
     assert (whole(closed_form_gradients.conditional_reverse_kl(head, at), head, at) == 0).all()
-    assert float(closed_form_gradients.floored_reverse_kl(head, at).value) > 39
+    assert float(reverse_kl(m.floored(at, 1, draws()), at).value) > 39
 
 
 def test_the_stage_refuses_without_control_or_teacher(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.gpu.parts.steps import CACHED, CROSS_ENTROPY, key_of
 from bench.gpu.setting import Figures, Setting
-from microlm.research.plan.machine import ASSUMED
+from microlm.research.plan.estimate import Machine
 from microlm.training.memory import Precision, training_memory
 
 ROWS = {CROSS_ENTROPY: False, CACHED: True}
@@ -43,7 +43,7 @@ def _capture(setting: Setting) -> dict[str, float]:
 
 
 def _rate(measured: dict[str, Any]) -> dict[str, float]:
-    planned = ASSUMED.peak_tflops * 1e12 * ASSUMED.utilisation / measured["flops_per_token"]
+    planned = Machine().flops_per_s / measured["flops_per_token"]
     found = measured["tokens_per_s"]
     return {
         "planned_tokens_per_s": planned,

@@ -1,7 +1,9 @@
-"""The plan of one scale: everything that its page says, as plain numbers."""
+"""The plan of one scale on a machine: everything that its page says, as plain numbers."""
 
+import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,6 @@ from microlm.evaluation.tasks.benchmarks import configured_benchmarks
 from microlm.files import read_yaml
 from microlm.models.student import parameter_count
 from microlm.parameters import OptimizationConfig
-from microlm.research.ledger import break_even
-from microlm.research.plan.machine import Machine
 from microlm.research.plan.sizes import Sizes
 from microlm.teacher.capture import TABLE_WINDOWS
 from microlm.teacher.recorders import GROUPS, HEAD_ROWS
@@ -22,6 +22,64 @@ from microlm.training.memory import FLOAT32, LIBRARIES_BYTES, Precision, optimiz
 
 HELLASWAG_TOKENS = 174  # that a question costs, its context read once: mean over every tenth question, OLMo's tokens
 HELLASWAG_QUESTIONS = 10_042
+MEASURED = Path(__file__).parents[3] / "bench" / "gpu"
+AGAIN = "delete it, or measure again: make gpu"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind: operations a second of one at its best, the share that a run reaches, and who says so."""
+
+    gpus: int = 1
+    # dense bfloat16 of an H100 SXM, by its maker's data sheet; the share is what llm.c and nanochat report at 124M
+    peak_tflops: float = 989.0
+    utilisation: float = 0.4
+    source: str = "assumed, not measured"
+    price_per_gpu_hour: float | None = None
+
+    @property
+    def flops_per_s(self) -> float:
+        """Of one GPU at work."""
+        return self.peak_tflops * 1e12 * self.utilisation
+
+    def work(self, tokens: int, flops: float, steps: int | None = None, busy: float = 1.0) -> dict[str, Any]:
+        """A stage's work, its wall-clock hours and price. `busy`: share of the GPUs that have something to do."""
+        hours = flops / (self.gpus * busy) / self.flops_per_s / 3600
+        return {
+            "tokens": tokens,
+            "steps": steps,
+            "flops": flops,
+            "gpu_hours": hours * self.gpus,
+            "hours": hours,
+            "price": None if self.price_per_gpu_hour is None else self.price_per_gpu_hour * hours * self.gpus,
+        }
+
+
+def machine_of(card: str | None, folder: Path = MEASURED) -> Machine:
+    """One GPU, as `python -m bench.gpu` left its figures in <card>.json: `card`, or where None the only one measured;
+    what is assumed where none or several were.
+
+    UserError where `card` was not measured, or a file is damaged.
+    """
+    known = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            peak, share = content.get("peak_tflops"), content.get("utilisation")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); {AGAIN}") from None
+        if peak is None or share is None:
+            continue  # its steps were not timed
+        numbers = all(isinstance(value, int | float) and value > 0 for value in (peak, share))
+        if not numbers or share > 1:
+            raise UserError(f"{path}: peak_tflops {peak!r} and utilisation {share!r} are no rate; {AGAIN}")
+        source = f"measured on this card: {path.parent.name}/{path.name}"
+        known[path.stem] = Machine(1, float(peak), float(share), source)
+    if card is None:
+        return next(iter(known.values())) if len(known) == 1 else Machine()
+    if card not in known:
+        raise UserError(f"--card: {card!r} was not measured; known: {', '.join(known) or 'none yet (make gpu)'}")
+    return known[card]
 
 
 def config_of_scale(scale: str | None) -> Config:
@@ -38,11 +96,11 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
     """All figures of the page but the disk's. UserError where something that decides them is not known."""
     if config.objective == "minillm":
         raise UserError(f"{PARAMS}: objective: minillm samples text in every step, which is not planned; set another")
-    at, sizes = config.at, Sizes.of(config, teacher_parameters)
+    at, sizes = config.at, Sizes(config, teacher_parameters)
     benchmarks = {benchmark.task.name for benchmark in configured_benchmarks(at.evaluation.benchmarks)}
     return {
         "scale": config.scale,
-        "machine": {"gpus": machine.gpus, **vars(machine.rate), "price_per_gpu_hour": machine.price_per_gpu_hour},
+        "machine": {**vars(machine)},
         "student": {"parameters": parameter_count(sizes.student), **vars(sizes.student)},
         "teacher": {"model": at.teacher.model, **vars(sizes.teacher)},
         "tokens": {"train": sizes.train_tokens, "val": sizes.val_tokens, "labelled": sizes.labelled_tokens},
@@ -51,9 +109,7 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
         "uncounted_tasks": sorted(benchmarks - {"hellaswag"}),  # how long their questions are is known with their data
         "busy_share": busy_share(config, machine.gpus),
         "micro_batches": at.batch.micro_batches,
-        "break_even": _break_even(sizes, machine),
-        "cache_bytes_per_token": sizes.cache.token_bytes,
-        "sources": _sources(sizes, machine),
+        **_cache_or_live(sizes, machine),
         "bytes": _storage(sizes),
         "memory": _memory(sizes, machine.gpus),
     }
@@ -100,34 +156,31 @@ def _stages(sizes: Sizes, machine: Machine) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _break_even(sizes: Sizes, machine: Machine) -> dict[str, Any]:
-    """The ledger's law on these figures: live, a step costs the teacher's forward pass more than from the cache."""
-    batch, epochs = sizes.config.at.batch, sizes.config.at.continuation.epochs
-    steps_per_epoch = sizes.labelled / batch.rows
-    live_s = batch.batch_tokens * sizes.teacher_forward / machine.flops_per_s
-    met = break_even(live_s * steps_per_epoch, 0.0, live_s, steps_per_epoch, epochs)
-    step_s = batch.batch_tokens * 3 * sizes.student_forward / machine.flops_per_s
-    return {
-        "epochs": met.epochs,
-        "students": met.students,
-        "epochs_a_student": epochs,
-        "live_over_cached": (step_s + live_s) / step_s,
-        "read_bytes_per_s": batch.batch_tokens * sizes.cache.token_bytes / step_s,  # of the cache, by one GPU
-    }
-
-
-def _sources(sizes: Sizes, machine: Machine) -> dict[str, Any]:
+def _cache_or_live(sizes: Sizes, machine: Machine) -> dict[str, Any]:
     """The teacher's part under either `teacher.source`: GPU-hours, and bytes that stay for as long as students come.
 
+    `break_even`: at one speed of both models, labelling once costs what one epoch with the teacher live costs.
     `students_to_turn`: the first number of students for which the cache takes less.
     """
-    epochs = sizes.config.at.continuation.epochs
+    batch, epochs = sizes.config.at.batch, sizes.config.at.continuation.epochs
+    live_s = batch.batch_tokens * sizes.teacher_forward / machine.flops_per_s
+    step_s = batch.batch_tokens * 3 * sizes.student_forward / machine.flops_per_s
     once = sizes.labelled_tokens * sizes.teacher_forward / machine.flops_per_s / 3600
     return {
-        "cache": {"gpu_hours": once, "bytes": sizes.cache_bytes("cache")},
-        "live": {"gpu_hours_a_student": epochs * once, "bytes": 0},
-        "cheaper_for_one_student": "cache" if epochs > 1 else "live",  # at equal hours live spares the disk
-        "students_to_turn": 1 // epochs + 1,
+        "break_even": {
+            "epochs": 1.0,
+            "students": 1,
+            "epochs_a_student": epochs,
+            "live_over_cached": (step_s + live_s) / step_s,
+            "read_bytes_per_s": batch.batch_tokens * sizes.cache.token_bytes / step_s,  # of the cache, by one GPU
+        },
+        "cache_bytes_per_token": sizes.cache.token_bytes,
+        "sources": {
+            "cache": {"gpu_hours": once, "bytes": sizes.cache_bytes("cache")},
+            "live": {"gpu_hours_a_student": epochs * once, "bytes": 0},
+            "cheaper_for_one_student": "cache" if epochs > 1 else "live",  # at equal hours live spares the disk
+            "students_to_turn": 1 // epochs + 1,
+        },
     }
 
 
@@ -170,37 +223,34 @@ def _memory(sizes: Sizes, gpus: int) -> dict[str, dict[str, int]]:
 
 
 def _held(sizes: Sizes, gpus: int, device: str) -> dict[str, dict[str, int]]:
-    """Bytes by stage and purpose on a kind of device."""
-    config, at = sizes.config, sizes.config.at
+    """Bytes by stage and purpose on a kind of device. Of a teacher without its shape only the weights are known."""
+    config, at, shape = sizes.config, sizes.config.at, sizes.teacher
     rates = at.pretrain if config.init == "scratch" else at.continuation
     continued, top_k = Precision.of(config.continuation_runtime), at.teacher.top_k if config.distills else 0
+    a, padded = Precision.of(at.runtime).activation_bytes, -(-sizes.vocabulary.size // GROUPS) * GROUPS
+    logit = FLOAT32 if device == "cuda" else a
 
     def training(precision: Precision, optimizer: str, ids: int = 0) -> dict[str, int]:
         return training_memory(at.batch, precision, sizes.student, optimizer, gpus, ids, device)
+
+    def teacher(rows: int) -> dict[str, int]:
+        held = {
+            "weights": a * shape.parameters,
+            "activations": a * rows * at.batch.seq_len * (4 * shape.hidden_size + 3 * shape.intermediate_size),
+            "head": padded * (a * shape.hidden_size + logit * HEAD_ROWS[device]),
+        }
+        return {**held, "total": sum(held.values())}
 
     found = {
         "pretrain": training(Precision.of(at.runtime), at.pretrain.optimizer),
         "continue": training(continued, rates.optimizer),
         "distill": training(continued, rates.optimizer, top_k),
-        "teacher": _teacher_memory(sizes, at.teacher.batch_rows, device),
+        "teacher": teacher(at.teacher.batch_rows),
     }
     if top_k and at.teacher.source == "live":
-        live = _teacher_memory(sizes, at.batch.micro_batch_rows, device)["total"]
+        live = teacher(at.batch.micro_batch_rows)["total"]
         found["distill"] |= {"teacher": live, "total": found["distill"]["total"] + live}
     return found
-
-
-def _teacher_memory(sizes: Sizes, rows: int, device: str) -> dict[str, int]:
-    """Bytes of the teacher at work on `rows` windows. Without its shape only the weights are known."""
-    at, teacher = sizes.config.at, sizes.teacher
-    a = Precision.of(at.runtime).activation_bytes
-    padded, logit = -(-sizes.vocabulary.size // GROUPS) * GROUPS, FLOAT32 if device == "cuda" else a
-    found = {
-        "weights": a * teacher.parameters,
-        "activations": a * rows * at.batch.seq_len * (4 * teacher.hidden_size + 3 * teacher.intermediate_size),
-        "head": padded * (a * teacher.hidden_size + logit * HEAD_ROWS[device]),
-    }
-    return {**found, "total": sum(found.values())}
 
 
 def disk_here(plan: dict[str, Any]) -> dict[str, int]:

@@ -4,17 +4,8 @@ from collections.abc import Iterator
 from textwrap import wrap
 from typing import Any
 
-MEMORY_ROWS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations",
-    "head": "head and loss",
-    "teacher": "teacher",
-    "total": "total",
-    "cpu": "without a GPU",
-    "mapped": "mapped files",
-}
+MEMORY_ROWS = ("weights", "gradients", "optimizer", "activations", "head", "teacher", "total", "cpu", "mapped")
+SAID = {"head": "head and loss", "cpu": "without a GPU", "mapped": "mapped files"}  # of these, the others as they are
 WIDTH = 100
 
 
@@ -96,10 +87,10 @@ def _bytes(plan: dict[str, Any]) -> Iterator[str]:
 
 def _memory(stages: dict[str, dict[str, int]]) -> Iterator[str]:
     yield f"{'memory of a GPU':<16}" + "".join(f"{name:>11}" for name in stages)
-    for row, said in MEMORY_ROWS.items():
+    for row in MEMORY_ROWS:
         if any(row in one for one in stages.values()):
             values = "".join(f"{size(one[row]) if row in one else '':>11}" for one in stages.values())
-            yield f"  {said:<14}{values}".rstrip()
+            yield f"  {SAID.get(row, row):<14}{values}".rstrip()
     yield "without a GPU: the process's resident set, libraries included; the system takes mapped files back at need"
 
 

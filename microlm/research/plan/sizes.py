@@ -55,70 +55,40 @@ KNOWN_TEACHERS = {
 }
 
 
-@dataclass(frozen=True)
 class Sizes:
     """A scale, and what it comes to."""
 
-    config: Config
-    vocabulary: Vocabulary
-    student: ModelShape
-    teacher: TeacherShape
-    train_tokens: int
-    val_tokens: int
-    outside_tokens: int
-
-    @classmethod
-    def of(cls, config: Config, teacher_parameters: int | None) -> "Sizes":
+    def __init__(self, config: Config, teacher_parameters: int | None) -> None:
         """UserError where something that decides a size is not known, or the corpus does not fill a window."""
-        at, vocabulary = config.at, vocabulary_of(config.at.corpus.tokenizer)
-        student, (train, val) = student_shape(config, vocabulary), corpus_tokens(at.corpus)
-        teacher = teacher_shape(at.teacher.model, teacher_parameters)
-        found = cls(config, vocabulary, student, teacher, train, val, outside_tokens(at))
-        if min(found.windows(train), found.windows(val)) < 1:
+        self.config, at, self._seq_len = config, config.at, config.at.batch.seq_len
+        self.vocabulary = vocabulary_of(at.corpus.tokenizer)
+        self.student = student_shape(config, self.vocabulary)
+        self.train_tokens, self.val_tokens = corpus_tokens(at.corpus)
+        self.teacher = teacher_shape(at.teacher.model, teacher_parameters)
+        self.outside_tokens = outside_tokens(at)
+        if min(self.windows(self.train_tokens), self.windows(self.val_tokens)) < 1:
             raise UserError(
-                f"{PARAMS}: scales.{config.scale}.corpus: about {train} training and {val} validation tokens do not "
-                f"fill a window of batch.seq_len={at.batch.seq_len} each"
+                f"{PARAMS}: scales.{config.scale}.corpus: about {self.train_tokens} training and {self.val_tokens} "
+                f"validation tokens do not fill a window of batch.seq_len={self._seq_len} each"
             )
-        return found
+        self.labelled = min(at.teacher.windows, self.windows(self.train_tokens))  # windows that the teacher sees
+        self.labelled_tokens = self.labelled * self._seq_len
+        student, teacher, multiplied = self.student, self.teacher, parameter_count(self.student)
+        if not student.tied:  # an embedding that is no head is looked up
+            multiplied -= student.padded_vocab * student.hidden_size
+        self.student_forward = forward_flops(multiplied, student.layers, student.query_width, self._seq_len)
+        self.teacher_forward = forward_flops(teacher.multiplied, teacher.layers, teacher.attention_width, self._seq_len)
+        layout = (at.teacher.top_k, tuple(at.teacher.temperatures), at.teacher.record)
+        # whose cache it is stays open
+        self.cache = CacheIdentity("", None, "", self.vocabulary.size, "", self._seq_len, self.labelled, *layout)
 
     def windows(self, tokens: int) -> int:
-        return max(0, tokens - 1) // self.config.at.batch.seq_len
-
-    @property
-    def labelled(self) -> int:
-        """Windows that the teacher sees."""
-        return min(self.config.at.teacher.windows, self.windows(self.train_tokens))
-
-    @property
-    def labelled_tokens(self) -> int:
-        return self.labelled * self.config.at.batch.seq_len
+        return max(0, tokens - 1) // self._seq_len
 
     def held_out(self, windows: int | None) -> int:
         """Tokens of so many windows (None: all) of each text that is held out."""
         texts = (self.windows(self.val_tokens), self.windows(self.outside_tokens))
-        return sum(min(windows or there, there) for there in texts) * self.config.at.batch.seq_len
-
-    @property
-    def student_forward(self) -> int:
-        """Operations on a token, as `forward_flops`."""
-        shape, multiplied = self.student, parameter_count(self.student)
-        if not shape.tied:  # an embedding that is no head is looked up
-            multiplied -= shape.padded_vocab * shape.hidden_size
-        return forward_flops(multiplied, shape.layers, shape.query_width, self.config.at.batch.seq_len)
-
-    @property
-    def teacher_forward(self) -> int:
-        shape = self.teacher
-        return forward_flops(shape.multiplied, shape.layers, shape.attention_width, self.config.at.batch.seq_len)
-
-    @property
-    def cache(self) -> CacheIdentity:
-        """The cache's layout; whose it is stays open."""
-        teacher, windows = self.config.at.teacher, (self.config.at.batch.seq_len, self.labelled)
-        temperatures = tuple(teacher.temperatures)
-        return CacheIdentity(
-            "", None, "", self.vocabulary.size, "", *windows, teacher.top_k, temperatures, teacher.record
-        )
+        return sum(min(windows or there, there) for there in texts) * self._seq_len
 
     def cache_bytes(self, source: str) -> int:
         """Records, where the teacher's source is a cache, and table, without the manifest."""

@@ -16,14 +16,13 @@ from torch import Tensor
 from microlm.research.probe.dense_positions import DensePositions
 
 TERMS = ("q", "q log q", "f", "q log f")
-FLOOR_NATS = -100.0  # NeMo-RL's `log_infinitesimal`
 
 
 @dataclass(frozen=True)
 class Target:
     """What a cache says of the teacher: mass at the listed ids, and c f_j at every other id j.
 
-    f is a distribution over the vocabulary that the reader knows: by default the student's own.
+    f is a distribution over the vocabulary that the reader knows: by default the student's own; or 1 everywhere.
     """
 
     ids: Tensor  # int64 [N, m]; distinct where `listed`
@@ -124,15 +123,6 @@ def dropped_reverse_kl(target: Target, at: DensePositions) -> RowGradient:
     return _row((q * log_ratio).sum(-1), q * (log_ratio + 1 - pull[:, None]), -pull, 0.0, 0.0, 0.0)
 
 
-def floored_reverse_kl(target: Target, at: DensePositions) -> RowGradient:
-    """KL(q || t) with log t = FLOOR_NATS off the list (NeMo-RL, `zero_outside_topk`)."""
-    log_q, q = target.at_entries(at.log_q)
-    log_ratio = target.log_ratio(log_q)
-    entropy = at.negative_entropy - (q * log_q).sum(-1)
-    value = (q * log_ratio).sum(-1) + entropy - FLOOR_NATS * _rest(1.0, q)
-    return _row(value, q * (log_ratio - value[:, None]), -FLOOR_NATS - value, 1.0, 0.0, 0.0)
-
-
 def cap(target: Target, at: DensePositions, width: int = 1024) -> Target:
     """Bound a target's tail by tau, its k-th probability: t_j = min(tau, c f_j), c so that the tail keeps its mass.
 
@@ -165,16 +155,14 @@ def cap(target: Target, at: DensePositions, width: int = 1024) -> Target:
     return target.joined(spikes, tau.log()[:, None].expand_as(spikes), listed, log_c)
 
 
-def forward_upper_bound(log_p: Tensor, tail: Tensor, log_q: Tensor, at: DensePositions) -> Tensor:
-    """The largest KL(p || q) of any teacher that a cache of the k most likely tokens allows, nats [N].
+def forward_upper_bound(target: Target, k: int, at: DensePositions) -> Tensor:
+    """The largest KL(p || q) of any teacher that a cache of the k most likely tokens, `target`'s first, allows, [N].
 
     A convex function is largest at a corner: tau on as many of the student's least likely tokens as the tail's mass
     fills, the rest on the next. Cached ids among these tokens are not left out, which can only raise the bound.
-
-    Args:
-        log_p: the cache's [N, k], log_q: the student's at the same ids, tail: mass of the teacher's tail [N].
     """
-    tau = log_p.amin(-1).exp()
+    log_p, log_q = target.log_p[:, :k], at.log_q.gather(-1, target.ids[:, :k])
+    tail, tau = (1 - log_p.exp().sum(-1)).clamp_min(0), log_p.amin(-1).exp()
     full = torch.floor(tail / tau).long().clamp_max(at.log_q.shape[1] - 1)
     rest = (tail - full * tau).clamp_min(0)
     sums = at.rising_sums.gather(-1, full[:, None])[:, 0]

@@ -5,7 +5,6 @@ table: log of the mean probability of each token, the same at every position, 0 
 hidden state in r directions of 2 bits each; decoded, the teacher's own head turns it into logits.
 """
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -62,13 +61,8 @@ class TailModel:
         return (self.mean_logits + read @ self.decode[:directions]).double().log_softmax(-1)
 
 
-def code_bytes(directions: int) -> int:
-    """Bytes of one position's code."""
-    return math.ceil(directions * math.log2(len(LEVELS)) / 8)
-
-
 class Shape(NamedTuple):
-    """What a reader takes for the tail's: f, a distribution over the vocabulary, beside the student's q."""
+    """What a reader takes for the tail's: f, over the vocabulary (`DensePositions.shape`), beside the student's q."""
 
     log_f: Tensor  # [N, V]
     kl_of: Tensor  # KL(f || q), [N]
@@ -90,10 +84,12 @@ class DensePositions:
     _leading: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def shape(self, name: str) -> Shape:
-        """ "student", "table" or "code<number of directions>". The last is remembered."""
+        """ "student", "flat" (f = 1), "table" or "code<number of directions>". The last is remembered."""
         if self._last_shape[0] != name:
             if name == "student":
                 log_f = self.log_q
+            elif name == "flat":
+                log_f = torch.zeros_like(self.log_q)
             elif name == "table":
                 log_f = self.tails.log_table.double().log_softmax(-1).expand_as(self.log_q)
             else:
@@ -140,11 +136,6 @@ class DensePositions:
         """[N, V + 1]: sums of log q over the student's 0, 1, .. V least likely tokens."""
         rising = torch.from_numpy(np.sort(self.log_q.cpu().numpy(), -1)).to(self.log_q.device)
         return torch.cat((rising.new_zeros(len(rising), 1), rising.cumsum(-1)), -1)
-
-    @cached_property
-    def negative_entropy(self) -> Tensor:
-        """sum_j q_j log q_j, [N]."""
-        return (self.log_q.exp() * self.log_q).sum(-1)
 
     @cached_property
     def exact(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -9,7 +9,8 @@ with random signs (count sketch; Charikar et al. 2002, doi:10.1016/S0304-3975(03
 projected to `WIDTH` random directions where it has more. Both keep the Frobenius norm on average.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -66,28 +67,27 @@ class CountSketch:
 
 
 @dataclass
-class StepSums:
-    """Sketched gradients of the head's weight, summed over steps and over everything."""
+class Sums:
+    """Over positions, of one method, k and direction, or of a direction's exact gradient."""
 
-    norms: dict[tuple, list[float]] = field(default_factory=dict)  # of each finished step
-    _step: dict[tuple, Tensor] = field(default_factory=dict)
-    _whole: dict[tuple, Tensor] = field(default_factory=dict)
+    numbers: Tensor | float = 0.0  # [c]
+    step: Tensor | float = 0.0  # sketched gradient of the head's weight, since the last step's end
+    whole: Tensor | float = 0.0  # of all steps that have ended
+    norms: list[float] = field(default_factory=list)  # of each of these
 
-    def add(self, key: tuple, folded: Tensor, hidden: Tensor) -> None:
-        """key: what the rows are of; folded [N, BUCKETS]; hidden as `CountSketch.project` gives it."""
-        part = folded.float().T @ hidden
-        self._step[key] = self._step[key].add_(part) if key in self._step else part
+    def add(self, numbers: Tensor, folded: Tensor, hidden: Tensor) -> None:
+        """numbers [N, c]; folded [N, BUCKETS]; hidden as `CountSketch.project` gives it."""
+        self.numbers = self.numbers + numbers.sum(0)
+        self.step = self.step + folded.float().T @ hidden
 
     def end_step(self) -> None:
-        for key, total in self._step.items():
-            self._whole[key] = self._whole[key].add_(total) if key in self._whole else total
-            self.norms.setdefault(key, []).append(float(total.norm()))
-        self._step = {}
+        self.norms.append(float(self.step.norm()))
+        self.whole, self.step = self.whole + self.step, 0.0
 
-    def relative(self, key: tuple, exact: tuple, steps: int) -> tuple[float, float]:
-        """Norm of `key` over that of `exact`: mean over the first `steps` steps, and of the sum over everything."""
-        ratios = [error / true for error, true in zip(self.norms[key], self.norms[exact])][:steps]
-        return sum(ratios) / len(ratios), float(self._whole[key].norm() / self._whole[exact].norm())
+    def relative(self, exact: "Sums", steps: int) -> tuple[float, float]:
+        """Norms over those of `exact`: mean over the first `steps` steps, and of the sum over everything."""
+        ratios = [error / true for error, true in zip(self.norms, exact.norms)][:steps]
+        return sum(ratios) / len(ratios), float(self.whole.norm() / exact.whole.norm())
 
 
 class Reference:
@@ -120,7 +120,7 @@ class Reference:
         if target.shape != self._shape:
             self._take(terms(self._at, target.shape), target.shape)
         # the basis at the target's entries [N, 6, m], 0 where not listed, and the moments of all other tokens [N, 6, 6]
-        listed = torch.cat([_pick(dense, target.ids) for dense in (self._fixed, self._own)], 1)
+        listed = torch.cat([dense.take_along_dim(target.ids[:, None], 2) for dense in (self._fixed, self._own)], 1)
         listed *= target.listed[:, None]
         rest = self._gram - listed @ listed.mT
         for direction, row in rows.items():
@@ -140,11 +140,6 @@ class Reference:
             yield inner / (norm * exact).clamp_min(tiny), square.clamp_min(0).sqrt() / exact, norm / exact, folded
 
 
-def _pick(rows: Tensor, ids: Tensor) -> Tensor:
-    """rows [N, r, V] at ids [N, m] -> [N, r, m]."""
-    return rows.gather(2, ids[:, None].expand(-1, rows.shape[1], -1))
-
-
 def _quadratic(vector: Tensor, matrix: Tensor) -> Tensor:
     return (vector[:, None] @ matrix @ vector[:, :, None])[:, 0, 0]
 
@@ -153,23 +148,16 @@ class Probe:
     """Sums over positions, chunk by chunk; `table` makes means of them."""
 
     def __init__(
-        self,
-        vocabulary: int,
-        hidden_size: int,
-        seed: int,
-        tails: TailModel,
-        device: torch.device | str = "cpu",
-        ks: tuple[int, ...] = KS,
-        methods: tuple[Method, ...] = METHODS,
+        self, tails: TailModel, hidden_size: int, seed: int, ks: Sequence[int] = KS, methods: Sequence[Method] = METHODS
     ) -> None:
-        self.positions = 0
+        """tails: of the teacher; hidden_size: the student's."""
+        vocabulary, device = len(tails.log_table), tails.log_table.device
+        self.positions = self._in_step = self._full_steps = 0
         self._tails = tails
         self._sketch = CountSketch(vocabulary, hidden_size, seed, device)
         self._draws = Generator(device).manual_seed(seed)
         self._cells = [(method, k) for method in methods for k in method.ks or ks if k <= vocabulary]
-        self._sums: dict[tuple, Tensor] = {}
-        self._steps = StepSums()
-        self._in_step = self._full_steps = 0
+        self._sums: defaultdict[tuple, Sums] = defaultdict(Sums)
 
     def add(self, teacher: Tensor, student: Tensor, teacher_hidden: Tensor, student_hidden: Tensor) -> None:
         """Logits [N, V] and hidden states [N, D] of both at N positions, at best `CHUNK` of them."""
@@ -177,42 +165,39 @@ class Probe:
         at = DensePositions(log_p, log_q, teacher_hidden, self._tails)
         hidden, reference = self._sketch.project(student_hidden), Reference(at, self._sketch)
         for direction, (value, _) in at.exact.items():
-            self._steps.add((direction,), reference.folded(direction), hidden)
-            self._count((direction,), value[:, None])
+            self._sums[(direction,)].add(value[:, None], reference.folded(direction), hidden)
         for method, k in self._cells:
             target = method.keep(at, k, self._draws)
             rows = {direction: read(target, at) for direction, read in method.read.items()}
             for (direction, row), (*numbers, folded) in zip(rows.items(), reference.compare(target, rows)):
                 bracket = _bracket(row.value, target, k, at, direction) if method.bracket else ()
-                key = (method.name, k, direction)
-                self._steps.add(key, folded, hidden)
-                self._count(key, torch.stack((target.listed.sum(-1), row.value, *numbers, *bracket), -1))
+                columns = torch.stack((target.listed.sum(-1), row.value, *numbers, *bracket), -1)
+                self._sums[method.name, k, direction].add(columns, folded, hidden)
         self.positions += len(teacher)
         self._in_step += len(teacher)
         if self._in_step >= STEP_POSITIONS:
-            self._steps.end_step()
-            self._in_step, self._full_steps = 0, self._full_steps + 1
+            self._end_step()
+            self._full_steps += 1
 
-    def _count(self, key: tuple, numbers: Tensor) -> None:
-        self._sums[key] = self._sums.get(key, 0) + numbers.sum(0)
+    def _end_step(self) -> None:
+        for sums in self._sums.values():
+            sums.end_step()
+        self._in_step = 0
 
-    @torch.inference_mode()  # what is left of a step is added to sums that were made in it
     def table(self) -> pd.DataFrame:
         """One row a method, k and direction; see `COLUMNS`."""
+        if self._in_step:
+            self._end_step()
         full_steps = max(1, self._full_steps)  # what is left over is no whole step, unless it is all there is
-        self._steps.end_step()
-        self._in_step = 0
         rows = []
         for method, k in self._cells:
             for direction in method.read:
-                key = (method.name, k, direction)
-                listed, *means = (self._sums[key] / self.positions).tolist()
-                exact = float(self._sums[(direction,)] / self.positions)
-                errors = self._steps.relative(key, (direction,), full_steps)
-                size = method.token_bytes(k, listed)
-                bias = means[0] - exact
+                sums, exact = self._sums[method.name, k, direction], self._sums[(direction,)]
+                listed, *means = (sums.numbers / self.positions).tolist()
+                exact_value, size = float(exact.numbers / self.positions), method.token_bytes(k, listed)
+                errors = (means[0] - exact_value, *sums.relative(exact, full_steps))
                 means += [None] * (len(MEANS) - len(means))
-                rows.append((method.name, method.origin, k, direction, size, listed, exact, *means, bias, *errors))
+                rows.append((method.name, method.origin, k, direction, size, listed, exact_value, *means, *errors))
         return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -222,7 +207,5 @@ def _bracket(lower: Tensor, target: Target, k: int, at: DensePositions, directio
     holds = (lower <= exact + BRACKET_NATS).to(lower.dtype)
     if direction == "reverse":  # a teacher that the cache allows may leave a token no mass: there is no upper bound
         return (holds,)
-    log_p = target.log_p[:, :k]
-    tail = (1 - log_p.exp().sum(-1)).clamp_min(0)
-    upper = forward_upper_bound(log_p, tail, at.log_q.gather(-1, target.ids[:, :k]), at)
+    upper = forward_upper_bound(target, k, at)
     return holds, upper, (upper >= exact - BRACKET_NATS).to(upper.dtype)

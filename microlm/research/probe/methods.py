@@ -5,7 +5,7 @@ them: both favor them. Ours are quantized as they would lie on the disk.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -13,18 +13,18 @@ from torch import Generator, Tensor
 from microlm.objective.divergences import temper
 from microlm.research.probe import closed_form_gradients
 from microlm.research.probe.closed_form_gradients import Target, Treatment, cap
-from microlm.research.probe.dense_positions import DensePositions, code_bytes
+from microlm.research.probe.dense_positions import DensePositions
 from microlm.teacher.cache import CacheIdentity
 from microlm.teacher.records import decode, encode
 
 Keep = Callable[[DensePositions, int, Generator], Target]
 SMALLEST_TAIL = 1e-8  # to which Megatron-LM clamps one minus the sum of its head
-DIRECTIONS_AN_ENTRY = 8  # of a code, for each entry of the head: 2 bytes more an entry
+FLOOR_NATS = -100.0  # NeMo-RL's `log_infinitesimal`
+DIRECTIONS_AN_ENTRY = 8  # of a code, for each entry of the head: of 2 bits each, 2 bytes more an entry
 FORWARD, CONDITIONAL = closed_form_gradients.forward_kl, closed_form_gradients.conditional_reverse_kl
 BOTH = {"forward": FORWARD, "reverse": closed_form_gradients.reverse_kl}
 WITHOUT_TAIL = {"forward": FORWARD, "reverse": CONDITIONAL}
 DROPPED = {"forward": FORWARD, "reverse": closed_form_gradients.dropped_reverse_kl}
-FLOORED = {"reverse": closed_form_gradients.floored_reverse_kl}
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,6 @@ class Method:
 def record_bytes(k: int, kind: str = "full") -> int:
     """Bytes of the cache's own record of k entries, ids of two bytes, at one temperature."""
     return CacheIdentity("", None, "", 2**16, "", 1, 1, k, (1.0,), kind).token_bytes
-
-
-def distillkit_bytes(k: int) -> int:
-    """Packed 16-bit ids and a fitted curve: its two published layouts, 114 bytes at k = 50 and 312 at k = 128."""
-    return 2 * k + (14 if k <= 64 else 56)
 
 
 def completed(at: DensePositions, log_p_head: Tensor, log_tail: Tensor, shape: str = "student") -> Target:
@@ -77,7 +72,7 @@ def ours(
         return cap(target, at) if bounded else target
 
     def token_bytes(k: int, _: float) -> float:
-        return record_bytes(k, kind) + (code_bytes(DIRECTIONS_AN_ENTRY * k) if shape == "code" else 0)
+        return record_bytes(k, kind) + (2 * k if shape == "code" else 0)
 
     return Method(name, "ours", keep, token_bytes, BOTH, bracket=shape == "student", ks=ks)
 
@@ -98,6 +93,12 @@ def without_tail(ids: Tensor, log_p: Tensor) -> Target:
 
 def head_alone(at: DensePositions, k: int, _: Generator) -> Target:
     return without_tail(at.ranked_ids[:, :k], at.ranked_log_p[:, :k])
+
+
+def floored(at: DensePositions, k: int, draws: Generator) -> Target:
+    """NeMo-RL, `zero_outside_topk`: log t = FLOOR_NATS off the list."""
+    head = head_alone(at, k, draws)
+    return replace(head, log_c=torch.full_like(head.log_c, FLOOR_NATS), shape="flat")
 
 
 def renormalized(at: DensePositions, k: int, _: Generator) -> Target:
@@ -186,9 +187,10 @@ METHODS = (
     ours("compact capped", "compact", bounded=True),
     Method("head + samples", "ours", head_and_samples(0.0), lambda k, _: record_bytes(k) + 2 * k, {"forward": FORWARD}),
     Method("head + samples, half lumped", "ours", head_and_samples(0.5), lambda k, _: record_bytes(k) + 2 * k, BOTH),
-    Method("renormalized", "DistillKit, axolotl", renormalized, lambda k, _: distillkit_bytes(k), WITHOUT_TAIL),
+    # packed 16-bit ids and a fitted curve, its two published layouts: 114 bytes at k = 50 and 312 at k = 128
+    Method("renormalized", "DistillKit, axolotl", renormalized, lambda k, _: 2 * k + (14, 56)[k > 64], WITHOUT_TAIL),
     Method("dropped", "verl", head_alone, lambda k, _: 4 * k, DROPPED),
-    Method("floored", "NeMo-RL", head_alone, lambda k, _: 4 * k, FLOORED),
+    Method("floored", "NeMo-RL", floored, lambda k, _: 4 * k, {"reverse": BOTH["reverse"]}),
     Method("ghost token", "Megatron-LM", ghost, lambda k, _: 5 * k, BOTH),
     Method("random sampling", "RS-KD", random_sampling, lambda _, listed: 3 * listed, WITHOUT_TAIL, ks=DRAWS),
     Method("threshold sampling", "VarOpt", threshold_sampling, lambda k, _: 4 * k, WITHOUT_TAIL),
