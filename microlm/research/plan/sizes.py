@@ -148,9 +148,8 @@ def outside_tokens(at: ScaleConfig) -> int:
 
 def _tokens(packaged_bytes: int, paths: list[str] | None, key: str) -> float:
     """Of the packaged text, or of the files that `key` names."""
-    if paths is None:
-        return packaged_bytes / BYTES_PER_TOKEN
-    return sum(path.stat().st_size for path in matching_files(paths, key)) / BYTES_PER_TOKEN
+    there = packaged_bytes if paths is None else sum(path.stat().st_size for path in matching_files(paths, key))
+    return there / BYTES_PER_TOKEN
 
 
 def teacher_shape(model: str, parameters: int | None) -> TeacherShape:

@@ -76,7 +76,7 @@ def _row(value: Tensor, entries: Tensor, *coefficients: Tensor | float) -> RowGr
 
 def _product(weight: Tensor, log_ratio: Tensor) -> Tensor:
     """weight * log_ratio with 0 * (anything) = 0."""
-    return torch.where(weight > 0, weight * torch.where(weight > 0, log_ratio, 0.0), 0.0)
+    return torch.where(weight > 0, weight * log_ratio, 0.0)
 
 
 def _rest(total: Tensor | float, listed: Tensor) -> Tensor:

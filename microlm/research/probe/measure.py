@@ -43,8 +43,7 @@ class CountSketch:
 
     def __init__(self, vocabulary: int, hidden_size: int, seed: int, device: torch.device | str) -> None:
         draws = Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (vocabulary,), generator=draws).mul(2).sub(1)
-        self.signs = signs.to(device, torch.float64)
+        self.signs = torch.randint(0, 2, (vocabulary,), generator=draws).mul(2).sub(1).to(device, torch.float64)
         projection = torch.randn(hidden_size, WIDTH, generator=draws) / WIDTH**0.5
         self._projection = (projection if hidden_size > WIDTH else torch.eye(hidden_size)).to(device)
 
