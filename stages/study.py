@@ -22,9 +22,7 @@ def main() -> None:
     parser.add_argument(
         "--accept", action="store_true", help="run a few points again; where their losses stand, take all rows for done"
     )
-    parser.add_argument(
-        "--markdown", action="store_true", help="print the arms' table as README.md has it; run nothing"
-    )
+    parser.add_argument("--markdown", action="store_true", help="print the arms' table for the docs; run nothing")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does: the workers too
     load_config()  # all that is wrong in params.yaml, before its copies are

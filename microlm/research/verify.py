@@ -62,36 +62,29 @@ class Spread:
 
 @dataclass
 class Replay:
-    """Live against cached.
+    """Live against cached, at these temperatures; `projection`: of a teacher with another tokenizer than the shards'.
 
     `outranked`: how far the likeliest token outside the cached ids stands above the least likely one inside.
     `changed_marks`: positions that are covered in one and not in the other.
     """
 
-    log_p: Spread = field(default_factory=Spread)
-    log_tail: Spread = field(default_factory=Spread)
-    gold: Spread = field(default_factory=Spread)
+    temperatures: Sequence[float]
+    projection: Projection | None = None
+    spreads: dict[str, Spread] = field(default_factory=lambda: {name: Spread() for name in FIELDS})
     outranked: Spread = field(default_factory=Spread)
     changed_sets: int = 0
     changed_marks: int = 0
     positions: int = 0
     logit_scale: float = 0.0
 
-    def add(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        cached: Columns,
-        gold: Tensor,
-        temperatures: Sequence[float],
-        projection: Projection | None = None,
-    ) -> None:
+    def add(self, logits: Tensor, targets: Tensor, cached: Columns, gold: Tensor) -> None:
         """logits [n, V], or [n, U] of a teacher with another tokenizer; targets int64 [n]; what the cache says of these
         positions, which it covers, and of their targets [n]."""
+        projection = self.projection
         z = logits.float() if projection is None else logits[:, : len(projection.first)].float()
         self.logit_scale = max(self.logit_scale, float(z.abs().max()))
         self.positions += len(z)
-        for column, temperature in enumerate(temperatures):
+        for column, temperature in enumerate(self.temperatures):
             stretch = min(1.0, temperature)  # below 1 logits are stretched, and their rounding with them
             heads = cached.ids, cached.log_p, cached.rounding
             if projection:
@@ -103,44 +96,41 @@ class Replay:
             ids, said, rounding = heads
             head, rest = live.gather(1, ids), live.scatter(1, ids, -torch.inf)
             if projection or temperature == 1:
-                self.log_p.add(((head - said).abs() - rounding).clamp_min(0) * stretch)
+                self.spreads["log_p"].add(((head - said).abs() - rounding).clamp_min(0) * stretch)
                 self.outranked.add((rest.amax(-1) - head.amin(-1)).clamp_min(0) * stretch)
             if temperature == 1:
-                self.gold.add((live.gather(1, targets[:, None])[:, 0] - gold).abs())
+                self.spreads["gold"].add((live.gather(1, targets[:, None])[:, 0] - gold).abs())
                 self.changed_sets += int((rest.amax(-1) > head.amin(-1)).sum())
             if ids.shape[1] < live.shape[1]:  # else there is no tail
                 tail = rest.logsumexp(-1).clamp_min(least)
-                self.log_tail.add((tail - cached.log_tail[:, column]).abs() * stretch)
-
-    def excess(self, dtype: torch.dtype) -> str | None:
-        """What differs by more than rounding in `dtype` explains, in words; None where nothing does."""
-        if self.changed_marks:
-            return f"which positions it covers, {self.changed_marks:,} of them"
-        largest, mean = allowed_nats(dtype, self.logit_scale)
-        for name in FIELDS:
-            spread: Spread = getattr(self, name)
-            if not (spread.largest <= largest and spread.mean <= mean):  # a NaN is an excess too
-                return f"{name} by up to {spread.largest:.3g} nats, {spread.mean:.3g} on average"
-        if not self.outranked.largest <= largest:
-            return f"which ids are the likeliest, by up to {self.outranked.largest:.3g} nats"
-        return None
+                self.spreads["log_tail"].add((tail - cached.log_tail[:, column]).abs() * stretch)
 
     def refuse_excess(self, dtype: torch.dtype, where: Path, teacher: str) -> None:
-        """UserError, one line, where the cache `where` is not what `teacher` says now."""
-        excess = self.excess(dtype)
+        """UserError, one line, where the cache `where` differs from what `teacher` says now by more than rounding in
+        `dtype` explains."""
+        largest, mean = allowed_nats(dtype, self.logit_scale)
+        excess = [f"which positions it covers, {self.changed_marks:,} of them"] * bool(self.changed_marks)
+        excess += [
+            f"{name} by up to {spread.largest:.3g} nats, {spread.mean:.3g} on average"
+            for name, spread in self.spreads.items()
+            if not (spread.largest <= largest and spread.mean <= mean)  # a NaN is an excess too
+        ]
+        if not self.outranked.largest <= largest:
+            excess.append(f"which ids are the likeliest, by up to {self.outranked.largest:.3g} nats")
         if excess:
-            largest, mean = allowed_nats(dtype, self.logit_scale)
             raise UserError(
-                f"{where}: {teacher} differs in {excess}, where rounding explains {largest:.3g} and {mean:.3g}: it is "
-                f"another teacher's cache or one made wrong; {REMAKE}"
+                f"{where}: {teacher} differs in {excess[0]}, where rounding explains {largest:.3g} and {mean:.3g}: it "
+                f"is another teacher's cache or one made wrong; {REMAKE}"
             )
 
     def lines(self, dtype: torch.dtype) -> list[str]:
         """What was found, for a person."""
         largest, mean = allowed_nats(dtype, self.logit_scale)
-        spreads = ((name, getattr(self, name)) for name in FIELDS)
         return [
-            *(f"{name:<9} largest {s.largest:.5f}, mean {s.mean:.6f} nats, live against cached" for name, s in spreads),
+            *(
+                f"{name:<9} largest {spread.largest:.5f}, mean {spread.mean:.6f} nats, live against cached"
+                for name, spread in self.spreads.items()
+            ),
             f"ids       {self.changed_sets:,} of {self.positions:,} top-k sets differ, by at most "
             f"{self.outranked.largest:.5f} nats between a token left out and one cached",
             f"allowed   largest {largest:.5f}, mean {mean:.6f} nats: rounding in {dtype}",
@@ -167,10 +157,9 @@ def replay(
 
     Args:
         progress: told the tokens done.
-        projection: of a teacher with another tokenizer than the shards'.
     """
-    found, device = Replay(), next(model.parameters()).device
-    identity, layout = cache.identity, cache.identity.layout
+    identity, layout, device = cache.identity, cache.identity.layout, next(model.parameters()).device
+    found = Replay(identity.temperatures, projection)
     for start in range(0, len(windows), batch_rows):
         batch = read_batch(shards, windows[start : start + batch_rows], identity.seq_len)
         records, gold = cache.read(batch.windows), torch.from_numpy(cache.gold(batch.windows)).flatten()
@@ -187,7 +176,7 @@ def replay(
                 part, state = places[i : i + ROWS], states[i : i + ROWS].to(device)
                 said = layout.unpack(records[part].to(device)), gold[part].to(device)
                 targets = batch.targets.flatten()[part].to(device)
-                found.add(model.logits(hidden[state]), targets, *said, identity.temperatures, projection)
+                found.add(model.logits(hidden[state]), targets, *said)
         progress(len(batch.windows) * identity.seq_len)
     return found
 

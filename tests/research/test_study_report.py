@@ -182,7 +182,7 @@ def test_report_finds_the_rung_that_ends_the_fall() -> None:
     }
     grid, rows = synthetic(values)
     text = report_text(rows, grid)
-    rungs = ladder_results(rows, [label for _, label in values])
+    rungs = ladder_results(rows)
     expected = 2 * (np.array(values["ladder", "cure"]) - np.array(values["ladder", "second"]))
     assert rungs[2].change.mean == pytest.approx(expected.mean())
     assert rungs[0].change is None

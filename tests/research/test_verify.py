@@ -96,7 +96,6 @@ def test_the_own_teacher_is_accepted_in_any_batch_composition(shards, tmp_path, 
     model = teacher(3, dtype)
     found = replayed(model, cache_of(tmp_path / "cache", model, shards, dtype, top_k, record), shards)
     assert found.positions == 4 * SEQ_LEN
-    assert found.excess(dtype) is None
     found.refuse_excess(dtype, CACHE, "toy")
     assert all(name in "\n".join(found.lines(dtype)) for name in ("log_p", "log_tail", "gold", "ids", "allowed"))
 
@@ -105,8 +104,8 @@ def test_the_own_teacher_is_accepted_in_any_batch_composition(shards, tmp_path, 
 def test_rounding_of_another_kernel_is_accepted(shards, tmp_path, dtype):
     """float64 activations stand for a machine that sums in another order."""
     found = replayed(teacher(3, torch.float64), cache_of(tmp_path / "c", teacher(3, dtype), shards, dtype), shards)
-    assert found.gold.largest > 0
-    assert found.excess(dtype) is None
+    assert found.spreads["gold"].largest > 0
+    found.refuse_excess(dtype, CACHE, "toy")
 
 
 @pytest.mark.parametrize("record", ["full", "compact"])
@@ -155,7 +154,8 @@ def test_a_cache_made_wrong_is_refused_though_every_checksum_is_right(
     records = read_block(block, cache.identity)
     corrupt(records)
     found = replay(model, rewritten(directory, cache.identity, records), shards, WINDOWS, batch_rows=4)
-    assert found.excess(torch.float32) is not None
+    with pytest.raises(UserError, match="data/teacher: toy differs in"):
+        found.refuse_excess(torch.float32, CACHE, "toy")
 
 
 def rewritten(directory: Path, identity: CacheIdentity, records: np.ndarray) -> TeacherCache:
@@ -181,7 +181,8 @@ def test_true_probabilities_of_ids_that_are_not_the_likeliest_are_refused(shards
     for column, temperature in enumerate(identity.temperatures):
         records["log_tail"][:, column] = (rest / temperature).logsumexp(-1)
     found = replay(model, rewritten(directory, identity, records), shards, WINDOWS, batch_rows=4)
-    assert "which ids are the likeliest" in found.excess(torch.float32)
+    with pytest.raises(UserError, match="which ids are the likeliest"):
+        found.refuse_excess(torch.float32, CACHE, "toy")
 
 
 @given(st.sampled_from((torch.bfloat16, torch.float16, torch.float32)), st.floats(0, 1e3))

@@ -26,12 +26,9 @@ class Estimate:
     seeds: int
 
     @property
-    def below(self) -> bool:
-        return self.high < 0
-
-    @property
-    def above(self) -> bool:
-        return self.low > 0
+    def sign(self) -> int:
+        """Of all of the interval; 0 where it holds 0, and without one."""
+        return int(self.low > 0) - int(self.high < 0)
 
     def __str__(self) -> str:
         span = "one seed" if math.isnan(self.low) else f"{self.low:+.4f}, {self.high:+.4f}"
@@ -83,15 +80,11 @@ class ArmResult:
         return "not told apart"
 
     @property
-    def outside(self) -> Estimate | None:
-        """The difference on text of another kind, of the runs that were scored on it."""
-        return estimate(self.rows[OUTSIDE].dropna())
-
-    @property
-    def endings(self) -> Estimate | None:
-        """The difference on HellaSwag's true endings, of the same runs."""
+    def elsewhere(self) -> dict[str, Estimate | None]:
+        """The difference on text of another kind and on HellaSwag's true endings, of the runs scored on the former."""
         scored = self.rows[self.rows[OUTSIDE].notna()]
-        return estimate(scored["student_gold_bpb"] - scored["continued_gold_bpb"])
+        endings = scored["student_gold_bpb"] - scored["continued_gold_bpb"]
+        return {"outside": estimate(scored[OUTSIDE]), "true endings": estimate(endings)}
 
 
 def arm_results(rows: pd.DataFrame) -> list[ArmResult]:
@@ -112,13 +105,11 @@ class Rung:
     change: Estimate | None  # of student minus control from the rung before, paired on the seed
 
 
-def ladder_results(rows: pd.DataFrame, labels: Sequence[str]) -> list[Rung]:
-    """The rungs that have rows, in the order of `labels`."""
+def ladder_results(rows: pd.DataFrame) -> list[Rung]:
+    """The rungs that have rows, in their order."""
     rungs, before = [], rows.iloc[:0]
-    for label in labels:
-        part = rows[rows["label"] == label]
-        if not part.empty:
-            change = paired(part, AGAINST_CONTROL, before, AGAINST_CONTROL)
-            rungs.append(Rung(label, estimate(part[AGAINST_CONTINUED]), estimate(part[AGAINST_CONTROL]), change))
-            before = part
+    for label, part in rows.groupby("label", sort=False):
+        change = paired(part, AGAINST_CONTROL, before, AGAINST_CONTROL)
+        rungs.append(Rung(label, estimate(part[AGAINST_CONTINUED]), estimate(part[AGAINST_CONTROL]), change))
+        before = part
     return rungs

@@ -1,6 +1,5 @@
 """Run a grid to its end: queue what is not done, in an order that makes shared work once, and collect what ended."""
 
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -17,12 +17,12 @@ from microlm.files import sha256_json
 from microlm.research.study.grid import Grid, Run, resolve
 from microlm.research.study.pipeline import Pipeline
 from microlm.research.study.queue import CLONE, FOLDER, DvcQueue, prepare
-from microlm.research.study.results import NUMBERS, OUTSIDE, Row, add_rows, read_results, row_of, stamp_rows
+from microlm.research.study.results import NUMBERS, OUTSIDE, Row, add_rows, read_results, row_of
 from microlm.runtime.terminal import progress_bar
 
 POLL_S = 1.0
 LOG_LINES = 12
-EXACT = (*(column for column in NUMBERS if "val_bpb" in column or column.endswith("_nats")), *OUTSIDE)
+EXACT = [*(column for column in NUMBERS if "val_bpb" in column or column.endswith("_nats")), *OUTSIDE]
 """What a run of a sample must give to the last digit: the held-out losses and their intervals, which carry the
 verdicts."""
 
@@ -82,10 +82,8 @@ class Study:
 
     def remaining(self) -> list[Task]:
         """Tasks of which at least one row is missing or of other code or settings."""
-        there = {row["run"]: (row["settings"], row["code"]) for row in read_results(self.csv)}
-        return [
-            task for task in self.tasks if any(there.get(run.slug) != (task.settings, self.code) for run in task.runs)
-        ]
+        done = {(row["run"], row["settings"], row["code"]) for row in read_results(self.csv)}
+        return [t for t in self.tasks if not done.issuperset((run.slug, t.settings, self.code) for run in t.runs)]
 
     def stale(self) -> list[Task]:
         """Tasks whose rows are all there, of other code or settings."""
@@ -105,16 +103,16 @@ class Study:
         sample = stale[:: max(1, len(stale) - 1)]  # the first and the last
         if failed := self.run(sample, jobs, again=True):
             raise UserError(f"{self.csv}: {', '.join(failed)} failed, see above; the rows stand as they were")
-        stamp_rows(self.csv, {run.slug: (task.settings, self.code) for task in stale for run in task.runs})
+        stamps = {run.slug: {"settings": task.settings, "code": self.code} for task in stale for run in task.runs}
+        add_rows(self.csv, [row | stamps[row["run"]] for row in read_results(self.csv) if row["run"] in stamps])
         return f"{len(sample)} runs gave the recorded losses to the last digit; {len(stale)} runs are taken for done"
 
     def refuse_moved(self, fresh: Sequence[Row]) -> None:
         """UserError where a loss of a row is not the recorded one."""
         recorded = {row["run"]: row for row in read_results(self.csv)}
         for row in fresh:
-            before = recorded[row["run"]]
-            pairs = ((column, before[column], row.get(column, math.nan)) for column in EXACT)
-            moved = [f"{column} {old} -> {new}" for column, old, new in pairs if not _same(old, new)]
+            before, after = (pd.Series(cells).reindex(EXACT).astype(float) for cells in (recorded[row["run"]], row))
+            moved = [f"{column} {old} -> {new}" for column, old, new in before.compare(after).itertuples()]
             if moved:
                 told = f"{row['run']} comes out otherwise under this code ({', '.join(moved[:3])})"
                 raise UserError(f"{self.csv}: {told}; run: make study")
@@ -130,7 +128,6 @@ class Study:
         points, folder = len(self.grid.runs), self.root / FOLDER
         print(f"study: {len(self.tasks)} runs for {points} points of the grid, {len(waiting)} of them to do")
         if waiting:
-            folder.mkdir(parents=True, exist_ok=True)
             try:
                 with FileLock(folder / "lock", timeout=0):
                     self._run_locked()
@@ -208,7 +205,3 @@ class Study:
         self.progress.failed.append(task.name)
         told = [line for line in log.splitlines() if line.strip()][-LOG_LINES:]
         tqdm.write("\n".join([f"study: {task.name} failed:", *(f"    {line}" for line in told)]))
-
-
-def _same(a: float, b: float) -> bool:
-    return a == b or (math.isnan(a) and math.isnan(b))

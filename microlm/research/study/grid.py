@@ -38,11 +38,6 @@ class Run:
         """As `dvc exp run -S` takes them, in a fixed order."""
         return [f"{key}={rendered(value)}" for key, value in sorted(self.settings.items())]
 
-    @property
-    def digest(self) -> str:
-        """The same for two runs that set the same, whatever their groups and labels."""
-        return sha256_json(self.overrides)[:8]
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -56,10 +51,10 @@ class Grid:
     own_scale: str = "study"  # that of its file
 
     def unique(self) -> dict[str, list[Run]]:
-        """Runs by digest: what two groups share is run once and counted in both."""
+        """Runs by the digest of what they set: what two groups share is run once and counted in both."""
         found: dict[str, list[Run]] = {}
         for run in self.runs:
-            found.setdefault(run.digest, []).append(run)
+            found.setdefault(sha256_json(run.overrides)[:8], []).append(run)
         return found
 
     def named(self, name: str) -> str:
@@ -160,15 +155,14 @@ def _expand(
 def _full_key(key: str, scale: str, params: Mapping[str, Any], where: str) -> str:
     """`continuation.dtype` -> `scales.study.continuation.dtype`; UserError for a key that params.yaml has not."""
     full = key if key.split(".")[0] in params else f"scales.{scale}.{key}"
-    node: Any = params
-    for part in full.split("."):
-        if not isinstance(node, dict) or part not in node:
-            block = params["scales"][scale]
-            known = [*params, *(f"{name}.{leaf}" for name, inner in block.items() for leaf in inner)]
-            near = difflib.get_close_matches(key, known, 1)
-            mend = f"did you mean {near[0]}?" if near else "give a key of params.yaml, e.g. alpha or continuation.dtype"
-            raise UserError(f"{where}: {key}: is not a key of params.yaml; {mend}")
-        node = node[part]
+    try:
+        functools.reduce(operator.getitem, full.split("."), params)
+    except (KeyError, TypeError):
+        block = params["scales"][scale]
+        known = [*params, *(f"{name}.{leaf}" for name, inner in block.items() for leaf in inner)]
+        near = difflib.get_close_matches(key, known, 1)
+        mend = f"did you mean {near[0]}?" if near else "give a key of params.yaml, e.g. alpha or continuation.dtype"
+        raise UserError(f"{where}: {key}: is not a key of params.yaml; {mend}") from None
     return full
 
 

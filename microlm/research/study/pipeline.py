@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 from dvc.parsing import DataResolver
 from dvc.repo import Repo
 
@@ -26,21 +27,13 @@ class Pipeline:
             resolver = DataResolver(repo, "", read_yaml(root / "dvc.yaml"))
             resolver.context["scale"] = scale  # not the one that params.yaml chooses
             every = {name: _definition(body) for name, body in resolver.resolve()["stages"].items()}
-        self._makers = {out: name for name, stage in every.items() for kind in MADE for out in stage[kind]}
-        self.stages: dict[str, dict[str, Any]] = {}
-        self._visit(TARGET, every)
-
-    def _visit(self, name: str, every: Mapping[str, dict[str, Any]]) -> None:
-        for parent in self._parents(name, every[name]):
-            if parent not in self.stages and parent not in _NOT_WORK:
-                self._visit(parent, every)
-        if name not in _NOT_WORK:
-            self.stages[name] = every[name]
-
-    def _parents(self, name: str, stage: Mapping[str, Any]) -> list[str]:
-        """Stages that make a dependency, or a folder around it."""
-        around = (place for dep in stage["deps"] for place in (dep, *map(str, Path(dep).parents)))
-        return sorted({self._makers[place] for place in around if place in self._makers} - {name})
+        makers = {out: name for name, stage in every.items() for kind in MADE for out in stage[kind]}
+        self._graph = nx.DiGraph()  # from who makes a dependency, or a folder around it, to who needs it
+        for name, stage in every.items():
+            around = {place for dep in stage["deps"] for place in (dep, *map(str, Path(dep).parents))}
+            self._graph.add_edges_from((makers[place], name) for place in sorted(around & makers.keys()))
+        needed = nx.ancestors(self._graph, TARGET) - _NOT_WORK
+        self.stages = {name: every[name] for name in nx.topological_sort(self._graph) if name in needed}
 
     def code(self) -> dict[str, str]:
         """Digest by file of all that decides the numbers besides parameters: source files, and stages of dvc.yaml."""
@@ -53,7 +46,7 @@ class Pipeline:
         keys: dict[str, str] = {}
         for name, stage in self.stages.items():
             read = {key: _value(params, key) for key in stage["params"]}
-            above = {parent: keys[parent] for parent in self._parents(name, stage) if parent in keys}
+            above = {parent: keys[parent] for parent in self._graph.predecessors(name) if parent in keys}
             keys[name] = f"{name}:{sha256_json([read, above])[:16]}"
         return keys
 

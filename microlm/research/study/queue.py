@@ -182,12 +182,10 @@ class DvcQueue:
 
     def _processes(self) -> list[psutil.Process]:
         """Workers in the clone, and all that run in its temporary copies."""
-        found = []
-        for process in psutil.process_iter(["cwd", "cmdline"]):
-            place, words = process.info["cwd"], process.info["cmdline"]
-            if not place or not words:  # a zombie
-                continue
-            is_worker = Path(place) == self.directory and "queue-worker" in words
-            if is_worker or Path(place).is_relative_to(self.temporary):
-                found.append(process)
-        return found
+        alive = (process for process in psutil.process_iter(["cwd", "cmdline"]) if all(process.info.values()))
+        return [  # a zombie has neither
+            process
+            for process in alive
+            if Path(place := process.info["cwd"]).is_relative_to(self.temporary)
+            or (Path(place) == self.directory and "queue-worker" in process.info["cmdline"])
+        ]

@@ -60,7 +60,7 @@ def report_text(rows: pd.DataFrame, grid: Grid, notes: str = "") -> str:
         *sections.arms(rows, grid.figure.relative_to(grid.report.parent).as_posix()),
         *sections.others(rows, grid.groups),
         *sections.alpha(rows),
-        *sections.ladder(rows, [run.label for run in grid.runs if run.group == "ladder"]),
+        *sections.ladder(rows),
         *sections.cost(rows),
         *sections.selection(rows),
         *(["## Reading of these results", "Written by hand, unlike the rest.", notes.strip()] if notes.strip() else []),

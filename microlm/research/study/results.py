@@ -22,17 +22,13 @@ LABELS = ("run", "group", "label", "scale", "init", "objective", "windows", "ove
 SCORES = ("val_bpb", "nats", "acc_norm", "gold_bpb")
 PAIRS = ("student_minus_continued", "student_minus_control")
 ENDS = ("", "_low", "_high")
-
-
-def _scored(model: str, score: str) -> tuple[str, ...]:
-    return (f"evaluation/{model}", "validation", "nats") if score == "nats" else ("summary", model, score)
-
-
 # column -> where a run's metrics hold it
 MEASURED = {
     "parameters": ("summary", "student", "parameters"),
     "tokens": ("summary", "student", "tokens"),
-    **{f"{model}_{score}": _scored(model, score) for model in SCORED_MODELS for score in SCORES},
+    **{f"{model}_{score}": ("summary", model, score) for model in SCORED_MODELS for score in SCORES},
+    # in the place that the line above gives it
+    **{f"{model}_nats": (f"evaluation/{model}", "validation", "nats") for model in SCORED_MODELS},
     **{
         f"{pair}_{score}{end}": ("summary", pair, score + end)
         for pair in PAIRS
@@ -99,16 +95,13 @@ def read_results(path: Path) -> list[Row]:
         row = dict.fromkeys(OUTSIDE, "") | dict(zip(lines[0], cells))
         for column in (*NUMBERS, *OUTSIDE):
             try:
-                row[column] = math.nan if column in OUTSIDE and not row[column] else _number(row[column])
+                # as it was written, so that a row is written again as it was read
+                number_of = int if row[column].lstrip("-").isdigit() else float
+                row[column] = math.nan if column in OUTSIDE and not row[column] else number_of(row[column])
             except ValueError:
                 raise _damaged(path, f"line {number}: {column}: {row[column]!r} is no number") from None
         rows.append(row)
     return rows
-
-
-def _number(text: str) -> int | float:
-    """As it was written, so that a row is written again as it was read."""
-    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -120,22 +113,11 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 def add_rows(path: Path, fresh: Sequence[Row]) -> None:
     """Write the file again with `fresh` in it; an older row of the same run goes."""
-    replaced = {row["run"] for row in fresh}
-    _write(path, [*(row for row in read_results(path) if row["run"] not in replaced), *fresh])
-
-
-def stamp_rows(path: Path, stamps: Mapping[str, tuple[str, str]]) -> None:
-    """Put new digests of settings and code, by run, on rows whose numbers stay."""
-    rows = read_results(path)
-    for row in rows:
-        row["settings"], row["code"] = stamps.get(row["run"], (row["settings"], row["code"]))
-    _write(path, rows)
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    rows = [{column: cell for column, cell in row.items() if cell == cell} for row in rows]  # a NaN is a blank cell
+    by_run = {row["run"]: row for row in (*read_results(path), *fresh)}
+    # a NaN is a blank cell
+    rows = [{column: cell for column, cell in by_run[run].items() if cell == cell} for run in sorted(by_run)]
     columns = COLUMNS if any(column in row for row in rows for column in OUTSIDE) else RECORDED
     with atomic_file(path, "w") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["run"]))
+        writer.writerows(rows)

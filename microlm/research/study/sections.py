@@ -38,8 +38,8 @@ def listed(found: Iterable[object]) -> str:
 def apart(found: Mapping[str, Estimate]) -> tuple[str, str]:
     """Those whose interval lies below 0, and those whose lies above."""
     return (
-        listed(name for name, value in found.items() if value.below),
-        listed(name for name, value in found.items() if value.above),
+        listed(name for name, value in found.items() if value.sign < 0),
+        listed(name for name, value in found.items() if value.sign > 0),
     )
 
 
@@ -63,12 +63,10 @@ def markdown(rows: pd.DataFrame) -> str:
     results = arm_results(section(rows, "arms"))
     starts = sorted({result.init for result in results})
     head = ["student - continued", *(f"from {start}" for start in starts)]
-    if any(result.outside for result in results):
-        head = ["student - continued", "validation", "outside", "true endings"]
-        body = [
-            [f"`{r.arm}`" + f" from {r.init}" * (len(starts) > 1), r.difference, r.outside or "-", r.endings or "-"]
-            for r in results
-        ]
+    if any(result.elsewhere["outside"] for result in results):
+        head = ["student - continued", "validation", *results[0].elsewhere]
+        where = {start: f" from {start}" * (len(starts) > 1) for start in starts}
+        body = [[f"`{r.arm}`{where[r.init]}", r.difference, *(e or "-" for e in r.elsewhere.values())] for r in results]
     else:
         found = {(result.arm, result.init): result.difference for result in results}
         arms = dict.fromkeys(result.arm for result in results)
@@ -92,7 +90,7 @@ def others(rows: pd.DataFrame, groups: Mapping[str, str]) -> list[str]:
 def _against_continued(rows: pd.DataFrame) -> list[str]:
     """The table of student against continued, what it is, and what it allows to say."""
     results = arm_results(rows)
-    outside = any(result.outside for result in results)
+    outside = any(result.elsewhere["outside"] for result in results)
     body = []
     for result in results:
         means = result.rows.mean(numeric_only=True)
@@ -108,7 +106,7 @@ def _against_continued(rows: pd.DataFrame) -> list[str]:
             "Holm p": "-" if math.isnan(result.adjusted_p) else f"{result.adjusted_p:.3f}",
         }
         if outside:
-            line |= {"outside, over seeds": result.outside or "-", "true endings, over seeds": result.endings or "-"}
+            line |= {f"{yardstick}, over seeds": found or "-" for yardstick, found in result.elsewhere.items()}
         body.append(line)
     alphas = ", ".join(f"{value:g}" for value in sorted(rows["alpha"].unique()))
     return [
@@ -122,20 +120,20 @@ def _against_continued(rows: pd.DataFrame) -> list[str]:
 
 
 def _said_of_arms(results: Sequence[ArmResult]) -> list[str]:
-    by_verdict: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": [], "untested": []}
+    named: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": [], "untested": []}
     for r in results:
-        by_verdict[r.verdict].append(f"{r} ({r.difference.mean:+.4f})")
-    untested = by_verdict.pop("untested")
+        named[r.verdict].append(f"{r} ({r.difference.mean:+.4f})")
+    control = "the matched control, after the correction"
     said = [
-        f"{verdict.capitalize()} {'from' if 'apart' in verdict else 'than'} the matched control, after the correction: "
-        f"{listed(names)}"
-        for verdict, names in by_verdict.items()
+        f"Better than {control}: {listed(named['better'])}",
+        f"Worse than {control}: {listed(named['worse'])}",
+        f"Not told apart from {control}: {listed(named['not told apart'])}",
     ]
-    if untested:
-        said.append(f"One seed, hence no test: {listed(untested)}")
-    alone = [r for r in results if r.verdict == "not told apart" and (r.difference.below or r.difference.above)]
+    if named["untested"]:
+        said.append(f"One seed, hence no test: {listed(named['untested'])}")
+    alone = {str(r): r.difference.sign for r in results if r.verdict == "not told apart" and r.difference.sign}
     if alone:
-        names = listed(f"{r} ({'below' if r.difference.below else 'above'})" for r in alone)
+        names = listed(f"{name} ({'below' if sign < 0 else 'above'})" for name, sign in alone.items())
         said.append(f"Their own interval excludes 0, the corrected test does not: {names}")
     signs = [(r, r.rows[AGAINST_CONTINUED]) for r in results]
     same = listed(f"{r} ({'-' if all(x < 0) else '+'})" for r, x in signs if all(x < 0) or all(x > 0))
@@ -143,12 +141,11 @@ def _said_of_arms(results: Sequence[ArmResult]) -> list[str]:
 
 
 def _hellaswag(rows: pd.DataFrame) -> str:
-    cells = list(rows.groupby(["label", "init"], sort=False)["student_minus_continued_acc_norm"])
-    found = {f"{arm} from {init}": estimate(values) for (arm, init), values in cells}
-    excluded = [f"{name} ({value})" for name, value in found.items() if value.below or value.above]
+    found = [(result, estimate(result.rows["student_minus_continued_acc_norm"])) for result in arm_results(rows)]
+    excluded = [f"{result} ({value})" for result, value in found if value.sign]
     return (
         "On HellaSwag accuracy the interval over seeds, uncorrected, excludes 0 for "
-        f"{len(excluded)} of {len(found)} arms{': ' + ', '.join(excluded) if excluded else ''}."
+        f"{len(excluded)} of {len(found)} arms{': ' * bool(excluded)}{', '.join(excluded)}."
     )
 
 
@@ -173,8 +170,8 @@ def alpha(rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def ladder(rows: pd.DataFrame, labels: Sequence[str]) -> list[str]:
-    rungs = ladder_results(section(rows, "ladder"), list(dict.fromkeys(labels)))
+def ladder(rows: pd.DataFrame) -> list[str]:
+    rungs = ladder_results(section(rows, "ladder"))
     if not rungs:
         return []
     body = [
@@ -198,15 +195,13 @@ def ladder(rows: pd.DataFrame, labels: Sequence[str]) -> list[str]:
 
 def _said_of_ladder(rungs: Sequence[Rung]) -> list[str]:
     first = rungs[0]
-    state = "worse than" if first.against_control.above else "not shown worse than"
-    if first.against_control.below:
-        state = "better than"
-    said = [f"At rung `{first.label}` the student is {state} the control it starts from: {first.against_control}."]
-    fallen = [rung.label for rung in rungs if rung.against_control.above]
+    state = {1: "worse", 0: "not shown worse", -1: "better"}[first.against_control.sign]
+    said = [f"At rung `{first.label}` the student is {state} than the control it starts from: {first.against_control}."]
+    fallen = [rung for rung in rungs if rung.against_control.sign > 0]
     if fallen:
-        said.append(f"The student falls below its control (interval above 0) at: {', '.join(fallen)}.")
-        free = next((rung for rung in rungs[1:] if not rung.against_control.above), None)
-        if first.against_control.above and free:
+        said.append(f"The student falls below its control (interval above 0) at: {listed(r.label for r in fallen)}.")
+        free = next((rung for rung in rungs if rung not in fallen), None)
+        if first in fallen and free:
             said.append(f"Going down the table, the fall is first no longer shown at rung `{free.label}`.")
     else:
         said.append("At no rung is the student shown to be worse than its control: there is no fall here to explain.")
@@ -241,12 +236,11 @@ def cost(rows: pd.DataFrame) -> list[str]:
         f"{_by_start((1 + ratio).map('{:.2f}'.format))} times."
     )
     body, found = [], {}
-    for (arm, init), part in plain.groupby(["label", "init"], sort=False):
-        difference = paired(part, "student_val_bpb", more[more["init"] == init], CONTINUED)
-        if difference:
-            found[f"{arm} from {init}"] = difference
-            seconds = {f"{model}, s": f"{part[f'{model}_elapsed_s'].mean():.0f}" for model in ("student", "continued")}
-            body.append({"arm": arm, "start": init, "student - continued at equal FLOPs": difference, **seconds})
+    for r in arm_results(plain):
+        if difference := paired(r.rows, "student_val_bpb", more[more["init"] == r.init], CONTINUED):
+            found[str(r)] = difference
+            seconds = {f"{name}, s": f"{r.rows[f'{name}_elapsed_s'].mean():.0f}" for name in ("student", "continued")}
+            body.append({"arm": r.arm, "start": r.init, "student - continued at equal FLOPs": difference, **seconds})
     if body:
         below, above = apart(found)
         said += [
