@@ -23,8 +23,7 @@ from ruamel.yaml import YAML
 from microlm.errors import UserError
 from microlm.research.study.driver import Progress, Study, Task, tasks_of
 from microlm.research.study.grid import GRID, Grid, Run, read_grid, read_yaml, rendered, resolve
-from microlm.research.study.pipeline import Pipeline
-from microlm.research.study.queue import FOLDER, git, prepare, run
+from microlm.research.study.repository import FOLDER, Pipeline, git, prepare, run
 from microlm.research.study.results import add_rows, read_results
 from tests.research.test_study_report import row
 from tests.support.clones import ROOT, Clone

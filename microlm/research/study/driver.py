@@ -15,8 +15,7 @@ from microlm.config import Config
 from microlm.errors import UserError
 from microlm.files import sha256_json
 from microlm.research.study.grid import Grid, Run, resolve
-from microlm.research.study.pipeline import Pipeline
-from microlm.research.study.queue import CLONE, FOLDER, DvcQueue, prepare
+from microlm.research.study.repository import CLONE, FOLDER, DvcQueue, Pipeline, prepare
 from microlm.research.study.results import NUMBERS, OUTSIDE, Row, add_rows, read_results, row_of
 from microlm.runtime.terminal import progress_bar
 
