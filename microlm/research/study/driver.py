@@ -1,5 +1,7 @@
 """Run a grid to its end: queue what is not done, in an order that makes shared work once, and collect what ended."""
 
+import functools
+import operator
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from microlm.errors import UserError
 from microlm.files import sha256_json
 from microlm.research.study.grid import Grid, Run, resolve
 from microlm.research.study.repository import CLONE, FOLDER, DvcQueue, Pipeline, prepare
-from microlm.research.study.results import NUMBERS, OUTSIDE, Row, add_rows, read_results, row_of
+from microlm.research.study.results import MEASURED, NUMBERS, OUTSIDE, Row, add_rows, read_results
 from microlm.runtime.terminal import progress_bar
 
 POLL_S = 1.0
@@ -183,7 +185,7 @@ class Study:
     def _record(self, task: Task, commit: str) -> None:
         metrics = self.queue.metrics(commit)
         try:
-            fresh = [row_of(run, task.config, metrics, task.settings, self.code) for run in task.runs]
+            fresh = [row_of(run, task, metrics, self.code) for run in task.runs]
         except KeyError as error:
             raise UserError(f"metrics of {task.name} lack {error}; bring the code and the study together") from None
         if self.again:
@@ -204,3 +206,19 @@ class Study:
         self.progress.failed.append(task.name)
         told = [line for line in log.splitlines() if line.strip()][-LOG_LINES:]
         tqdm.write("\n".join([f"study: {task.name} failed:", *(f"    {line}" for line in told)]))
+
+
+def row_of(run: Run, task: Task, metrics: Mapping[str, Any], code: str) -> Row:
+    """The row of a finished run, of `DvcQueue.metrics`. KeyError if these lack an entry."""
+    measured = MEASURED | OUTSIDE if "ood_bpb" in metrics["summary"]["student"] else MEASURED
+    return {
+        "run": run.slug,
+        "group": run.group,
+        "label": run.label,
+        "windows": task.config.at.continuation.windows,
+        "overrides": " ".join(run.overrides),
+        "settings": task.settings,
+        "code": code,
+        **{name: getattr(task.config, name) for name in ("scale", "init", "objective", "alpha", "seed")},
+        **{column: round(functools.reduce(operator.getitem, place, metrics), 6) for column, place in measured.items()},
+    }

@@ -38,10 +38,9 @@ def notes_of(grid: Grid, root: Path) -> str:
 
 def rows_of(grid: Grid, root: Path) -> pd.DataFrame:
     """The rows of the grid's runs, in the grid's order, and the section of the report that each belongs to."""
-    by_run = {row["run"]: row for row in read_results(root / grid.results)}
-    found = ((run, by_run[run.slug]) for run in grid.runs if run.slug in by_run)
-    current = [row for run, row in found if row["overrides"] == " ".join(run.overrides)]
-    rows = pd.DataFrame(current, columns=COLUMNS)
+    by_point = {(row["run"], row["overrides"]): row for row in read_results(root / grid.results)}
+    points = ((run.slug, " ".join(run.overrides)) for run in grid.runs)
+    rows = pd.DataFrame([by_point[point] for point in points if point in by_point], columns=COLUMNS)
     return rows.assign(section=rows["group"].replace(dict(grid.sections)))
 
 

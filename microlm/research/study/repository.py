@@ -9,6 +9,7 @@ stash entry for each failure.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ FAILED = "refs/exps/celery/failed"
 GRACE_S = 30.0  # a training that is asked to end finishes its step and saves first
 TARGET = "compare"
 MADE = ("outs", "metrics", "plots")
+NAMED = ("deps", "params", *MADE)
 # `check` differs between all runs but computes nothing; what `compare` draws from the scores is not a training's doing
 _NOT_WORK = {"check", TARGET}
 
@@ -76,12 +78,8 @@ class Pipeline:
 
 def _definition(body: Mapping[str, Any]) -> dict[str, Any]:
     """What a stage runs, reads and makes, without what DVC does with it (`data/parts: {push: false}`)."""
-    places = {key: sorted(map(_place, body.get(key, []))) for key in ("deps", "params", *MADE)}
-    return places | {"cmd": body["cmd"]}
-
-
-def _place(entry: str | Mapping[str, Any]) -> str:
-    return entry if isinstance(entry, str) else next(iter(entry))
+    entries = {key: [[entry] if isinstance(entry, str) else entry for entry in body.get(key, [])] for key in NAMED}
+    return {key: sorted(itertools.chain(*names)) for key, names in entries.items()} | {"cmd": body["cmd"]}
 
 
 def _value(params: Mapping[str, Any], key: str) -> Any:
@@ -91,19 +89,15 @@ def _value(params: Mapping[str, Any], key: str) -> Any:
     return node
 
 
-def run(directory: Path, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command in a folder; RuntimeError with what it printed if it fails and `check` is set.
-
-    Args:
-        variables: more of the environment.
-    """
+def run(directory: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command in a folder; RuntimeError with what it printed if it fails and `check` is set."""
     kept = {name: value for name, value in os.environ.items() if name not in ("DVC_ROOT", "PYTHONPATH")}
     # this interpreter's programs first, so that `dvc` and the stages' `python` are its own
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # into files: queue workers inherit their starter's output, and a pipe is only at its end when all of them are gone
     with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
-        ended = subprocess.run(command, cwd=directory, env=kept | {"PATH": path} | variables, **streams)
+        ended = subprocess.run(command, cwd=directory, env=kept | {"PATH": path}, **streams)
         for file in (out, err):
             file.seek(0)
         ended.stdout, ended.stderr = out.read(), err.read()
@@ -145,8 +139,8 @@ def prepare(root: Path, scale: str) -> Path:
         # on top of `head`, or what an earlier study ran would not be found again.
         git(clone, "rm", "--quiet", "dvc.lock")
         date = git(clone, "show", "--no-patch", "--format=%cI", head)
-        dates = {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
-        run(clone, "git", "commit", "--quiet", "--no-verify", "--message", "study: without dvc.lock", **dates)
+        dated = ("env", f"GIT_AUTHOR_DATE={date}", f"GIT_COMMITTER_DATE={date}")
+        run(clone, *dated, "git", "commit", "--quiet", "--no-verify", "--message", "study: without dvc.lock")
     cache = dvc(root, "cache", "dir").stdout.strip()
     dvc(clone, "cache", "dir", "--local", str((root / cache).resolve()))
     wheels, shared = clone / ".resume" / "wheels", (root / ".resume" / "wheels").absolute()

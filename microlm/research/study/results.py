@@ -4,19 +4,15 @@ A row stands for its run as long as the settings it resolved to and the code it 
 """
 
 import csv
-import functools
 import io
 import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from microlm.config import Config
 from microlm.errors import UserError
 from microlm.evaluation import SCORED_MODELS
 from microlm.files import atomic_file
-from microlm.research.study.grid import Run
 
 LABELS = ("run", "group", "label", "scale", "init", "objective", "windows", "overrides", "settings", "code")
 SCORES = ("val_bpb", "nats", "acc_norm", "gold_bpb")
@@ -50,32 +46,6 @@ RECORDED = (*LABELS, *NUMBERS)
 COLUMNS = (*RECORDED, *OUTSIDE)
 
 Row = dict[str, Any]
-
-
-def row_of(run: Run, config: Config, metrics: Mapping[str, Any], settings: str, code: str) -> Row:
-    """The row of a finished run. KeyError if its metrics lack an entry.
-
-    Args:
-        metrics: as `DvcQueue.metrics` returns them.
-        settings: digest of all parameters that the run resolved to.
-        code: digest of the code it ran under.
-    """
-    measured = MEASURED | OUTSIDE if "ood_bpb" in metrics["summary"]["student"] else MEASURED
-    return {
-        "run": run.slug,
-        "group": run.group,
-        "label": run.label,
-        "scale": config.scale,
-        "init": config.init,
-        "objective": config.objective,
-        "windows": config.at.continuation.windows,
-        "overrides": " ".join(run.overrides),
-        "settings": settings,
-        "code": code,
-        "alpha": config.alpha,
-        "seed": config.seed,
-        **{column: round(functools.reduce(operator.getitem, place, metrics), 6) for column, place in measured.items()},
-    }
 
 
 def read_results(path: Path) -> list[Row]:
