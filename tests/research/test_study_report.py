@@ -18,10 +18,17 @@ from scipy import stats
 
 from microlm.errors import UserError
 from microlm.evaluation.results.statistics import holm
-from microlm.research.study.analysis import arm_results, estimate, ladder_results
 from microlm.research.study.grid import GRID, Grid, Run, read_grid, read_yaml
 from microlm.research.study.report import report_text, rows_of, write_report
-from microlm.research.study.results import COLUMNS, LABELS, add_rows, read_results
+from microlm.research.study.results import (
+    COLUMNS,
+    LABELS,
+    add_rows,
+    arm_results,
+    estimate,
+    ladder_results,
+    read_results,
+)
 from tests.support.clones import ROOT
 
 

@@ -11,9 +11,8 @@ from microlm.files import atomic_file
 from microlm.report.figure_style import FAINT, INK, caption, save
 from microlm.report.summary_table import amount
 from microlm.research.study import sections
-from microlm.research.study.analysis import AGAINST_CONTINUED, arm_results
 from microlm.research.study.grid import FIRST, Grid
-from microlm.research.study.results import COLUMNS, read_results
+from microlm.research.study.results import AGAINST_CONTINUED, COLUMNS, arm_results, read_results
 
 COLOURS = {"control": "#2f6db3", "scratch": "#d1571e"}
 MARKERS = {"control": "o", "scratch": "^"}  # tell them apart in grey print

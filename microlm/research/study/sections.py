@@ -7,7 +7,7 @@ import pandas as pd
 
 from microlm.report import text_table
 from microlm.report.summary_table import amount
-from microlm.research.study.analysis import (
+from microlm.research.study.results import (
     AGAINST_CONTINUED,
     ArmResult,
     Estimate,
