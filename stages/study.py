@@ -60,8 +60,7 @@ def _jobs(asked: int | None, scale: str, params: dict[str, Any]) -> int:
     """How many runs at once. Two that share cores slow each other many times over, so that is refused."""
     from microlm.runtime.device import available_cores
 
-    cores = available_cores()
-    threads = params["scales"][scale]["runtime"]["threads"]
+    cores, threads = available_cores(), params["scales"][scale]["runtime"]["threads"]
     most = max(1, cores // threads) if isinstance(threads, int) else 1
     jobs = most if asked is None else asked
     if jobs < 1:

@@ -86,6 +86,7 @@ def ledger(config: Config, runtime: Runtime) -> dict[str, Any]:
     met = BreakEven(reason=reason)
     if not reason:
         met = break_even(teacher["capture_s"], cached, live, steps_per_epoch, epochs)
+    paid = {"epochs": rounded(met.epochs), "students": met.students, "epochs_a_student": epochs, "reason": met.reason}
     return {
         "objective": config.objective,
         "teacher": teacher,
@@ -98,12 +99,7 @@ def ledger(config: Config, runtime: Runtime) -> dict[str, Any]:
             "cached_over_cross_entropy": rounded(cached / cross_entropy) if cached else None,
             "live_over_cached": rounded(live / cached) if cached else None,
         },
-        "break_even": {
-            "epochs": rounded(met.epochs),
-            "students": met.students,
-            "epochs_a_student": epochs,
-            "reason": met.reason,
-        },
+        "break_even": paid,
     }
 
 

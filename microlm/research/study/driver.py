@@ -24,8 +24,7 @@ from microlm.runtime.terminal import progress_bar
 POLL_S = 1.0
 LOG_LINES = 12
 EXACT = [*(column for column in NUMBERS if "val_bpb" in column or column.endswith("_nats")), *OUTSIDE]
-"""What a run of a sample must give to the last digit: the held-out losses and their intervals, which carry the
-verdicts."""
+"""What a sample must give to the last digit: the held-out losses and their intervals, which carry the verdicts."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,10 @@ class Study:
         progress.waiting = [task for task in progress.waiting if task.name not in ended]
         done = len(self.tasks) - len(progress.waiting) - len(progress.flying)
         try:
-            with progress_bar(len(self.tasks), done, " runs", "study") as bar:
+            with progress_bar(len(self.tasks), done, " runs", "study") as self.bar:
                 while progress.waiting or progress.flying:
                     self._fill()
-                    bar.update(self._collect())
+                    self._collect()
                     time.sleep(POLL_S)
         except KeyboardInterrupt:
             print("study: stopping; what was under way goes on from its last step when you run this again")
@@ -169,18 +168,14 @@ class Study:
             self.queue.add(task.name, task.runs[0].overrides)
             progress.flying[task.name] = task
 
-    def _collect(self) -> int:
-        """Take what ended; how many gave rows."""
-        progress, recorded = self.progress, 0
-        at_work = self.queue.keep_working(len(progress.flying))
+    def _collect(self) -> None:
+        at_work = self.queue.keep_working(len(self.progress.flying))
         finished, failed = self.queue.finished(), self.queue.failed()
-        for name, task in list(progress.flying.items()):
+        for name, task in list(self.progress.flying.items()):
             if name in finished:
                 self._record(task, finished[name])
-                recorded += 1
             elif name in failed or not at_work:  # or lost, e.g. while it was set up
                 self._tell_failure(task)
-        return recorded
 
     def _record(self, task: Task, commit: str) -> None:
         metrics = self.queue.metrics(commit)
@@ -194,6 +189,7 @@ class Study:
             add_rows(self.csv, fresh)
         del self.progress.flying[task.name]
         self.progress.made |= set(task.keys.values())
+        self.bar.update()
         difference = fresh[0]["student_minus_continued_val_bpb"]
         tqdm.write(f"study: {task.runs[0].slug}: student - continued {difference:+.4f} bits per byte")
 

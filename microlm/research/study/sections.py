@@ -37,10 +37,8 @@ def listed(found: Iterable[object]) -> str:
 
 def apart(found: Mapping[str, Estimate]) -> tuple[str, str]:
     """Those whose interval lies below 0, and those whose lies above."""
-    return (
-        listed(name for name, value in found.items() if value.sign < 0),
-        listed(name for name, value in found.items() if value.sign > 0),
-    )
+    below, above = (listed(name for name, value in found.items() if value.sign == sign) for sign in (-1, 1))
+    return below, above
 
 
 def arms(rows: pd.DataFrame, figure: str) -> list[str]:
