@@ -126,11 +126,9 @@ class Replay:
     def lines(self, dtype: torch.dtype) -> list[str]:
         """What was found, for a person."""
         largest, mean = allowed_nats(dtype, self.logit_scale)
+        spreads = self.spreads.items()
         return [
-            *(
-                f"{name:<9} largest {spread.largest:.5f}, mean {spread.mean:.6f} nats, live against cached"
-                for name, spread in self.spreads.items()
-            ),
+            *(f"{name:<9} largest {s.largest:.5f}, mean {s.mean:.6f} nats, live against cached" for name, s in spreads),
             f"ids       {self.changed_sets:,} of {self.positions:,} top-k sets differ, by at most "
             f"{self.outranked.largest:.5f} nats between a token left out and one cached",
             f"allowed   largest {largest:.5f}, mean {mean:.6f} nats: rounding in {dtype}",

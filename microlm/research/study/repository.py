@@ -127,7 +127,6 @@ def prepare(root: Path, scale: str) -> Path:
     except RuntimeError:
         raise UserError(f"{root}: is no Git repository with a commit; the study runs committed code only") from None
     if not (clone / ".git").is_dir():
-        clone.parent.mkdir(parents=True, exist_ok=True)
         user = ("--config", "user.name=study", "--config", "user.email=study@localhost")
         git(root, "clone", "--quiet", "--no-checkout", *user, str(root.absolute()), str(clone))
     git(clone, "fetch", "--quiet", str(root.absolute()), "HEAD")
