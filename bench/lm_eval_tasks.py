@@ -26,10 +26,10 @@ from microlm.corpus.parts import EVALUATION, part_file
 from microlm.evaluation.candidates import load_candidate
 from microlm.evaluation.results.answers import normalised
 from microlm.evaluation.run import score_benchmark
-from microlm.evaluation.tasks.benchmarks import Benchmark, Material
+from microlm.evaluation.tasks.benchmarks import Material
 from microlm.evaluation.tasks.data import read_rows
 from microlm.evaluation.tasks.prompts import Question, questions
-from microlm.evaluation.tasks.task import TASKS
+from microlm.evaluation.tasks.task import TASKS, Benchmark
 
 PACKAGED = [name for name, task in TASKS.items() if task.source.member and "lm-eval" in task.protocols]
 
@@ -58,7 +58,7 @@ def ours(model: str, tasks: Sequence[str], items: int, _: int) -> dict[str, Any]
         every = asked(name)
         chosen = tuple(every[i] for i in sample(len(every), items))
         began = time.perf_counter()
-        material = Material(Benchmark(TASKS[name], "lm-eval", 0, None), chosen)
+        material = Material(Benchmark(name, "lm-eval", 0, None), chosen)
         table = score_benchmark(candidate, material, BATCH_TOKENS).table
         sums, seconds = table.filter(regex=r"^nats_\d+$").to_numpy(), time.perf_counter() - began
         lengths = table.filter(regex=r"^characters_\d+$").to_numpy()

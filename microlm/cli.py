@@ -118,9 +118,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _print_table(results: "Sequence[Result]", arguments: argparse.Namespace) -> None:
-    from microlm.report.evaluation_table import published_figures, results_text
+    from microlm.report.evaluation_table import evaluation_text, published_figures, worth_showing
 
-    print("\n" + plain(results_text(results, published_figures(), arguments.table, arguments.metrics == "all")))
+    figures = worth_showing(published_figures(), results)
+    print("\n" + plain(evaluation_text(results, figures, arguments.table, arguments.metrics == "all")))
 
 
 def _gathered(arguments: argparse.Namespace) -> list[Material]:
@@ -225,7 +226,7 @@ def _references(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     sides = [[_results_folder(name, arguments.out) for name in side.split(",")] for side in (arguments.A, arguments.B)]
 
-    from microlm.evaluation.results.comparison import compare
+    from microlm.evaluation.results.metrics import compare
     from microlm.report.evaluation_table import comparison_text
 
     found = compare(*sides)

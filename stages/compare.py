@@ -10,7 +10,7 @@ from microlm.errors import UserError, plain, run_stage
 from microlm.evaluation import SCORED_MODELS
 from microlm.files import read_json, write_json
 from microlm.report.curve_figures import draw_figures
-from microlm.report.summary import COMPARISONS, benchmark_rows, centred_mean_rows, read_scores, summarize
+from microlm.report.summary import COMPARISONS, benchmark_rows, centred_mean_rows, summarize
 from microlm.report.summary_table import benchmarks_markdown, markdown, report_text
 from microlm.runtime.paths import METRICS, TRAINED_MODELS
 
@@ -36,11 +36,9 @@ def main() -> None:
 
 
 def _compare(config: Config) -> None:
-    scores = read_scores()
-    training = {name: read_json(METRICS / f"{name}.json", TRAINED_MODELS.get(name, name)) for name in SCORED_MODELS}
     distillation = {key: getattr(config, key) for key in ("init", "objective", "alpha", "temperature")}
     draws, seed = config.at.evaluation.bootstrap_draws, config.seed
-    summary = summarize(scores, training, distillation, draws, seed)
+    summary = summarize(distillation, draws, seed)
     summary["benchmarks"] = benchmark_rows(SCORED_MODELS, draws, seed)
     order = [(task, of.protocol, of.shots) for of in config.at.evaluation.benchmarks for task in of.tasks]
     summary["centred_mean_tasks"], rows = centred_mean_rows(SCORED_MODELS, COMPARISONS, order, draws, seed)

@@ -77,7 +77,11 @@ def load_candidate(name: str, revision: str | None, dtype: torch.dtype) -> Candi
         return _teacher(name, PackagedTeacher(), dtype)
     directory = Path(name)
     if directory.is_dir() and model_files.is_ours(directory):
-        return _student(name, directory, _tokenizer_of(directory), dtype)
+        try:
+            tokenizer = load_tokenizer(directory)
+        except UserError as error:
+            raise UserError(f"{error}; or make the model again, which has its tokenizer beside its weights") from None
+        return _student(name, directory, tokenizer, dtype)
     if not directory.is_dir() and (directory.exists() or name.startswith((".", os.sep)) or name.count("/") > 1):
         raise UserError(f"{name}: is no model directory; name a folder with config.json, or a hub id such as gpt2")
     try:
@@ -130,10 +134,3 @@ def _student(name: str, directory: Path, tokenizer: Tokenizer, dtype: torch.dtyp
         if isinstance(module, (Linear, torch.nn.Embedding)):
             module.weight = torch.nn.Parameter(module.weight.to(model.activation_dtype), requires_grad=False)
     return Candidate(name, model.eval(), tokenizer, tokenizer.eot_id, sha256_file(directory / model_files.WEIGHTS))
-
-
-def _tokenizer_of(directory: Path) -> Tokenizer:
-    try:
-        return load_tokenizer(directory)
-    except UserError as error:
-        raise UserError(f"{error}; or make the model again, which has its tokenizer beside its weights") from None

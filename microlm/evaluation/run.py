@@ -23,6 +23,7 @@ from microlm.evaluation.scoring.backends import missed
 from microlm.evaluation.scoring.encoding import Encoding, encode
 from microlm.evaluation.scoring.engine import score
 from microlm.evaluation.tasks.benchmarks import Material
+from microlm.evaluation.tasks.task import task_named
 from microlm.runtime import distributed
 from microlm.runtime.terminal import progress_bar
 
@@ -32,16 +33,13 @@ APART = ("completion",)
 
 def identity(candidate: Candidate, material: Material) -> Identity:
     """What the result of this candidate on this material will say of itself."""
-    benchmark, model = material.benchmark, candidate.model
+    model = candidate.model
     dtype = getattr(model, "activation_dtype", next(model.parameters()).dtype)
     return Identity(
         model=candidate.name,
         model_digest=candidate.weights,
         tokenizer=candidate.tokenizer.fingerprint,
-        task=benchmark.task.name,
-        protocol=benchmark.protocol,
-        shots=benchmark.shots,
-        limit=benchmark.limit,
+        **material.benchmark._asdict(),
         data_sha256=material.data_sha256,
         questions_sha256=material.digest,
         dtype=str(dtype).removeprefix("torch."),
@@ -67,17 +65,13 @@ def evaluate(
             if distributed.any_rank(distributed.is_first() and complete):
                 bar.update(len(material.reads))
                 yield there, True
-            elif material.unavailable:
-                yield _written(out, Result(who, unavailable=material.unavailable)), False
-            else:
+                continue
+            result = Result(who, unavailable=material.unavailable)
+            if not material.unavailable:
                 result = score_benchmark(candidate, material, batch_tokens, pmi, bar.update)
-                yield _written(out, result), False
-
-
-def _written(out: Path, result: Result) -> Result:
-    if distributed.is_first():
-        write_result(out, result)
-    return result
+            if distributed.is_first():
+                write_result(out, result)
+            yield result, False
 
 
 def score_benchmark(
@@ -89,15 +83,15 @@ def score_benchmark(
 ) -> Result:
     """Score, answer, measure. UserError as `engine.score` and `encode`."""
     benchmark, encoding, used = material.benchmark, _encode(candidate, material), Counter()
+    task = task_named(benchmark.task)
     nats = _score(candidate, encoding, batch_tokens, progress=progress, used=used)
     fixed_endings = len({question.endings for question in material.questions}) == 1
     bare = _without_question(candidate, material, batch_tokens) if pmi or fixed_endings else None
-    word = benchmark.task.kind == "word"
-    misses = _score(candidate, encoding, batch_tokens, measure=missed) if word else None
+    misses = _score(candidate, encoding, batch_tokens, measure=missed) if task.kind == "word" else None
     lengths = [item.lengths for item in encoding.questions]
     nats, lengths = (_of_questions(material, of_reads) for of_reads in (nats, lengths))
     table = answers(material.questions, nats, lengths, bare, benchmark.protocol, misses)
-    metrics = task_metrics(benchmark.task, benchmark.protocol, benchmark.shots, table)
+    metrics = task_metrics(task, benchmark.protocol, benchmark.shots, table)
     metrics |= {"truncated": encoding.truncated, "unshared_prefix": encoding.unshared, "backends": dict(used)}
     return Result(identity(candidate, material), metrics, table, data=material.data)
 
@@ -115,13 +109,8 @@ def _score(candidate: Candidate, encoding: Encoding, batch_tokens: int, **asked:
 
 
 def _encode(candidate: Candidate, material: Material) -> Encoding:
-    joint, limit = material.benchmark.protocol not in APART, candidate.model.context
-    begin = _begin(candidate, material)
-    return encode(material.reads, candidate.tokenizer, limit, candidate.start_token, material.prefix, joint, begin)
-
-
-def _begin(candidate: Candidate, material: Material) -> tuple[int, ...]:
-    return () if material.benchmark.protocol in APART else candidate.begin
+    joint, limit, start = material.benchmark.protocol not in APART, candidate.model.context, candidate.start_token
+    return encode(material.reads, candidate.tokenizer, limit, start, material.prefix, joint, candidate.begin)
 
 
 def _without_question(candidate: Candidate, material: Material, batch_tokens: int) -> list[np.ndarray]:
@@ -140,7 +129,7 @@ def refuse_before_scoring(candidate: Candidate, gathered: Sequence[Material], ou
         require_ours(result_path(out, who), who.model)
         if material.prefix:
             (ids,) = candidate.tokenizer.encode_batch([material.prefix])
-            length = len(_begin(candidate, material)) + len(ids)
+            length = len(ids) + (0 if who.protocol in APART else len(candidate.begin))
             if length >= context:
                 raise UserError(
                     f"shots: the {who.shots} exemplars of {who.task} take {length} tokens, {candidate.name} has "

@@ -3,19 +3,18 @@
 Their figures, each with its protocol and source, are in published.yaml beside this file.
 """
 
-import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from microlm.errors import UserError
 from microlm.evaluation.results.metrics import ACCURACIES
 from microlm.evaluation.results.statistics import CONFIDENCE
 from microlm.evaluation.results.store import Result, same_protocol
-from microlm.evaluation.tasks.task import TASKS, task_named
+from microlm.evaluation.tasks.task import TASKS, Benchmark, task_named
 from microlm.files import read_yaml
-from microlm.report.text_table import WIDTH, Grid, blocks, markdown
+from microlm.report.text_table import Grid, blocks, markdown, wrapped
 from microlm.schema import LARGEST_COUNT, parse, within
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -55,18 +54,14 @@ def published_figures(path: Path = PUBLISHED) -> list[Figure]:
     return file.figures
 
 
-def worth_showing(
-    figures: Sequence[Figure], models: Collection[str], measured: Collection[tuple[str, str, int]]
-) -> list[Figure]:
-    """Those that say something beside our own: of the same model, or of any model under the same protocol.
+def worth_showing(figures: Sequence[Figure], results: Sequence[Result]) -> list[Figure]:
+    """Those that say something beside our own results: of the same model, or of any model under the same protocol.
 
-    A figure of a model that was evaluated at a revision gets that model's name, so that they share a row.
-
-    Args:
-        models: as evaluated: a hub id, id@revision or a path.
-        measured: task, protocol and shots of what was evaluated.
+    A figure of a model that was evaluated at a revision (id@revision) gets that model's name: they share a row.
     """
-    tasks, names = {task for task, _, _ in measured}, {name.partition("@")[0]: name for name in models}
+    measured = {result.identity.column[:3] for result in results if result.table is not None}
+    tasks = {task for task, _, _ in measured}
+    names = {result.identity.model.partition("@")[0]: result.identity.model for result in results}
     return [
         replace(figure, model=names.get(figure.model, figure.model))
         for figure in figures
@@ -74,38 +69,25 @@ def worth_showing(
     ]
 
 
-@dataclass(frozen=True)
-class Column:
-    """One metric of one task, protocol, number of shots and subset; `published` columns hold others' figures."""
+class Column(NamedTuple):
+    """One metric of one benchmark; `published` columns hold others' figures, whose shots may be None."""
 
-    task: str
-    published: bool
-    protocol: str
-    shots: int | None
-    limit: int | None
+    of: Benchmark
     metric: str
+    published: bool = False
 
     @property
     def heading(self) -> str:
-        shots = "" if self.shots is None else f"{self.shots}-shot"
-        subset = "" if self.limit is None else f"{self.limit:,} questions"
-        published = "published" if self.published else ""
-        return "\n".join(filter(None, (self.task, self.metric, published, self.protocol, shots, subset)))
+        task, protocol, *sizes = self.of
+        words = (f"{size:,}{what}" for size, what in zip(sizes, ("-shot", " questions")) if size is not None)
+        return "\n".join((task, self.metric, *(["published"] if self.published else []), protocol, *words))
 
     @property
     def place(self) -> tuple[object, ...]:
         """By task, ours before others', a task's metrics in its own order, the primary one first."""
-        metric = TASKS[self.task].metrics.index(self.metric)
-        return list(TASKS).index(self.task), self.published, self.protocol, self.shots or 0, self.limit or 0, metric
-
-
-def results_text(
-    results: Sequence[Result], figures: Sequence[Figure], form: str = "text", every_metric: bool = False
-) -> str:
-    """`evaluation_text` with those of `figures` that are `worth_showing`."""
-    models = {result.identity.model for result in results}
-    measured = {result.identity.column[:3] for result in results if result.table is not None}
-    return evaluation_text(results, worth_showing(figures, models, measured), form, every_metric)
+        task, protocol, shots, limit = self.of
+        metric = TASKS[task].metrics.index(self.metric)
+        return list(TASKS).index(task), self.published, protocol, shots or 0, limit or 0, metric
 
 
 def evaluation_text(
@@ -128,8 +110,7 @@ def evaluation_text(
     notes = _notes(results, grid)
     if form == "markdown":
         return "\n\n".join((markdown(grid), *notes)) + "\n"
-    filled = (textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in notes)
-    return "\n\n".join((*blocks(grid), "\n".join(filled))) + "\n"
+    return "\n\n".join((*blocks(grid), "\n".join(map(wrapped, notes)))) + "\n"
 
 
 def _evaluation_grid(results: Sequence[Result], figures: Sequence[Figure], every_metric: bool) -> Grid:
@@ -138,7 +119,7 @@ def _evaluation_grid(results: Sequence[Result], figures: Sequence[Figure], every
     for result in results:
         who = result.identity
         for metric in TASKS[who.task].metrics[: None if every_metric else 1]:
-            column = Column(who.task, False, *who.column[1:], metric)
+            column = Column(who.column, metric)
             sharing.setdefault(column, []).append(result)
             if who.model in cells.setdefault(column, {}):
                 raise UserError(f"{who.model} has two results of {who.task}; show them apart")
@@ -147,8 +128,8 @@ def _evaluation_grid(results: Sequence[Result], figures: Sequence[Figure], every
         same_protocol(alike)
         cells[column] |= _blind_cells(alike, column.metric)
     for figure in figures:
-        if any((column.task, column.metric) == (figure.task, figure.metric) for column in sharing):
-            column = Column(figure.task, True, figure.protocol, figure.shots, None, figure.metric)
+        if any((column.of.task, column.metric) == (figure.task, figure.metric) for column in sharing):
+            column = Column(Benchmark(figure.task, figure.protocol, figure.shots, None), figure.metric, True)
             shown = f"{100 * figure.value:.2f}" + (SECOND_HAND if figure.checked == "second hand" else "")
             others = cells.setdefault(column, {})
             others[figure.model] = " / ".join(filter(None, (others.get(figure.model), shown)))
@@ -203,12 +184,8 @@ def _notes(results: Sequence[Result], grid: Grid) -> list[str]:
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
     """What `compare` found: a row for each metric of each task, then what may be said, in lines of 96 columns."""
-    tables = blocks(_comparison_grid(comparison), keys=2)
-    said = (
-        textwrap.fill(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-        for sentence in comparison_sentences(comparison)
-    )
-    return "\n\n".join((*tables, "\n".join(said))) + "\n"
+    said = (wrapped(sentence, bullet="- ") for sentence in _comparison_sentences(comparison))
+    return "\n\n".join((*blocks(_comparison_grid(comparison), keys=2), "\n".join(said))) + "\n"
 
 
 def _comparison_grid(comparison: Mapping[str, Any]) -> Grid:
@@ -236,7 +213,7 @@ def _entry_cells(entry: Mapping[str, Any], scale: int = 100, digits: int = 2, si
     return [a, b, difference, _p(entry["p"]), detectable]
 
 
-def comparison_sentences(comparison: Mapping[str, Any]) -> list[str]:
+def _comparison_sentences(comparison: Mapping[str, Any]) -> list[str]:
     """What the comparison allows one to say: of each task, of the seeds, and of what was left out."""
     a, b = (" + ".join(dict.fromkeys(comparison[side])) for side in "ab")
     said = [f"A is {a}, B is {b}; {comparison['draws']:,} draws of whole sources; p after Holm is of primary metrics."]

@@ -9,7 +9,6 @@ from microlm.files import atomic_file
 
 PAGE = Path(".dvc/plots/offline.html")
 VEGA_LITE = "5.20"  # of the major version that the templates in .dvc/plots and DVC's own are written in
-SIZE_LIMIT_BYTES = 1 << 20
 # DVC replaces these words wherever they stand in the page, so that the bundle may not hold them
 PLACEHOLDERS = ("{plot_divs}", "{refresh_tag}", "{scripts}")
 
@@ -51,8 +50,6 @@ def main() -> None:
     import vl_convert  # of the extra `docs`: nothing else needs it
 
     page = offline_page(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed", vl_version=VEGA_LITE))
-    if len(page.encode()) > SIZE_LIMIT_BYTES:
-        raise ValueError(f"{PAGE} would have {len(page.encode())} bytes, more than {SIZE_LIMIT_BYTES}")
     with atomic_file(PAGE, "w") as file:
         file.write(page)
     print(f"{PAGE}: {len(page.encode()):,} bytes")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import pyarrow as pa
 
 from microlm.errors import UserError
 from microlm.evaluation import SCORED_MODELS
-from microlm.evaluation.results.comparison import centred_means, compare, once
-from microlm.evaluation.results.metrics import ACCURACIES
+from microlm.evaluation.results.metrics import ACCURACIES, centred_means, compare, once
 from microlm.evaluation.results.statistics import (
     Interval,
     interval,
@@ -23,8 +23,8 @@ from microlm.evaluation.results.statistics import (
     ratio,
     smallest_detectable,
 )
-from microlm.evaluation.results.store import Column, Result, read_results, same_protocol
-from microlm.evaluation.tasks.task import task_named
+from microlm.evaluation.results.store import Result, read_results, same_protocol
+from microlm.evaluation.tasks.task import Benchmark, task_named
 from microlm.files import check_sums, read_json, read_made
 from microlm.runtime.paths import METRICS, SCORES, TRAINED_MODELS
 
@@ -70,12 +70,15 @@ def read_scores() -> dict[str, Scores]:
             for path in (_headline(folder, stage), folder / "windows.parquet")
         )
         scores[name] = Scores(read_json(METRICS / "evaluation" / f"{name}.json", stage), items, windows)
-    for name in SCORED_MODELS[1:]:
-        for table, keys in (
-            ("items", ["item", "label", "bytes_0", "bytes_1", "bytes_2", "bytes_3"]),
-            ("windows", ["split", "window", "bytes"]),
-        ):
-            _require_same(scores, SCORED_MODELS[0], name, table, keys)
+    first, *others = SCORED_MODELS
+    alike = {"items": ["item", "label", *(f"bytes_{k}" for k in range(4))], "windows": ["split", "window", "bytes"]}
+    for other, (table, keys) in product(others, alike.items()):
+        a, b = (getattr(scores[name], table) for name in (first, other))
+        if not set(keys) <= set(a) & set(b) or not a[keys].equals(b[keys]):
+            raise UserError(
+                f"{SCORES / other} and {SCORES / first} are not about the same {table} and cannot be compared; "
+                f"score both again with: dvc repro -f -s evaluate@{first} evaluate@{other}"
+            )
     return scores
 
 
@@ -90,28 +93,13 @@ def _headline(folder: Path, stage: str) -> Path:
     return found[0]
 
 
-def _require_same(scores: Mapping[str, Scores], first: str, other: str, table: str, keys: list[str]) -> None:
-    a, b = (getattr(scores[name], table) for name in (first, other))
-    if not set(keys) <= set(a) & set(b) or not a[keys].equals(b[keys]):
-        raise UserError(
-            f"{SCORES / other} and {SCORES / first} are not about the same {table} and cannot be compared; "
-            f"score both again with: dvc repro -f -s evaluate@{first} evaluate@{other}"
-        )
-
-
-def summarize(
-    scores: Mapping[str, Scores],
-    training: Mapping[str, Mapping[str, Any]],
-    distillation: Mapping[str, Any],
-    draws: int,
-    seed: int,
-) -> dict[str, Any]:
-    """metrics/summary.json as a dict, but for the benchmarks and their mean.
+def summarize(distillation: Mapping[str, Any], draws: int, seed: int) -> dict[str, Any]:
+    """metrics/summary.json as a dict, but for the benchmarks and their mean. UserError as `read_scores` has it.
 
     Args:
-        training: metrics/<name>.json of each trained model and of the teacher.
         distillation: what the student was trained with, e.g. alpha, objective, temperature; shown as it is.
     """
+    scores = read_scores()
     student = scores["student"]
     summary: dict[str, Any] = dict(distillation)
     summary |= {"questions": len(student.items), "windows": len(student.windows_of("val"))}
@@ -119,9 +107,10 @@ def summarize(
         summary["outside_windows"] = len(student.windows_of("outside"))
     for name, score in scores.items():
         summary[name] = _model_row(score.metrics)
-    for name in TRAINED_MODELS:
-        summary[name] |= {key: training[name][key] for key in ("tokens_before", "tokens")}
-    summary["teacher"] |= _teacher_cost(summary, training["teacher"])
+    for name, stage in TRAINED_MODELS.items():
+        training = read_json(METRICS / f"{name}.json", stage)
+        summary[name] |= {key: training[key] for key in ("tokens_before", "tokens")}
+    summary["teacher"] |= _teacher_cost(summary, read_json(METRICS / "teacher.json", "teacher"))
     for a, b in COMPARISONS:
         summary[f"{a}_minus_{b}"] = _difference(scores[a], scores[b], draws, seed)
     difference = summary["student_minus_continued"]
@@ -145,11 +134,7 @@ def _teacher_cost(summary: Mapping[str, Any], teacher: Mapping[str, Any]) -> Row
     student = summary["student"]
     labelled = student["tokens"] if teacher["source"] == "live" else teacher["tokens"]
     cost = 2 * summary["teacher"]["parameters"] * labelled / (6 * student["parameters"] * student["tokens"])
-    return {
-        "source": teacher["source"],
-        "tokens_labelled": labelled,
-        "labelling_to_distilling_flops": round(cost, 6),
-    }
+    return {"source": teacher["source"], "tokens_labelled": labelled, "labelling_to_distilling_flops": round(cost, 6)}
 
 
 def _difference(a: Scores, b: Scores, draws: int, seed: int) -> dict[str, float]:
@@ -198,7 +183,7 @@ def benchmark_rows(models: Sequence[str], draws: int, seed: int, data: Path = SC
     Raises:
         UserError: a result is absent or damaged, or two models were asked different questions.
     """
-    columns: dict[Column, dict[str, Result]] = {}
+    columns: dict[Benchmark, dict[str, Result]] = {}
     for name in models:
         for result in read_results(data / name):
             columns.setdefault(result.identity.column, {})[name] = result
@@ -206,12 +191,12 @@ def benchmark_rows(models: Sequence[str], draws: int, seed: int, data: Path = SC
     for found in compare(data / "student", data / "continued", draws, seed)["tasks"]:
         entry = found["metrics"][found["primary"]]
         difference = {key: entry[key] for key in ("difference", "low", "high", "detectable")}
-        column = Column(*(found[key] for key in Column._fields))
+        column = Benchmark(*(found[key] for key in Benchmark._fields))
         rows[column]["student_minus_continued"] = difference | {"p_holm": found["p_holm"]}
     return list(rows.values())
 
 
-def _benchmark(column: Column, results: Mapping[str, Result]) -> Row:
+def _benchmark(column: Benchmark, results: Mapping[str, Result]) -> Row:
     same_protocol(list(results.values()))
     row: Row = column._asdict() | {"metric": task_named(column.task).primary}
     for name, result in results.items():

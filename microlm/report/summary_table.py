@@ -1,7 +1,6 @@
 """The comparison for a terminal: a table, the differences with their intervals, and what these allow one to say."""
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from microlm.evaluation import GPT2_124M_ACC_NORM, SCORED_MODELS
 from microlm.evaluation.results.store import LEFT_OUT, NOT_AVAILABLE
 from microlm.evaluation.tasks.task import CHANCE
 from microlm.report.summary import COMPARISONS, side_of_zero
-from microlm.report.text_table import WIDTH, Grid, blocks
+from microlm.report.text_table import Grid, blocks, wrapped
 from microlm.report.text_table import markdown as in_markdown
 from microlm.runtime.paths import TRAINED_MODELS
 
@@ -41,12 +40,12 @@ def report_text(summary: Summary) -> str:
     )
     parts = [
         *blocks(_model_rows(summary)),
-        _wrapped(notes),
+        wrapped(notes),
         *blocks(_difference_rows(summary)),
         *blocks(_benchmark_rows(summary)),
-        _wrapped(_notes(summary)),
+        wrapped(_notes(summary)),
     ]
-    said = [_wrapped(sentence, bullet="- ") for sentence in sentences(summary)]
+    said = [wrapped(sentence, bullet="- ") for sentence in sentences(summary)]
     return "\n\n".join(parts) + "\n\nWhat this allows one to say\n" + "\n".join(said) + "\n"
 
 
@@ -235,8 +234,3 @@ def amount(number: float) -> str:
             scaled = float(f"{number / unit:.3g}")
             return f"{scaled:.{2 - int(math.log10(scaled))}f}{name}"
     return f"{number:.0f}"
-
-
-def _wrapped(text: str, bullet: str = "") -> str:
-    indent = " " * len(bullet)
-    return textwrap.fill(text, WIDTH, initial_indent=bullet, subsequent_indent=indent, break_on_hyphens=False)

@@ -1,5 +1,6 @@
 """A table of texts for a terminal and for Markdown. Cells of the head may hold several lines."""
 
+import textwrap
 from collections.abc import Sequence
 
 WIDTH = 96  # columns of a terminal
@@ -32,16 +33,20 @@ def _aligned(grid: Grid, widths: Sequence[int]) -> str:
     heads = [cell.split("\n") for cell in grid[0]]
     depth = max(map(len, heads))
     stacked = [list(line) for line in zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)]
-    lines = [_line(row, widths) for row in (*stacked, ["-" * width for width in widths], *grid[1:])]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return "  ".join([row[0].ljust(widths[0]), *cells])
+    lines = []
+    for first, *others in (*stacked, ["-" * width for width in widths], *grid[1:]):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
 
 
 def markdown(grid: Sequence[Sequence[str]], rest: str = "---:") -> str:
     """`rest`: how the columns after the first are set, in Markdown's own marks."""
     head, *body = ["| " + " | ".join(cell.replace("\n", "<br>") for cell in row) + " |" for row in grid]
     return "\n".join([head, "|---|" + f"{rest}|" * (len(grid[0]) - 1), *body])
+
+
+def wrapped(text: str, bullet: str = "") -> str:
+    """`text` in lines of at most 96 columns, those after the first below the words behind the bullet."""
+    indent = " " * len(bullet)
+    return textwrap.fill(text, WIDTH, initial_indent=bullet, subsequent_indent=indent, break_on_hyphens=False)

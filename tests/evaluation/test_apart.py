@@ -14,9 +14,9 @@ from microlm.evaluation.run import score_benchmark
 from microlm.evaluation.scoring.backends import missed
 from microlm.evaluation.scoring.encoding import encode
 from microlm.evaluation.scoring.engine import score
-from microlm.evaluation.tasks.benchmarks import Benchmark, Material, benchmarks, gather
+from microlm.evaluation.tasks.benchmarks import Material, benchmarks, gather
 from microlm.evaluation.tasks.prompts import questions
-from microlm.evaluation.tasks.task import TASKS
+from microlm.evaluation.tasks.task import TASKS, Benchmark
 from stages.evaluate import _benchmarks
 from tests.evaluation.test_task_files import read_published
 from tests.support.tiny_candidates import repository
@@ -38,7 +38,7 @@ def candidate() -> Candidate:
 
 def material(name: str) -> Material:
     task = TASKS[name]
-    return Material(Benchmark(task, "lm-eval", 0, None), tuple(questions(task, "lm-eval", read_published(task))))
+    return Material(Benchmark(name, "lm-eval", 0, None), tuple(questions(task, "lm-eval", read_published(task))))
 
 
 def ids(candidate: Candidate, *texts: str) -> list[list[int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from microlm.evaluation.results.comparison import centred_means, compare, once
+from microlm.evaluation.results.metrics import centred_means, compare, once
 from microlm.evaluation.results.store import Result, write_result
 from microlm.report.evaluation_table import comparison_text
 from microlm.report.summary import benchmark_rows, blind, centred_mean_rows

@@ -9,16 +9,11 @@ import pytest
 
 from microlm.errors import UserError
 from microlm.evaluation.results import metrics
-from microlm.evaluation.results.comparison import compare, compare_task
+from microlm.evaluation.results.metrics import compare, compare_task
 from microlm.evaluation.results.statistics import holm, mcnemar_exact
 from microlm.evaluation.results.store import Result, model_slug, write_result
-from microlm.report.evaluation_table import (
-    WIDTH,
-    Figure,
-    comparison_text,
-    evaluation_text,
-    results_text,
-)
+from microlm.report.evaluation_table import Figure, comparison_text, evaluation_text, worth_showing
+from microlm.report.text_table import WIDTH
 from tests.support.toy_results import absent, toy_result
 
 DRAWS = 400
@@ -159,17 +154,19 @@ def test_the_table_keeps_protocols_and_published_figures_apart() -> None:
 def test_results_are_shown_beside_what_can_be_compared() -> None:
     results = [toy_result("hellaswag", "gpt2@607a30d"), toy_result("mrpc", "gpt2@607a30d")]
     figures = [figure(), figure(model="q"), figure(model="q", protocol="completion")]
-    rows = table_rows(results_text(results, figures, "markdown"))
+    figures = worth_showing(figures, results)
+    rows = table_rows(evaluation_text(results, figures, "markdown"))
     assert rows["gpt2@607a30d"]["hellaswag<br>acc_norm<br>published<br>lm-eval<br>0-shot"] == "31.14*"
     assert rows["q"]["hellaswag<br>acc_norm<br>published<br>completion<br>0-shot"] == "31.14*"
-    assert "31.14*" in results_text(results, figures) and len(rows["q"]) == 4
+    assert "31.14*" in evaluation_text(results, figures) and len(rows["q"]) == 4
 
 
 def test_every_metric_has_its_own_column_and_baseline_and_published_figures() -> None:
     rows = table_rows(evaluation_text([toy_result("mrpc", "a")], (), "markdown", every_metric=True))
     assert [heading.split("<br>")[1] for heading in rows["a"]] == ["acc", "f1"] and all(rows["(always yes)"].values())
     results = [toy_result(task, "a") for task in ("hellaswag", "stsb", "cola")]
-    rows = table_rows(results_text(results, [figure(metric="acc", protocol="completion")], "markdown", True))
+    figures = worth_showing([figure(metric="acc", protocol="completion")], results)
+    rows = table_rows(evaluation_text(results, figures, "markdown", True))
     assert [heading.split("<br>")[:3] for heading in rows["a"]] == [
         ["hellaswag", "acc_norm", "completion"],
         ["hellaswag", "acc", "completion"],

@@ -9,6 +9,7 @@ from microlm.errors import UserError
 from microlm.evaluation import GPT2_124M_ACC_NORM
 from microlm.evaluation.tasks.task import TASKS
 from microlm.report.evaluation_table import Figure, published_figures, worth_showing
+from tests.support.toy_results import toy_result
 
 LINE = """figures:
   - {model: gpt2, task: hellaswag, metric: acc, value: 0.3, shots: 0, protocol: p, source: s, checked: second hand}
@@ -38,17 +39,17 @@ def test_errors_on_full_splits_are_those_of_their_accuracy(figures: list[Figure]
 
 
 def test_the_reference_line_of_the_pipeline_is_among_them(figures: list[Figure]) -> None:
-    found = worth_showing(figures, ["models/student"], {("hellaswag", "completion", 0)})
+    found = worth_showing(figures, [toy_result("hellaswag", "models/student")])
     assert {(f.task, f.protocol, f.shots) for f in found} == {("hellaswag", "completion", 0)}
     of_gpt2 = [f.value for f in found if (f.model, f.metric) == ("gpt2", "acc_norm")]
     assert of_gpt2[0] == GPT2_124M_ACC_NORM
 
 
 def test_a_model_s_figures_by_other_protocols_share_its_row(figures: list[Figure]) -> None:
-    found = worth_showing(figures, ["Qwen/Qwen2.5-1.5B@8faed76"], {("hellaswag", "lm-eval", 5)})
+    found = worth_showing(figures, [toy_result("hellaswag", "Qwen/Qwen2.5-1.5B@8faed76", protocol="lm-eval", shots=5)])
     assert {f.model for f in found} == {"Qwen/Qwen2.5-1.5B@8faed76"}
     assert {(f.protocol, f.shots) for f in found} == {("Qwen blog", 10), ("lighteval", 0)}
-    assert worth_showing(figures, ["gpt2"], {("mrpc", "lm-eval", 5)}) == []
+    assert worth_showing(figures, [toy_result("mrpc", "gpt2", shots=5)]) == []
 
 
 @pytest.mark.parametrize(

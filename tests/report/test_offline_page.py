@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from microlm.report.offline_page import PAGE, PLACEHOLDERS, SIZE_LIMIT_BYTES, offline_page
+from microlm.report.offline_page import PAGE, PLACEHOLDERS, offline_page
 from tests.support.clones import ROOT
 
+SIZE_LIMIT_BYTES = 1 << 20
 TEMPLATES = sorted((ROOT / ".dvc" / "plots").glob("*.json"))
 
 

@@ -18,7 +18,8 @@ from microlm.evaluation.results.store import Identity, Result, write_result
 from microlm.evaluation.tasks.task import TASKS
 from microlm.report.curve_figures import draw_figures
 from microlm.report.summary import COMPARISONS, benchmark_rows, centred_mean_rows, read_scores, summarize
-from microlm.report.summary_table import WIDTH, amount, report_text, sentences
+from microlm.report.summary_table import amount, report_text, sentences
+from microlm.report.text_table import WIDTH
 from microlm.runtime.paths import TRAINED_MODELS
 from stages import compare
 from tests.support.clones import ROOT
@@ -98,8 +99,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _without_mean(draws: int = 1000) -> dict:
-    training = {name: json.loads(Path(f"metrics/{name}.json").read_text()) for name in SCORED_MODELS}
-    return summarize(read_scores(), training, {"alpha": 0.5, "objective": "rkl"}, draws, seed=1)
+    return summarize({"alpha": 0.5, "objective": "rkl"}, draws, seed=1)
 
 
 def _summary(draws: int = 1000) -> dict:

@@ -59,11 +59,18 @@ def answers(
     table = {"item": [q.id for q in questions], "cluster": [q.cluster for q in questions], "label": labels}
     for name, values in columns.items():
         table |= {f"{name}_{k}": values[:, k] for k in range(values.shape[1])}
+    nats = columns["nats"]
     if regression:
-        return pd.DataFrame(table | {"value": _expected_value(questions, columns["nats"])})
-    if kind == "word":
-        return pd.DataFrame(table | _words(columns, _padded(missed or (), sizes)))
-    return pd.DataFrame(table | _choices(columns, labels, NORMALISER[protocol]))
+        numbers = np.array([[float(ending) for ending in question.endings] for question in questions])
+        weights = np.exp(nats.min(axis=1, keepdims=True) - nats)
+        table["value"] = (weights * numbers).sum(axis=1) / weights.sum(axis=1)
+    elif kind == "word":
+        written = _padded(missed or (), sizes)[:, 0] == 0
+        table |= {"prediction_sum": np.where(written, 0, -1), "correct_sum": written}
+        table |= {"gold_nats": nats[:, 0], "gold_bytes": columns["bytes"][:, 0]}
+    else:
+        table |= _choices(columns, labels, NORMALISER[protocol])
+    return pd.DataFrame(table)
 
 
 def normalised(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -90,18 +97,6 @@ def _choices(columns: dict[str, np.ndarray], labels: np.ndarray, own: str) -> di
     table["margin"] = wrong.min(axis=1) - losses["byte"][rows, labels]
     lead = np.minimum(*(np.diff(np.partition(losses[name], 1, axis=1)[:, :2])[:, 0] for name in ("sum", own)))
     return table | {"near_tie": lead < NEAR_TIE}
-
-
-def _words(columns: dict[str, np.ndarray], missed: np.ndarray) -> dict[str, np.ndarray]:
-    written = missed[:, 0] == 0
-    figures = {"prediction_sum": np.where(written, 0, -1), "correct_sum": written}
-    return figures | {"gold_nats": columns["nats"][:, 0], "gold_bytes": columns["bytes"][:, 0]}
-
-
-def _expected_value(questions: Sequence[Question], nats: np.ndarray) -> np.ndarray:
-    numbers = np.array([[float(ending) for ending in question.endings] for question in questions])
-    weights = np.exp(nats.min(axis=1, keepdims=True) - nats)
-    return (weights * numbers).sum(axis=1) / weights.sum(axis=1)
 
 
 def _padded(rows: Sequence[Sequence[float] | np.ndarray], sizes: Sequence[int]) -> np.ndarray:

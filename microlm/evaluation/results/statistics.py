@@ -64,8 +64,7 @@ class RankCorrelation:
 
 def mean(scores: ArrayLike) -> Sums:
     """Mean of scores [n]: an accuracy where they are right or wrong."""
-    scores = np.asarray(scores, dtype=np.float64)
-    return Sums((scores, np.ones_like(scores)), lambda total, n: total / n)
+    return ratio(scores, np.ones(len(scores)))
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Sums:

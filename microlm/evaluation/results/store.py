@@ -10,37 +10,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
 from microlm.errors import UserError
-from microlm.evaluation.tasks.task import LEFT_OUT
+from microlm.evaluation.tasks.task import LEFT_OUT, Benchmark
 from microlm.files import atomic_file, refuse_unsealed, sealed, sha256_bytes, write_json
 from microlm.schema import parse
 
 FORMAT = "microlm result 1"
 NOT_AVAILABLE = "data not available"
 AGAIN = "score it again with microlm evaluate"
-# what two results must share to stand in one column, in the words that name it to a person
-SHARED = {
-    "task": "task",
-    "protocol": "protocol",
-    "shots": "number of shots",
-    "limit": "number of questions",
-    "data_sha256": "data file",
-    "questions_sha256": "wording of the questions or exemplars",
-}
-
-
-class Column(NamedTuple):
-    """What figures of several models can stand under together."""
-
-    task: str
-    protocol: str
-    shots: int
-    limit: int | None
 
 
 @dataclass(frozen=True)
@@ -68,8 +50,20 @@ class Identity:
     dtype: str = "float32"
 
     @property
-    def column(self) -> Column:
-        return Column(self.task, self.protocol, self.shots, self.limit)
+    def column(self) -> Benchmark:
+        return Benchmark(self.task, self.protocol, self.shots, self.limit)
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """What two results must share to stand in one column, in the words that name it to a person."""
+        return {
+            "task": self.task,
+            "protocol": self.protocol,
+            "number of shots": str(self.shots),
+            "number of questions": "all" if self.limit is None else str(self.limit),
+            "data file": str(self.data_sha256)[:12],
+            "wording of the questions or exemplars": str(self.questions_sha256)[:12],
+        }
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,15 @@ def read_result(path: Path) -> Result:
     Raises:
         UserError: it is absent, damaged, or not a result of ours; one line with the file and the mend.
     """
-    content = _read_content(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; make it with microlm evaluate") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {AGAIN}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a result of this microlm evaluate (no `format: {FORMAT}`); move it elsewhere")
+    refuse_unsealed(content, path, AGAIN)
     found: list[str] = []
     identity = parse(Identity, content.get("identity"), "identity.", found)
     unavailable, metrics, data = (content.get(key) for key in ("unavailable", "metrics", "data"))
@@ -166,11 +168,10 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         UserError: there is none, one is damaged, or they are of weights or tokenizers that have changed in between.
     """
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
+    results = {path: read_result(path) for path in sorted(folder.glob("*.json"))}
+    if not results:
         raise UserError(f"{folder} holds no results; name the folder of one model, as microlm evaluate wrote it")
-    results = {path: read_result(path) for path in paths}
-    newest = max(paths, key=lambda path: path.stat().st_mtime_ns)
+    newest = max(results, key=lambda path: path.stat().st_mtime_ns)
     for path, result in results.items():
         who = result.identity
         if _weights(who) != _weights(results[newest].identity):
@@ -195,8 +196,8 @@ def same_protocol(results: Sequence[Result]) -> None:
     """
     first, *rest = [result for result in results if result.table is not None] or [None]
     for other in rest:
-        pairs = {words: [_shown(key, of.identity) for of in (first, other)] for key, words in SHARED.items()}
-        differences = [f"{words}: {a} against {b}" for words, (a, b) in pairs.items() if a != b]
+        a, b = (of.identity.shared for of in (first, other))
+        differences = [f"{words}: {a[words]} against {b[words]}" for words in a if a[words] != b[words]]
         if not first.table[["item", "label"]].equals(other.table[["item", "label"]]):
             differences.append("questions: their ids or labels differ")
         if differences:
@@ -205,13 +206,6 @@ def same_protocol(results: Sequence[Result]) -> None:
                 f"{' and '.join(names)} cannot stand in one column, they differ in {differences[0]}; "
                 f"score both with the same microlm evaluate --tasks --protocol --shots --limit"
             )
-
-
-def _shown(key: str, identity: Identity) -> str:
-    value = getattr(identity, key)
-    if key.endswith("sha256"):
-        return str(value)[:12]
-    return "all" if key == "limit" and value is None else str(value)
 
 
 def require_ours(path: Path, model: str) -> None:
@@ -226,19 +220,6 @@ def require_ours(path: Path, model: str) -> None:
     there = identity.get("model") if isinstance(identity, dict) else None
     if there not in (None, model):
         raise UserError(f"{path} holds a result of {there}, not of {model}; name another --out")
-
-
-def _read_content(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; make it with microlm evaluate") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); {AGAIN}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a result of this microlm evaluate (no `format: {FORMAT}`); move it elsewhere")
-    refuse_unsealed(content, path, AGAIN)
-    return content
 
 
 def _read_table(path: Path, sha256: Any) -> pd.DataFrame:

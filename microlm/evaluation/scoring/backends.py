@@ -13,7 +13,6 @@ of every score, does not depend on how many processes share the batches.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,19 +33,10 @@ Nats = Iterator[tuple[Sequence[int], list[np.ndarray]]]
 """Indices of some questions, float64 [endings] of each of these."""
 Deal = Callable[[list[np.ndarray]], Sequence[np.ndarray]]
 """Batches (indices of their questions) -> those that this process scores."""
+Rows = list[np.ndarray]
+"""Of each ending of a batch, question by question: at which rows of the hidden states its tokens are predicted."""
 Measure = Callable[[LanguageModel, Tensor, Tensor, Tensor], Tensor]
 """(model, hidden [N, D], source [S], target [S]) -> float64 [S], one number for each scored token."""
-
-
-class Scored(NamedTuple):
-    """The S scored tokens of a batch: `target` is predicted at row `source` of its hidden states.
-
-    `slot` counts the endings of the batch through, question by question.
-    """
-
-    source: Tensor
-    target: Tensor
-    slot: Tensor
 
 
 def nats_by(
@@ -66,10 +56,14 @@ def nats_by(
     shared = model.read_prefix(torch.from_numpy(prefix).to(model.head_weight.device)) if len(prefix) else None
     for indices in deal(planned(questions, batch_tokens)):
         chosen = [questions[i] for i in indices]
-        hidden, scored = read(model, chosen, shared)
-        found = (measure or scored_nats)(model, hidden, scored.source, scored.target)
+        hidden, rows = read(model, chosen, shared)
+        endings = [ending for question in chosen for ending in question.endings]
+        slots = np.repeat(np.arange(len(endings)), [len(ending) for ending in endings])
+        tokens = np.stack([np.concatenate(rows), np.concatenate(endings), slots])
+        source, target, slot = torch.from_numpy(tokens).to(hidden.device)
+        found = (measure or scored_nats)(model, hidden, source, target)
+        sums = torch.zeros(len(endings), dtype=torch.float64, device=found.device).index_add_(0, slot, found)
         counts = [len(question.endings) for question in chosen]
-        sums = torch.zeros(sum(counts), dtype=torch.float64, device=found.device).index_add_(0, scored.slot, found)
         yield indices, np.split(sums.cpu().numpy(), np.cumsum(counts)[:-1])
 
 
@@ -88,28 +82,29 @@ def _plain(
         yield indices, [nats]
 
 
-def _tree(model: LanguageModel, questions: Sequence[Encoded], prefix: Prefix | None) -> tuple[Tensor, Scored]:
+def _tree(model: LanguageModel, questions: Sequence[Encoded], prefix: Prefix | None) -> tuple[Tensor, Rows]:
     before = prefix.length if prefix else 0
-    (tokens, positions, segments), scored = collate(questions, before, model.head_weight.device)
-    return model.hidden(tokens, positions, block_mask(segments, before), prefix).flatten(0, 1), scored
+    cells, rows = collate(questions, before)
+    tokens, positions, segments = cells.to(model.head_weight.device)
+    return model.hidden(tokens, positions, block_mask(segments, before), prefix).flatten(0, 1), rows
 
 
-def _cached(model: LanguageModel, questions: Sequence[Encoded], prefix: Prefix | None) -> tuple[Tensor, Scored]:
+def _cached(model: LanguageModel, questions: Sequence[Encoded], prefix: Prefix | None) -> tuple[Tensor, Rows]:
     """Contexts of one length [G, n], unpadded; endings [G * k, width] padded on the right, where nothing looks."""
     device = model.head_weight.device
     endings = [ending for question in questions for ending in question.endings]
     each, width = len(questions[0].endings), max(map(len, endings)) - 1
-    tokens, source = np.zeros((len(endings), width), dtype=np.int64), []
+    tokens, rows = np.zeros((len(endings), width), dtype=np.int64), []
     for slot, ending in enumerate(endings):
         tokens[slot, : len(ending) - 1] = ending[:-1]
         begin = len(questions) + slot * width  # behind the last position of each context
-        source.append(np.append(slot // each, np.arange(begin, begin + len(ending) - 1)))
+        rows.append(np.append(slot // each, np.arange(begin, begin + len(ending) - 1)))
     past = model.read_prefix(torch.from_numpy(np.stack([q.context for q in questions])).to(device), prefix)
     hidden = past.last
     if width:
         later = model.hidden(torch.from_numpy(tokens).to(device), prefix=past)
         hidden = torch.cat((hidden, later.flatten(0, 1)))
-    return hidden, _scored(questions, source, device)
+    return hidden, rows
 
 
 def plan(questions: Sequence[Encoded], batch_tokens: int) -> list[np.ndarray]:
@@ -148,15 +143,15 @@ def padded(lengths: ArrayLike) -> np.ndarray:
     return -(-np.asarray(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
-def collate(questions: Sequence[Encoded], before: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, Scored]:
-    """B rows padded to T tokens: int64 [3, B, T] with tokens, positions and segments; what is scored of B*T rows.
+def collate(questions: Sequence[Encoded], before: int = 0) -> tuple[Tensor, Rows]:
+    """B rows padded to T tokens: int64 [3, B, T] with tokens, positions and segments; and which of B*T rows count.
 
     Positions count from `before`, the tokens of a prefix that all rows go on from.
     """
     width = int(padded(max(map(row_length, questions))))
     cells = np.zeros((3, len(questions), width), dtype=np.int64)
     cells[2] = PADDING
-    source = []
+    rows = []
     for index, question in enumerate(questions):
         start, inputs = len(question.context), question.lengths - 1
         row = cells[:, index, : row_length(question)]
@@ -166,16 +161,8 @@ def collate(questions: Sequence[Encoded], before: int = 0, device: torch.device 
         # the first token of an ending is predicted at the context's end, token j at the ending's own token j - 1
         begins = index * width + start + np.cumsum([0, *inputs[:-1]])
         last = index * width + start - 1
-        source += [np.append(last, np.arange(begin, begin + n)) for begin, n in zip(begins, inputs)]
-    return torch.from_numpy(cells).to(device), _scored(questions, source, device)
-
-
-def _scored(questions: Sequence[Encoded], source: list[np.ndarray], device: torch.device | str) -> Scored:
-    """`source` of each ending's tokens."""
-    endings = [ending for question in questions for ending in question.endings]
-    slots = np.repeat(np.arange(len(endings)), [len(ending) for ending in endings])
-    columns = np.stack([np.concatenate(source), np.concatenate(endings), slots])
-    return Scored(*torch.from_numpy(columns).to(device))
+        rows += [np.append(last, np.arange(begin, begin + n)) for begin, n in zip(begins, inputs)]
+    return torch.from_numpy(cells), rows
 
 
 def block_mask(segments: Tensor, before: int = 0) -> Tensor:

@@ -76,13 +76,13 @@ def encode(
         context_limit: positions of the model; a longer question loses the start of its context.
         start_token: what a context without tokens becomes.
         joint: context and ending are one text to the tokenizer.
-        begin: ids before everything else, of models that expect a begin-of-text token.
+        begin: ids before everything else where it is `joint`, of models that expect a begin-of-text token.
 
     Raises:
         UserError: an ending has no token of its own, or alone fills `context_limit`; a context is empty and there is no
             start token. Each names task and question.
     """
-    first = np.array(begin, dtype=np.int64)
+    first = np.array(begin if joint else (), dtype=np.int64)
     chunks = (questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK))
     read = [pair for chunk in chunks for pair in _ids(chunk, tokenizer, prefix, joint)]
     contexts = [_never_empty(np.concatenate([first, ids]), start_token, q) for (ids, _), q in zip(read, questions)]

@@ -2,8 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from microlm.errors import UserError, plain
 from microlm.evaluation.scoring.backends import Measure, nats_by
 from microlm.evaluation.scoring.encoding import Encoded
+from microlm.evaluation.scoring.held_out_loss import scoring
 from microlm.evaluation.tasks.prompts import Question
 from microlm.models.interface import LanguageModel
 from microlm.runtime import distributed
@@ -56,12 +56,20 @@ def score(
         UserError: a score is not a finite number; names the model, the task and the question.
     """
     nats = [np.zeros(len(item.endings)) for item in encoded]
-    deal, waiting = (distributed.dealt if together else list), len(encoded)
-    with _scoring(model):
-        for way, before, members in _parts(model, encoded, prefix, backend, name, together):
-            questions = [encoded[i] for i in members]
+    deal, waiting, limit = (distributed.dealt if together else list), len(encoded), _uniform_context(model)
+    parts: dict[tuple[bool, bool], list[int]] = {}
+    for index, question in enumerate(encoded):
+        shared = len(prefix) if question.shares_prefix else 0
+        length = shared + len(question.context) + question.lengths.max() - 1
+        parts.setdefault((shared > 0, length > limit), []).append(index)
+    with scoring(model):
+        for (shares, beyond), members in sorted(parts.items(), reverse=True):
+            way = "plain" if beyond else _chosen(model, shares, name) if backend == "auto" else backend
+            if together:  # batches of one kind, else some would be scored by none
+                way = PREFERENCE[distributed.largest(PREFERENCE.index(way))]
             if used is not None:
                 used[way] += len(members)
+            questions, before = [encoded[i] for i in members], prefix if shares else NO_PREFIX
             for indices, values in nats_by(way, model, questions, batch_tokens, before, deal, measure):
                 for index, value in zip(indices, values):
                     nats[members[index]] = _finite(value, questions[index], name)
@@ -90,7 +98,7 @@ def choose_backend(model: LanguageModel, after_prefix: bool = False) -> Choice:
     if len(prefix) + TRIAL_CONTEXT + max(TRIAL_ENDINGS) > _uniform_context(model):
         return Choice("plain", "its context is too short to try a faster way")
     told: list[str] = []
-    with _scoring(model) as device:
+    with scoring(model) as device:
         expected = _in_order("plain", model, questions, prefix)
         if not np.isfinite(expected).all():
             return Choice("plain", "")  # whose scores will be refused
@@ -114,10 +122,17 @@ def choose_backend(model: LanguageModel, after_prefix: bool = False) -> Choice:
 
 def _in_order(backend: str, model: LanguageModel, questions: Sequence[Encoded], prefix: np.ndarray) -> np.ndarray:
     """Nats [questions, endings] of questions that have as many endings, scored in one batch."""
-    nats: dict[int, np.ndarray] = {}
-    for indices, values in nats_by(backend, model, questions, TRIAL_TOKENS, prefix):
-        nats.update(zip(indices, values))
+    batches = nats_by(backend, model, questions, TRIAL_TOKENS, prefix)
+    nats = dict(found for indices, values in batches for found in zip(indices, values))
     return np.stack([nats[index] for index in range(len(questions))])
+
+
+def _chosen(model: LanguageModel, shares: bool, name: str) -> str:
+    """`choose_backend`'s; one that is not the fastest is told on stderr."""
+    way, why = choose_backend(model, shares)
+    if why:
+        _warn(f"{name} is scored by `{way}`{', one ending at a time' * (way == 'plain')}: {why}")
+    return way
 
 
 @cache
@@ -142,53 +157,9 @@ def _trial(n_vocab: int, after_prefix: bool) -> tuple[tuple[Encoded, Encoded], n
     return tuple(asked), prefix if after_prefix else NO_PREFIX
 
 
-def _parts(
-    model: LanguageModel,
-    encoded: Sequence[Encoded],
-    prefix: np.ndarray,
-    backend: str,
-    name: str = "",
-    together: bool = False,
-) -> Iterator[tuple[str, np.ndarray, list[int]]]:
-    """A backend, a prefix, and the questions that it scores behind that.
-
-    A way that is not the fastest is told on stderr, of a model with a `name`.
-    """
-    if backend not in (*PREFERENCE, "auto"):
-        raise ValueError(f"backend={backend!r} is none of {', '.join(PREFERENCE)}, auto")
-    limit = _uniform_context(model)
-    parts: dict[tuple[bool, bool], list[int]] = {}
-    for index, question in enumerate(encoded):
-        shared = len(prefix) if question.shares_prefix else 0
-        length = shared + len(question.context) + question.lengths.max() - 1
-        parts.setdefault((shared > 0, length > limit), []).append(index)
-    for (shares, beyond), members in sorted(parts.items(), reverse=True):
-        chosen = "plain" if beyond else backend
-        if chosen == "auto":
-            chosen, why = choose_backend(model, shares)
-            if why and name:
-                _warn(f"{name} is scored by `{chosen}`{', one ending at a time' * (chosen == 'plain')}: {why}")
-        if together:  # batches of one kind, else some would be scored by none
-            chosen = PREFERENCE[distributed.largest(PREFERENCE.index(chosen))]
-        yield chosen, prefix if shares else NO_PREFIX, members
-
-
 def _uniform_context(model: LanguageModel) -> int:
     """Tokens up to which a mask or a prefix from outside changes nothing in what a layer sees."""
     return getattr(model, "uniform_context", model.context)
-
-
-@contextmanager
-def _scoring(model: LanguageModel) -> Iterator[torch.device]:
-    """Inference mode and evaluation mode; afterwards each module is back in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield next(iter(model.parameters())).device
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _finite(nats: np.ndarray, encoded: Encoded, name: str) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Loss of a model on whole windows, in nats per token and in bits per byte of text; the texts that are held out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,19 @@ def held_out(at: ScaleConfig, corpus: Path = SHARDS, outside: Path = OUTSIDE) ->
     return found
 
 
+@contextmanager
+def scoring(model: LanguageModel) -> Iterator[torch.device]:
+    """Inference mode and evaluation mode; afterwards each module is back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(iter(model.parameters())).device
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def loss_on(
     model: LanguageModel,
     shards: TokenShards,
@@ -76,11 +90,9 @@ def loss_on(
     if not isinstance(windows, np.ndarray):
         available = window_count(shards, seq_len)
         windows = evenly_spaced(available, windows or available)
-    device = next(model.parameters()).device
     sums = np.zeros((2, len(windows)))  # nats, bytes
-    was_training, starts = model.training, range(0, len(windows), batch_rows)
-    model.eval()
-    with torch.inference_mode():
+    starts, waiting = range(0, len(windows), batch_rows), len(windows)
+    with scoring(model) as device:
         for start in distributed.dealt(starts) if together else starts:
             batch = read_batch(shards, windows[start : start + batch_rows], seq_len)
             hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)
@@ -90,10 +102,9 @@ def loss_on(
             sums[0, here] = nats.double().sum(-1).cpu().numpy()
             sums[1, here] = byte_lengths[batch.targets.numpy()].sum(-1)
             progress(len(batch.tokens))
-    model.train(was_training)
+            waiting -= len(batch.tokens)
     if together:
-        done = sum(len(windows[start : start + batch_rows]) for start in distributed.dealt(starts))
-        progress(len(windows) - done)  # those of the others
+        progress(waiting)  # those of the others
         sums = distributed.sum_over_ranks(torch.from_numpy(sums)).numpy()  # each window is of one process, so exact
     result = ValidationLoss(windows, sums[0], sums[1].astype(np.int64), len(windows) * seq_len)
     if not np.isfinite(result.window_nats).all():

@@ -3,8 +3,9 @@
 import gzip
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from microlm.corpus.parts import EVALUATION, OLMES_REQUESTS, PARTS_DIRECTORY, pa
 from microlm.errors import ParameterError, UserError
 from microlm.evaluation.tasks.data import DataNotAvailable, Row, Rows, canonical, read_rows
 from microlm.evaluation.tasks.prompts import Question, check_protocol, questions, stratified_subset, true_ending
-from microlm.evaluation.tasks.task import IN_CORPUS, Task, task_named
+from microlm.evaluation.tasks.task import IN_CORPUS, Benchmark, Task, task_named
 from microlm.files import read_yaml, sha256_json
 from microlm.parameters import BenchmarkConfig
 
@@ -23,25 +24,12 @@ EXEMPLARS = Path(__file__).with_name("exemplars.yaml")  # none of them is in the
 _SHARED = {"mnli_mismatched": "mnli"}  # the same task in other genres
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """`limit` questions of a fixed stratified subset, None for the whole split."""
-
-    task: Task
-    protocol: str
-    shots: int
-    limit: int | None
-
-    def __str__(self) -> str:
-        return f"{self.task.name} ({self.protocol}, {self.shots}-shot)"
-
-
 def benchmarks(tasks: Sequence[str], protocol: str | None, shots: Sequence[int], limit: int | None) -> list[Benchmark]:
     """Each task with each number of shots. UserError for an unknown task, a protocol it has not, or too many shots."""
-    named = [task_named(name) for name in tasks]
-    found = [Benchmark(task, protocol or task.protocols[0], number, limit) for task in named for number in shots]
-    for one in found:
-        _check_shots(one.task, one.protocol, one.shots)
+    found = []
+    for task, number in product(map(task_named, tasks), shots):
+        found.append(Benchmark(task.name, protocol or task.protocols[0], number, limit))
+        _check_shots(task, found[-1].protocol, number)
     return found
 
 
@@ -109,8 +97,7 @@ def _own(task: Task, protocol: str) -> list[str]:
 class Material:
     """A benchmark's questions as text, or why there are none.
 
-    `data` says of what was read source (packaged, files or hub), file, file_sha256, revision of the hub's, rows with a
-    label, unlabelled ones that were left out, and published, the rows of the published split.
+    `data` says where these were read: the provenance of `Rows`, but for its sha256.
     """
 
     benchmark: Benchmark
@@ -143,7 +130,7 @@ def gather(wanted: Sequence[Benchmark], folder: Path | None, hub: bool, corpus: 
 
 
 def _gather(benchmark: Benchmark, folder: Path | None, hub: bool, corpus: str) -> Material:
-    task, protocol = benchmark.task, benchmark.protocol
+    task, protocol = task_named(benchmark.task), benchmark.protocol
     try:
         if corpus and task.in_corpus == corpus:
             raise DataNotAvailable(IN_CORPUS)
@@ -162,4 +149,4 @@ def _gather(benchmark: Benchmark, folder: Path | None, hub: bool, corpus: str) -
 def _within(benchmark: Benchmark, size: int) -> Benchmark:
     """A limit that is not below the number of questions asks for the whole split."""
     whole = benchmark.limit is not None and benchmark.limit >= size
-    return replace(benchmark, limit=None) if whole else benchmark
+    return benchmark._replace(limit=None) if whole else benchmark

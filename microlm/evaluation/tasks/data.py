@@ -54,7 +54,7 @@ class Rows:
 
     `rows` hold "id" (number of the row in the split), the task's text columns and "label". `provenance` holds source
     (packaged | files | hub), file, sha256 (of the rows themselves: the same wherever they were read), file_sha256 of a
-    file, revision of the hub's, unlabelled (rows left out), published (rows in the published split) and rows.
+    file, revision of the hub's, unlabelled (rows left out), published (rows in the published split), rows (labelled).
     """
 
     rows: list[Row]
@@ -101,8 +101,22 @@ def read_rows(task: Task, folder: Path | None, hub: bool = True, parts: Path = p
 
 
 def _read(task: Task, path: Path, **provenance: Any) -> Rows:
-    """Leave out or refuse what has no label. SNLI alone has such rows among good ones: annotators that disagreed."""
-    rows = read_file(task, path)
+    """A file whose suffix says what it is: .arrow, .parquet, .jsonl, .tsv, or .gz of AI2's requests.
+
+    What has no label is left out or refused: SNLI alone has such rows among good ones, annotators that disagreed.
+
+    Raises:
+        UserError: it cannot be read, lacks a column, or a row is not one of `task`; names file, row and mend.
+    """
+    readers = {".arrow": _columns, ".parquet": _columns, ".jsonl": _json_lines, ".tsv": _table, ".gz": _requests}
+    try:
+        raw = list(readers[path.suffix](task, path))
+    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: not readable as {path.suffix[1:]} ({reason}); replace it by the published file"
+        ) from None
+    rows = canonical(task, raw, str(path), _NAMES.get((task.name, path.suffix), {}))
     labelled = [row for row in rows if row["label"] != UNLABELLED]
     missing = len(rows) - len(labelled)
     if missing and (task.name != "snli" or not labelled):
@@ -142,23 +156,6 @@ def _from_hub(source: Source) -> Path:
         return Path(hf_hub_download(**address))
     except (OSError, HTTPError) as error:
         raise ConnectionError(" ".join(str(error).split())[:200] or type(error).__name__) from None
-
-
-def read_file(task: Task, path: Path) -> list[Row]:
-    """The rows of a file whose suffix says what it is: .arrow, .parquet, .jsonl, .tsv, or .gz of AI2's requests.
-
-    Raises:
-        UserError: it cannot be read, lacks a column, or a row is not one of `task`; names file, row and mend.
-    """
-    readers = {".arrow": _columns, ".parquet": _columns, ".jsonl": _json_lines, ".tsv": _table, ".gz": _requests}
-    try:
-        raw = list(readers[path.suffix](task, path))
-    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path}: not readable as {path.suffix[1:]} ({reason}); replace it by the published file"
-        ) from None
-    return canonical(task, raw, str(path), _NAMES.get((task.name, path.suffix), {}))
 
 
 def canonical(task: Task, raw: Iterable[Mapping[str, Any]], where: str, names: Mapping[str, str]) -> list[Row]:
@@ -256,15 +253,13 @@ def _json_lines(task: Task, path: Path) -> Iterator[Row]:
 def _requests(task: Task, path: Path) -> Iterator[Row]:
     """Of the first request of each question; those of a question are numbered from 0."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        yield from (_request_row(task, request) for request in map(json.loads, file) if request["idx"] == 0)
-
-
-def _request_row(task: Task, request: Mapping[str, Any]) -> Row:
-    if task.name == "lambada_openai":
-        return {"text": request["request"]["context"] + request["request"]["continuation"]}
-    doc = request["doc"]
-    passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
-    return {"passage": passage, "question": question, "label": doc["choices"][doc["gold"]]}
+        for line in (line for line in map(json.loads, file) if line["idx"] == 0):
+            if task.name == "lambada_openai":
+                yield {"text": line["request"]["context"] + line["request"]["continuation"]}
+            else:
+                doc = line["doc"]
+                passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
+                yield {"passage": passage, "question": question, "label": doc["choices"][doc["gold"]]}
 
 
 def _table(task: Task, path: Path) -> Iterator[Row]:

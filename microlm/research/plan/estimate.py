@@ -97,7 +97,7 @@ def make_plan(config: Config, machine: Machine, teacher_parameters: int | None =
     if config.objective == "minillm":
         raise UserError(f"{PARAMS}: objective: minillm samples text in every step, which is not planned; set another")
     at, sizes = config.at, Sizes(config, teacher_parameters)
-    benchmarks = {benchmark.task.name for benchmark in configured_benchmarks(at.evaluation.benchmarks)}
+    benchmarks = {benchmark.task for benchmark in configured_benchmarks(at.evaluation.benchmarks)}
     return {
         "scale": config.scale,
         "machine": {**vars(machine)},
@@ -142,7 +142,7 @@ def _stages(sizes: Sizes, machine: Machine) -> dict[str, dict[str, Any]]:
     apart = min(TABLE_WINDOWS, sizes.labelled) + min(at.pretrain.validation_windows, sizes.windows(sizes.val_tokens))
     judged = sizes.held_out(at.evaluation.windows)
     for benchmark in configured_benchmarks(at.evaluation.benchmarks):
-        if benchmark.task.name == "hellaswag":
+        if benchmark.task == "hellaswag":
             judged += min(benchmark.limit or HELLASWAG_QUESTIONS, HELLASWAG_QUESTIONS) * HELLASWAG_TOKENS
     found = {
         "pretrain": training(at.pretrain.tokens // batch.batch_tokens, at.pretrain),
