@@ -127,10 +127,6 @@ class DensePositions:
         """[N, V]: teacher's mass of ranks 0 .. i."""
         return self.ranked_log_p.exp().cumsum(-1)
 
-    def tail_mass(self, k: int) -> Tensor:
-        """[N]: teacher's mass outside the k most likely tokens; exactly 0 where k = V."""
-        return self.cumulative[:, -1] - self.cumulative[:, k - 1]
-
     @cached_property
     def rising_sums(self) -> Tensor:
         """[N, V + 1]: sums of log q over the student's 0, 1, .. V least likely tokens."""

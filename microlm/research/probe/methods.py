@@ -68,7 +68,8 @@ def ours(
         head = at.ranked_log_p[:, :k]
         log_p = decode(encode(head)) if kind == "compact" else head.half()
         spread = f"code{DIRECTIONS_AN_ENTRY * k}" if shape == "code" else shape
-        target = completed(at, log_p, at.tail_mass(k).log().float(), spread)
+        tail = at.cumulative[:, -1] - at.cumulative[:, k - 1]  # exactly 0 where k is the whole vocabulary
+        target = completed(at, log_p, tail.log().float(), spread)
         return cap(target, at) if bounded else target
 
     def token_bytes(k: int, _: float) -> float:
