@@ -25,11 +25,9 @@ from microlm.models.teacher_source import teacher_source
 from microlm.pipeline.asked_objective import objective_schedule
 from microlm.runtime.device import Runtime, set_up
 from microlm.teacher.cache import TeacherCache, cache_identity
-from microlm.teacher.loading import load_fitting_teacher
-from microlm.teacher.recorders import LiveTeacher, Recorder
+from microlm.teacher.recorders import LiveTeacher, Recorder, load_fitting_teacher
 from microlm.training import losses
-from microlm.training.feed import Feed, Loss
-from microlm.training.loop import Replica, accumulate_gradients
+from microlm.training.loop import Feed, Loss, Replica, accumulate_gradients
 from microlm.training.optimizer import Optimizers
 
 SHARDS, CACHE, CONTROL = Path("data/shards"), Path("data/teacher"), Path("models/control")

@@ -17,7 +17,7 @@ def main() -> None:
     at = config.at
     with config.naming_keys():
         configured_benchmarks(at.evaluation.benchmarks)
-        check_start(config.start_kind, at.start, at.model.hidden_size, at.teacher.model, at.corpus.tokenizer)
+        check_start(config.start_kind, at)
         refuse_unfit(at.evaluation.outside, at.corpus)
     with atomic_file("data/params.ok", "w") as file:
         file.write("params.yaml was accepted\n")

@@ -21,7 +21,7 @@ from microlm.runtime.device import set_up
 from microlm.runtime.paths import CACHE, SHARDS
 from microlm.runtime.terminal import banner, progress_bar
 from microlm.teacher.cache import TeacherCache, cache_identity
-from microlm.teacher.loading import load_recorder
+from microlm.teacher.recorders import load_recorder
 
 
 def arguments() -> argparse.Namespace:

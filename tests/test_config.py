@@ -400,9 +400,8 @@ def test_a_start_that_cannot_be_is_refused(keys: Keys, value: Any, said: str, tm
 
 
 def checked_start(config: Config) -> None:
-    at = config.at
     with config.naming_keys():
-        check_start(config.start_kind, at.start, at.model.hidden_size, at.teacher.model, at.corpus.tokenizer)
+        check_start(config.start_kind, config.at)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,15 @@ FAMILIES = {
 }
 
 
+COUNTS = {  # of a `ModelShape`, and what config.json calls them
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+}
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's slower rotation of long wavelengths (transformers' rope_type llama3)."""
@@ -118,19 +127,14 @@ def shape_of(config: dict[str, Any], n_vocab: int, context: int, name: str) -> M
         _refuse(name, "a partial rotation")
     if config["hidden_act"] != "silu":
         _refuse(name, f"hidden_act {config['hidden_act']!r}")
-    heads = config["num_attention_heads"]
     return ModelShape(
         n_vocab=n_vocab,
         padded_vocab=config["vocab_size"],
-        layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        heads=heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate_size=config["intermediate_size"],
+        **{count: config[key] for count, key in COUNTS.items()},
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         context=context,
         rope_theta=rope["rope_theta"],
         norm_eps=config["rms_norm_eps"],
-        kv_heads=config["num_key_value_heads"],
         family=family,
         tied=config["tie_word_embeddings"],
         attention_bias=config.get("attention_bias", False),
@@ -153,11 +157,7 @@ def config_of(shape: ModelShape, eot_id: int) -> dict[str, Any]:
         "model_type": shape.family,
         "vocab_size": shape.padded_vocab,
         "microlm_n_vocab": shape.n_vocab,  # the rest of the rows are padding
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
+        **{key: getattr(shape, count) for count, key in COUNTS.items()},
         "head_dim": shape.head_dim,
         "max_position_embeddings": shape.context,
         "rope_parameters": rope,

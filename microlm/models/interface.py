@@ -57,11 +57,7 @@ class LanguageModel(nn.Module):
         return self.hidden(tokens)
 
     def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        prefix: Prefix | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, prefix: Prefix | None = None
     ) -> Tensor:
         """tokens [B, T] int64, positions [B, T] int64 (None: 0..T-1), mask [B, 1, T, T] bool, True where the query
         (dim 2) may attend the key (dim 3) (None: causal) -> hidden states after the last norm [B, T, D].

@@ -57,8 +57,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
     check_sums(directory, ("config.json", WEIGHTS), mend)
     config = read_json(directory / "config.json", stage)
     try:
-        context = config["max_position_embeddings"]
-        shape = shape_of(config, config["microlm_n_vocab"], context, str(directory))
+        shape = shape_of(config, config["microlm_n_vocab"], config["max_position_embeddings"], str(directory))
         model = StudentLM(shape, seed=None)
         model.load_state_dict(load_file(directory / WEIGHTS))
     except (SafetensorError, RuntimeError, KeyError, FileNotFoundError) as error:

@@ -39,8 +39,8 @@ class Importance:
 def importance(model: StudentLM, batch: Batch) -> Importance:
     """One forward pass over the windows of `batch`."""
     shape, trunk = model.shape, model.model
-    sizes = ((shape.layers,), (shape.hidden_size,), (shape.layers, shape.kv_heads))
-    sizes += ((shape.layers, shape.intermediate_size),)
+    layers = shape.layers
+    sizes = layers, shape.hidden_size, (layers, shape.kv_heads), (layers, shape.intermediate_size)
     found = Importance(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
 
     def block(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -142,38 +142,25 @@ _AXES: dict[str, tuple[str, ...]] = {
     "gate_proj": ("neurons", "hidden"),
     "up_proj": ("neurons", "hidden"),
     "down_proj": ("hidden", "neurons"),
+    "q_norm": ("queries",),
+    "k_norm": ("keys",),
 }
-_NORMS_OF_ALL_HEADS = {"q_norm": "queries", "k_norm": "keys"}
 
 
 def cut(model: StudentLM, kept: Kept) -> StudentLM:
     """A new student of the places in `kept`, in the model's family, with copies of its weights."""
-    shape = model.shape
+    shape, kv_heads = model.shape, len(kept.groups[0])
     group = shape.heads // shape.kv_heads
-    student = StudentLM(
-        replace(
-            shape,
-            layers=len(kept.layers),
-            hidden_size=len(kept.hidden),
-            heads=len(kept.groups[0]) * group,
-            kv_heads=len(kept.groups[0]),
-            intermediate_size=len(kept.neurons[0]),
-        ),
-        seed=None,
-    )
+    sizes = {"layers": len(kept.layers), "hidden_size": len(kept.hidden), "intermediate_size": len(kept.neurons[0])}
+    student = StudentLM(replace(shape, **sizes, heads=kv_heads * group, kv_heads=kv_heads), seed=None)
     whole, state = model.state_dict(), {}
     for name in student.state_dict():
-        places = {"hidden": kept.hidden}
-        source = name
+        places, source = {"hidden": kept.hidden}, name
         if name.startswith("model.layers."):
             _, _, index, rest = name.split(".", 3)
-            source = f"model.layers.{kept.layers[int(index)]}.{rest}"
-            groups, neurons = kept.groups[int(index)], kept.neurons[int(index)]
-            places |= {
-                "neurons": neurons,
-                "keys": _spread(groups, shape.head_dim),
-                "queries": _spread(groups, group * shape.head_dim),
-            }
+            source, groups = f"model.layers.{kept.layers[int(index)]}.{rest}", kept.groups[int(index)]
+            places |= {"keys": _spread(groups, shape.head_dim), "queries": _spread(groups, group * shape.head_dim)}
+            places["neurons"] = kept.neurons[int(index)]
         tensor = whole[source]
         for axis, kind in enumerate(_axes(name, shape.kind.qk_norm)):
             if kind:
@@ -185,11 +172,10 @@ def cut(model: StudentLM, kept: Kept) -> StudentLM:
 
 def _axes(name: str, qk_norm: str) -> tuple[str, ...]:
     module, kind = name.split(".")[-2:]
-    if module in _AXES:
-        return _AXES[module] if kind == "weight" else _AXES[module][:1]
-    if module in _NORMS_OF_ALL_HEADS:
-        return (_NORMS_OF_ALL_HEADS[module],) if qk_norm == "whole" else ("",)
-    return ("hidden",)  # any other norm is of the residual stream
+    if qk_norm == "head" and module in ("q_norm", "k_norm"):  # the same of every head
+        return ("",)
+    axes = _AXES.get(module, ("hidden",))  # any other norm is of the residual stream
+    return axes if kind == "weight" else axes[:1]
 
 
 def _spread(groups: Tensor, size: int) -> Tensor:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from microlm.errors import ParameterError, UserError
-from microlm.models.architecture import FAMILIES, ModelShape, shape_of
-from microlm.parameters import StartConfig
+from microlm.models.architecture import COUNTS, FAMILIES, ModelShape, shape_of
+from microlm.parameters import ScaleConfig, StartConfig
 
 # of the packaged SmolLM2-135M, whose GGUF file says the same
 PACKAGED = {
@@ -26,24 +26,15 @@ PACKAGED = {
     "tie_word_embeddings": True,
 }
 PACKAGED_TOKENIZER = "smollm2"
-COUNTS = {  # of `start`, and what config.json calls them
-    "layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "heads": "num_attention_heads",
-    "intermediate_size": "intermediate_size",
-}
+CHOSEN = ("layers", "hidden_size", "heads", "intermediate_size")  # by `start`, of the teacher's
 
 
-def check_start(kind: str, wanted: StartConfig, hidden_size: int, teacher: str, tokenizer: str) -> None:
-    """ParameterError, a line for each thing, where a start cannot be had from its teacher.
+def check_start(kind: str, at: ScaleConfig) -> None:
+    """ParameterError, a line for each thing, where a start (fresh, embedding or pruned) cannot be had from its teacher.
 
     Of a teacher on the hub nothing is known here; stage `start` says it then.
-
-    Args:
-        kind: fresh, embedding or pruned.
-        hidden_size: of the student's own shape.
-        teacher, tokenizer: as `teacher.model` and `corpus.tokenizer` name them.
     """
+    teacher, tokenizer = at.teacher.model, at.corpus.tokenizer
     if kind == "fresh":
         return
     if teacher == "packaged" and tokenizer != PACKAGED_TOKENIZER:
@@ -55,23 +46,18 @@ def check_start(kind: str, wanted: StartConfig, hidden_size: int, teacher: str, 
     if known is None:
         return
     if kind == "pruned":
-        refuse_pruned(wanted, known, teacher)
+        refuse_pruned(at.start, known, teacher)
     else:
-        refuse_embedding(hidden_size, known.get("hidden_size", hidden_size))  # some call it otherwise
+        own = at.model.hidden_size
+        refuse_embedding(own, known.get("hidden_size", own))  # some call it otherwise
 
 
 def pruned_shape(start: StartConfig, teacher: ModelShape) -> ModelShape:
     """What is left of `teacher`."""
-    layers = len(start.layers) if isinstance(start.layers, list) else start.layers or teacher.layers
-    heads = start.heads or teacher.heads
-    return replace(
-        teacher,
-        layers=layers,
-        hidden_size=start.hidden_size or teacher.hidden_size,
-        heads=heads,
-        kv_heads=heads * teacher.kv_heads // teacher.heads,
-        intermediate_size=start.intermediate_size or teacher.intermediate_size,
-    )
+    left = {key: getattr(start, key) or getattr(teacher, key) for key in CHOSEN}
+    if isinstance(start.layers, list):
+        left["layers"] = len(start.layers)
+    return replace(teacher, **left, kv_heads=left["heads"] * teacher.kv_heads // teacher.heads)
 
 
 def known_shape(teacher: str, n_vocab: int) -> ModelShape | None:
@@ -92,7 +78,7 @@ def refuse_pruned(start: StartConfig, teacher: Mapping[str, Any], name: str) -> 
             f"teacher.model: {name} is of architecture {teacher.get('model_type')!r}, and only {', '.join(FAMILIES)} "
             "can be cut; choose such a teacher, or start: fresh"
         )
-    found, has = [], {key: teacher[entry] for key, entry in COUNTS.items()}
+    found, has = [], {key: teacher[COUNTS[key]] for key in CHOSEN}
     for key, most in has.items():
         wanted = getattr(start, key)
         if isinstance(wanted, int) and wanted > most:

@@ -70,13 +70,10 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(shape.query_width if whole else shape.head_dim, shape.norm_eps)
             self.k_norm = RMSNorm(shape.key_width if whole else shape.head_dim, shape.norm_eps)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        return self.extend(x_BTD, cos, sin, None, mask)[0]
-
-    def extend(
+    def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, mask: Tensor | None = None
     ) -> tuple[Tensor, KeysValues]:
-        """`forward` of positions that follow those of `past`, and the keys and values [B, K, T, E] of both together."""
+        """What positions that follow those of `past` attend, and the keys and values [B, K, T, E] of both together."""
         q, k = self.q_proj(x_BTD), self.k_proj(x_BTD)
         if self.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -131,7 +128,7 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None, mask: Tensor | None = None
     ) -> tuple[Tensor, KeysValues]:
         before = x if self.post_norm else self.input_layernorm(x)
-        attended, kept = self.self_attn.extend(before, cos, sin, past, mask)
+        attended, kept = self.self_attn(before, cos, sin, past, mask)
         if self.post_norm:
             x = x + self.post_attention_layernorm(attended)
             return x + self.post_feedforward_layernorm(self.mlp(x)), kept
@@ -227,7 +224,7 @@ class StudentLM(LanguageModel):
         return Prefix((*spans, tuple(span)), self.model.norm(x[:, -1]))
 
     def extend(self, tokens: Tensor, cache: list[KeysValues] | None = None) -> tuple[Tensor, list[KeysValues]]:
-        """Hidden states [B, T, D] of tokens [B, T] that follow those in `cache` (None: none), and the longer cache."""
+        """As `LanguageModel.extend`; kept are each layer's keys and values."""
         x, cos, sin = self.embedded(tokens, 0 if cache is None else cache[0][0].shape[2])
         kept = []
         for layer, past in zip(self.model.layers, cache or [None] * len(self.model.layers)):

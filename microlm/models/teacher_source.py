@@ -44,9 +44,8 @@ class TeacherSource:
 
     def tokenizer(self) -> Tokenizer:
         """The teacher's own. UserError where it is absent, unreachable, or no byte-level BPE with an end of text."""
-        local = Path(self.name) / "tokenizer.json"
         if Path(self.name).is_dir():
-            return json_tokenizer(local)
+            return json_tokenizer(Path(self.name) / "tokenizer.json")
         from huggingface_hub import hf_hub_download
 
         return json_tokenizer(Path(hf_hub_download(self.name, "tokenizer.json", revision=self._revision)), self.name)
@@ -104,11 +103,10 @@ def read_gguf_llama(path: Path, dtype: torch.dtype) -> Any:
 
     try:
         reader = GGUFReader(path)
-        said = {
-            name: field.contents() for name, field in reader.fields.items() if name.startswith(("general.", "llama."))
-        }
-        if said.get("general.architecture") != "llama":
-            raise UserError(f"{path}: holds {said.get('general.architecture')!r}, not the llama architecture")
+        architecture = reader.fields.get("general.architecture")
+        if architecture is None or architecture.contents() != "llama":
+            raise UserError(f"{path}: holds {architecture and architecture.contents()!r}, not the llama architecture")
+        said = {name: field.contents() for name, field in reader.fields.items() if name.startswith("llama.")}
         stored = {tensor.name: tensor for tensor in reader.tensors}
         config = LlamaConfig(
             vocab_size=int(stored["token_embd.weight"].shape[-1]),

@@ -59,7 +59,7 @@ class TransformersModel(LanguageModel):
         return Prefix((*spans, tuple(layer.fresh for layer in cache.layers)), hidden[:, -1])
 
     def extend(self, tokens: Tensor, cache: "Cache | None" = None) -> tuple[Tensor, "Cache"]:
-        """Hidden states [B, T, D] of tokens [B, T] that follow those in `cache` (None: none), and the longer cache."""
+        """As `LanguageModel.extend`."""
         output = self.network.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
         return output.last_hidden_state, output.past_key_values
 

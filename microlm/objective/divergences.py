@@ -37,11 +37,6 @@ def _jsd(log_p: Tensor, log_q: Tensor, beta: Parameter) -> Tensor:
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
-def _notebook(log_p: Tensor, log_q: Tensor, mix: Parameter) -> Tensor:
-    log_m = mixture(log_p, log_q, mix)
-    return _kl(log_m, log_q)
-
-
 def _skew_forward_kl_slope(log_r: Tensor, skew: Parameter) -> Tensor:
     r = log_r.exp()
     return -(1 - skew) * r / (skew * r + (1 - skew))
@@ -73,7 +68,7 @@ FORMULAS = {
     "tvd": Formula(
         lambda log_p, log_q, _: 0.5 * (log_p.exp() - log_q.exp()).abs(), lambda log_r, _: -0.5 * log_r.sign()
     ),
-    "notebook": Formula(_notebook, _notebook_slope),
+    "notebook": Formula(lambda log_p, log_q, a: _kl(mixture(log_p, log_q, a), log_q), _notebook_slope),
 }
 DIVERGENCES = tuple(FORMULAS)
 

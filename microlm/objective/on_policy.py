@@ -13,6 +13,7 @@ Shapes: R responses, P tokens of a prompt, S of a response, V vocabulary, D hidd
 """
 
 import hashlib
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,6 @@ class Responses(NamedTuple):
     """Sampled from a mixture of teacher and student."""
 
     tokens: Tensor  # int64 [R, P + S], prompt and response
-    sampled: Tensor  # int64 [R, S]
     teacher_hidden: Tensor  # [R, S, D of the teacher], the states that predict the sampled tokens
 
 
@@ -69,21 +69,14 @@ class MiniLLM:
                 f"params.yaml: on_policy.response_tokens: prompt_tokens + response_tokens = {length} is more than the "
                 f"models' context of {context}; lower one of them"
             )
-        self._student, self._teacher, self._settings, self._seed = student, teacher, settings, seed
+        self._models, self._settings, self._seed = (student, teacher), settings, seed
 
     def __call__(self, batch: Batch) -> MiniLLMLoss:
         """Answers the first `prompt_tokens` tokens of the first `prompts` windows, or of all where there are fewer."""
-        settings = self._settings
-        prompts = batch.tokens[: settings.prompts, : settings.prompt_tokens].to(self._student.head_weight.device)
-        responses = sample_responses(
-            self._student,
-            self._teacher,
-            prompts,
-            settings.response_tokens,
-            settings.teacher_mix,
-            generator_of(self._seed, batch.windows),
-        )
-        scored = score(self._student, self._teacher, responses)
+        settings, generator = self._settings, generator_of(self._seed, batch.windows)
+        prompts = batch.tokens[: settings.prompts, : settings.prompt_tokens].to(self._models[0].head_weight.device)
+        responses = sample_responses(*self._models, prompts, settings.response_tokens, settings.teacher_mix, generator)
+        scored = score(*self._models, responses)
         surrogate = minillm_surrogate(scored, settings.teacher_mix, settings.clip)
         return MiniLLMLoss(surrogate, scored.single_step.detach().mean())
 
@@ -112,29 +105,26 @@ def sample_responses(
     """
     coins = torch.rand(response_tokens, generator=generator, dtype=torch.float64) < teacher_mix
     uniforms = torch.rand(response_tokens, len(prompts), generator=generator, dtype=torch.float64).to(prompts.device)
-    readers = Reader(student), Reader(teacher)
-    tokens = prompts
+    readers, tokens = (Reader(student), Reader(teacher)), prompts
     for teacher_speaks, uniform in zip(coins.tolist(), uniforms):
-        model = teacher if teacher_speaks else student
-        hidden = readers[teacher_speaks].read(tokens)[:, -1]
-        tokens = torch.cat((tokens, draw(_head_logits(model, hidden), uniform)[:, None]), dim=1)
-    first = prompts.shape[1] - 1
-    teacher_hidden = readers[True].hidden(tokens[:, :-1])[:, first:]
-    return Responses(tokens, tokens[:, first + 1 :], teacher_hidden)
+        speaker = readers[teacher_speaks]
+        drawn = draw(_head_logits(speaker.model, speaker.read(tokens)[:, -1]), uniform)
+        tokens = torch.cat((tokens, drawn[:, None]), dim=1)
+    return Responses(tokens, readers[True].hidden(tokens[:, :-1])[:, -response_tokens:])
 
 
+@dataclass
 class Reader:
     """A model over rows that grow, of whose tokens it reads each once."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._cache: Any = None
-        self._read = 0
-        self._hidden: list[Tensor] = []
+    model: LanguageModel
+    _cache: Any = None
+    _read: int = 0
+    _hidden: list[Tensor] = field(default_factory=list)
 
     def read(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T], those read before and n >= 1 more -> hidden states of these [B, n, D]."""
-        hidden, self._cache = self._model.extend(tokens[:, self._read :], self._cache)
+        hidden, self._cache = self.model.extend(tokens[:, self._read :], self._cache)
         self._read = tokens.shape[1]
         self._hidden.append(hidden)
         return hidden
@@ -163,13 +153,12 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 def score(student: LanguageModel, teacher: LanguageModel, responses: Responses) -> ScoredResponses:
     """One pass of the student with a gradient; the teacher's states are those it sampled from."""
-    first = responses.tokens.shape[1] - responses.sampled.shape[1] - 1
-    hidden = student.hidden(responses.tokens[:, :-1])[:, first:]
-    log_q = _log_probabilities(student, hidden)
+    length = responses.teacher_hidden.shape[1]
+    log_q = _log_probabilities(student, student.hidden(responses.tokens[:, :-1])[:, -length:])
     with torch.no_grad():
         log_p = _log_probabilities(teacher, responses.teacher_hidden)
     single_step = (log_q.exp() * (log_q - log_p)).sum(-1)
-    chosen = responses.sampled.unsqueeze(-1)
+    chosen = responses.tokens[:, -length:, None]
     return ScoredResponses(single_step, log_q.gather(-1, chosen)[..., 0], log_p.gather(-1, chosen)[..., 0])
 
 

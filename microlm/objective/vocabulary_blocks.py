@@ -76,9 +76,7 @@ def layout_of(n_rows: int, n_vocab: int, device: str, sweeps: bool = True) -> La
     return Layout(width, -(-width // SPARE) * SPARE + SPARE, kept)
 
 
-@cache
-def _compiled(block_pass: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(block_pass)  # evaluation brings other shapes
+_compiled = cache(torch.compile)  # each pass once, and not for one shape alone: evaluation brings others
 
 
 def kernel(block_pass: Callable[..., None]) -> Callable[..., None]:

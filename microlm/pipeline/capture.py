@@ -24,9 +24,8 @@ from microlm.runtime.resume import resumable, stage_code
 from microlm.runtime.terminal import banner, progress_bar
 from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, cache_identity, manifest_of, map_block, sealed_sums
 from microlm.teacher.capture import capture, projected_loss
-from microlm.teacher.loading import load_recorder
 from microlm.teacher.projection import loss_of_gold, native_loss
-from microlm.teacher.recorders import Recorder
+from microlm.teacher.recorders import Recorder, load_recorder
 
 
 def capture_teacher(config: Config, runtime: Runtime) -> None:

@@ -32,10 +32,11 @@ def select_windows(config: Config, runtime: Runtime) -> None:
         draw = np.random.Generator(np.random.PCG64([config.seed, RANDOM_STREAM]))
         chosen = np.sort(draw.choice(pool, keep, replace=False))
     elif how == "difference":
-        teacher, reference = _nats(config, runtime, shards, pool)
-        best = largest_differences(teacher, reference, keep)
+        nats = _nats(config, runtime, shards, pool)
+        best = largest_differences(*nats.values(), keep)
         chosen = pool[best]
-        told |= {"chosen": _means(teacher[best], reference[best]), "all": _means(teacher, reference)}
+        for name, places in (("chosen", best), ("all", slice(None))):
+            told[name] = {whose: round(float(of[places].mean()), 6) for whose, of in nats.items()}
     with atomic_file(WINDOWS) as file:
         np.save(file, chosen)
     write_json(METRICS / "windows.json", told)
@@ -70,7 +71,7 @@ def largest_differences(teacher_nats: np.ndarray, reference_nats: np.ndarray, ke
     return np.sort(np.argsort(teacher_nats - reference_nats, kind="stable")[:keep])
 
 
-def _nats(config: Config, runtime: Runtime, shards: TokenShards, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _nats(config: Config, runtime: Runtime, shards: TokenShards, pool: np.ndarray) -> dict[str, np.ndarray]:
     """Nats per token of each window under the teacher, from its cache, and under the control."""
     batch = config.at.batch
     cache = TeacherCache(CACHE, cache_identity(config.at.teacher, batch.seq_len, shards), pool)
@@ -82,11 +83,4 @@ def _nats(config: Config, runtime: Runtime, shards: TokenShards, pool: np.ndarra
     control = load_student(CONTROL, runtime.dtype).to(runtime.device)
     lengths = load_tokenizer(SHARDS / "tokenizer").byte_lengths
     scored = loss_on(control, shards, lengths, batch.seq_len, pool, batch.micro_batch_rows)
-    return -cache.mean_gold(), scored.window_nats / batch.seq_len
-
-
-def _means(teacher: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    return {
-        "teacher_nats": round(float(teacher.mean()), 6),
-        "reference_nats": round(float(reference.mean()), 6),
-    }
+    return {"teacher_nats": -cache.mean_gold(), "reference_nats": scored.window_nats / batch.seq_len}

@@ -34,8 +34,8 @@ from microlm.runtime.terminal import banner, progress_bar
 LAYERS = PLOTS / "start.csv"
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round shapes
 
-Made = tuple[StudentLM, dict[str, Any], pd.DataFrame]
-"""The student, what is told of it, and its teacher's layers (its own, where it has no teacher's)."""
+Made = tuple[StudentLM, dict[str, Any], pd.DataFrame | None]
+"""The student, what is told of it, and its teacher's layers, where it has any of these."""
 
 
 def make_start(config: Config, runtime: Runtime) -> None:
@@ -45,18 +45,16 @@ def make_start(config: Config, runtime: Runtime) -> None:
     with config.naming_keys():
         model, told, layers = makers[config.start_kind](config, runtime, tokenizer)
     model.set_activation_dtype(runtime.dtype).to(runtime.device)
+    if layers is None:
+        layers = _table([0.0] * model.shape.layers, range(model.shape.layers))
     batch, val = config.at.batch, TokenShards(SHARDS, "val")
     windows, rows = config.at.pretrain.validation_windows, batch.micro_batch_rows
     seen = loss_on(model, val, tokenizer.byte_lengths, batch.seq_len, windows, rows)
     told = {"start": config.start_kind, "parameters": model.parameter_count(), **told}
     told |= {"shape": asdict(model.shape), "val_loss": seen.nats, "val_bpb": seen.bpb}
-    banner(
-        f"start: {config.start_kind}, {told['parameters']:,} parameters",
-        [
-            f"shape    {model.shape.layers} layers, {model.shape.hidden_size} wide",
-            f"untrained {seen.bpb:.3f} bits/byte",
-        ],
-    )
+    shape = f"shape    {model.shape.layers} layers, {model.shape.hidden_size} wide"
+    lines = [shape, f"untrained {seen.bpb:.3f} bits/byte"]
+    banner(f"start: {config.start_kind}, {told['parameters']:,} parameters", lines)
     model_files.save_student(model, tokenizer, START)
     with atomic_file(LAYERS, "w") as file:
         layers.to_csv(file, index=False, float_format="%.6f", lineterminator="\n")
@@ -76,8 +74,7 @@ def fresh_student(config: Config, tokenizer: Tokenizer) -> StudentLM:
 
 
 def _fresh(config: Config, _: Runtime, tokenizer: Tokenizer) -> Made:
-    model = fresh_student(config, tokenizer)
-    return model, {}, _untouched(model)
+    return fresh_student(config, tokenizer), {}, None
 
 
 def _embedded(config: Config, _: Runtime, tokenizer: Tokenizer) -> Made:
@@ -90,7 +87,7 @@ def _embedded(config: Config, _: Runtime, tokenizer: Tokenizer) -> Made:
     own = model.model.embed_tokens.weight.data
     own[: len(rows)] = rows * (own.square().mean() / rows.square().mean()).sqrt()
     count = sum(parameter.numel() for parameter in teacher.parameters())
-    return model, {"teacher_parameters": count, "embedding_share": share}, _untouched(model)
+    return model, {"teacher_parameters": count, "embedding_share": share}, None
 
 
 def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
@@ -131,10 +128,6 @@ def _teacher(config: Config, tokenizer: Tokenizer) -> Any:
             "a teacher and a corpus.tokenizer that go together, or start: fresh"
         )
     return source.load(torch.float32)
-
-
-def _untouched(model: StudentLM) -> pd.DataFrame:
-    return _table([0.0] * model.shape.layers, range(model.shape.layers))
 
 
 def _table(influence: list[float], kept: Sequence[int], removed: list[tuple[int, float]] | None = None) -> pd.DataFrame:

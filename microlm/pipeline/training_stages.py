@@ -36,12 +36,10 @@ from microlm.runtime.paths import CACHE, CONTROL, METRICS, MODELS, PLOTS, SHARDS
 from microlm.runtime.resume import resumable, stage_code
 from microlm.runtime.terminal import banner
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, cache_identity
-from microlm.teacher.loading import load_fitting_teacher, load_recorder
-from microlm.teacher.recorders import LiveTeacher
+from microlm.teacher.recorders import LiveTeacher, load_fitting_teacher, load_recorder
 from microlm.training import losses
-from microlm.training.feed import Loss
 from microlm.training.history import Evaluation, History
-from microlm.training.loop import Plan, train
+from microlm.training.loop import Loss, Plan, train
 from microlm.training.optimizer import Optimizers
 
 TASK, PROTOCOL = "hellaswag", "completion"  # of the curves

@@ -20,11 +20,9 @@ from microlm.runtime.device import Runtime
 from microlm.runtime.paths import CACHE, METRICS, MODELS, SHARDS
 from microlm.runtime.terminal import banner, duration
 from microlm.teacher.cache import REMAKE, TeacherCache, cache_identity
-from microlm.teacher.loading import load_fitting_teacher
-from microlm.teacher.recorders import LiveTeacher, Recorder
+from microlm.teacher.recorders import LiveTeacher, Recorder, load_fitting_teacher
 from microlm.training import losses
-from microlm.training.feed import Feed, Loss
-from microlm.training.loop import Replica, accumulate_gradients
+from microlm.training.loop import Feed, Loss, Replica, accumulate_gradients
 
 TEACHER_METRICS = METRICS / "teacher.json"
 ROUNDS = 3  # timed, after one that warms up

@@ -1,9 +1,9 @@
 """Run the teacher once over the windows that students will see, and write what it says as the top-k cache."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -110,24 +110,19 @@ def labelled(record: Recorder, shards: TokenShards, windows: np.ndarray, rows: i
 
     On CUDA a batch is read ahead in a thread, and one is handed out while the card is at work on the next.
     """
-    cuda = record.device.type == "cuda"
-    waiting: deque[tuple[Batch, Labels, torch.cuda.Event | None]] = deque()
+    reads, cuda = _reads(record, shards, windows, rows), record.device.type == "cuda"
 
-    def arrived() -> Labels:
-        batch, labels, event = waiting.popleft()
-        if event is not None:
-            event.synchronize()
+    def sent() -> Iterator[tuple[Batch, Labels, torch.cuda.Event | None]]:
+        for read in ahead(reads) if cuda else reads:
+            with torch.inference_mode():
+                labels = _to_host(record.label(read))
+            yield read.batch, *labels
+
+    for batch, labels, arrived in (now for now, _ in pairwise(chain(sent(), [None]))) if cuda else sent():
+        if arrived is not None:
+            arrived.synchronize()
         record.refuse_not_finite(labels, batch)
-        return labels
-
-    reads = _reads(record, shards, windows, rows)
-    for read in ahead(reads) if cuda else reads:
-        with torch.inference_mode():
-            waiting.append((read.batch, *_to_host(record.label(read))))
-        if len(waiting) > cuda:
-            yield arrived()
-    while waiting:
-        yield arrived()
+        yield labels
 
 
 def _to_host(labels: Labels) -> tuple[Labels, torch.cuda.Event | None]:

@@ -113,29 +113,20 @@ class Projection:
         width = min(self._context, max(len(ids) for ids, _ in read) - 1)
         tokens = np.full((len(read), width + 1), self.teacher.eot_id, np.int64)
         real = np.zeros((len(read), width), bool)
-        shared = np.zeros((len(read), rows.shape[1] - 1), bool)
-        covered, states = shared.copy(), []
+        shared, covered = np.zeros((2, len(read), rows.shape[1] - 1), bool)
+        states = []
         for b, (row, (ids, ends)) in enumerate(zip(rows, read)):
             ids, ends = ids[: width + 1], ends[: width + 1]
             tokens[b, : len(ids)], real[b, : len(ids) - 1] = ids, True
             after = np.cumsum(self._lengths[row])[:-1]
-            place = np.searchsorted(
-                ends[:-1], after
-            )  # of the teacher's token that ends there; the last one has no next
+            place = np.searchsorted(ends[:-1], after)  # of the teacher's token that ends there; the last has no next
             found = place < len(ends) - 1
             found[found] = ends[place[found]] == after[found]
             shared[b] = covered[b] = found
             covered[b, found] = self.first.numpy()[ids[place[found] + 1]] == row[1:][found]
             states.append(b * width + place[covered[b]])
-        targets = tokens[:, 1:]
-        return Aligned(
-            torch.from_numpy(tokens[:, :-1].copy()),
-            torch.from_numpy(targets.copy()),
-            real,
-            shared.ravel(),
-            covered.ravel(),
-            torch.from_numpy(np.concatenate(states)),
-        )
+        tokens, targets, places = map(torch.tensor, (tokens[:, :-1], tokens[:, 1:], np.concatenate(states)))
+        return Aligned(tokens, targets, real, shared.ravel(), covered.ravel(), places)
 
     def _read(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The teacher's ids of a window and the end of each, in bytes; an end-of-text token counts as one byte."""

@@ -4,8 +4,9 @@ import inspect
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from microlm.corpus.batches import Batches
+from microlm.corpus.batches import Batch, Batches
 from microlm.errors import UserError
 from microlm.models.student import StudentLM
+from microlm.objective.fused_head import HeadLoss
 from microlm.parameters import OptimizationConfig
 from microlm.runtime import distributed
 from microlm.runtime.launcher import stop_requests
 from microlm.runtime.terminal import banner, duration, progress_bar
 from microlm.training.checkpoint import Pace, restore_checkpoint, save_checkpoint
-from microlm.training.feed import Feed, Loss
 from microlm.training.history import Evaluation, History
 from microlm.training.memory import memory_explained
 from microlm.training.optimizer import Optimizers, learning_rate_multiplier
 
+Loss = Callable[[Tensor, Tensor, Batch, int, float], HeadLoss]
+"""(hidden [N, D], head weight [V, D], batch, tokens of the whole step, share of the training done) -> loss of this
+part of the step."""
 Evaluator = Callable[[StudentLM, np.ndarray | None], Evaluation]
 """(model, training windows whose loss is wanted too) -> what is measured. Every process calls it, and gets the same."""
 
@@ -103,6 +107,48 @@ def train(
                         "run the same command again to go on"
                     )
         return history
+
+
+class Feed:
+    """The micro-batches of this process on the training's device, and the loss that is made of them.
+
+    Args:
+        loss: what it reads of a batch (`Distillation.read`), where it reads anything, comes with the batch.
+        progress: the share of the training that is done at a step.
+        ahead: read (and pin) the next step in a thread during this one; None does so on CUDA.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        loss: Loss,
+        progress: Callable[[int], float],
+        device: torch.device,
+        ahead: bool | None = None,
+    ) -> None:
+        self.batches, self.loss, self.progress, self._device = batches, loss, progress, device
+        ahead = device.type == "cuda" if ahead is None else ahead
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches") if ahead else None
+        self._coming: dict[int, Future[list[Batch]]] = {}
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This process's forward passes of the step, in order."""
+        if self._reader is None:
+            found = self._read(step)
+        else:
+            coming = self._coming.get(step) or self._reader.submit(self._read, step)
+            found, self._coming = coming.result(), {step + 1: self._reader.submit(self._read, step + 1)}
+        return [_each(batch, lambda tensor: tensor.to(self._device, non_blocking=True)) for batch in found]
+
+    def _read(self, step: int) -> list[Batch]:
+        found = self.batches.micro_batches(step, distributed.rank(), distributed.size())
+        if read := getattr(self.loss, "read", None):
+            found = [replace(batch, records=read(batch.windows, self.progress(step))) for batch in found]
+        return [_each(batch, Tensor.pin_memory) for batch in found] if self._device.type == "cuda" else found
+
+
+def _each(batch: Batch, moved: Callable[[Tensor], Tensor]) -> Batch:
+    return replace(batch, rows=moved(batch.rows), records=None if batch.records is None else moved(batch.records))
 
 
 class Replica:

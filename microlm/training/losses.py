@@ -12,7 +12,7 @@ from microlm.objective.on_policy import MiniLLM
 from microlm.objective.schedule import Objective, ObjectiveSchedule
 from microlm.teacher.cache import TeacherCache
 from microlm.teacher.recorders import LiveTeacher
-from microlm.training.feed import Loss
+from microlm.training.loop import Loss
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,14 @@ def cross_entropy(n_vocab: int, z_loss: float) -> Loss:
 
 def on_policy(n_vocab: int, schedule: ObjectiveSchedule, minillm: MiniLLM) -> Loss:
     """(1 - alpha) cross-entropy on the windows + alpha MiniLLM on responses to their first tokens."""
+    on_text = Distillation(n_vocab, schedule, teacher=None)
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch, count: int, progress: float) -> HeadLoss:
-        alpha = schedule.alpha(progress)
-        targets = batch.targets.to(hidden.device).flatten()
-        text = fused_head_loss(hidden, weight, targets, n_vocab, schedule(progress), count=count)
+        alpha, text = schedule.alpha(progress), on_text(hidden, weight, batch, count, progress)
         if alpha == 0:
             return text
-        sampled, share = minillm(batch), len(targets) / count
-        divergence = sampled.reverse_kl * len(targets)
+        sampled, share = minillm(batch), len(hidden) / count
+        divergence = sampled.reverse_kl * len(hidden)
         return HeadLoss(text.loss + alpha * share * sampled.surrogate, text.cross_entropy, divergence)
 
     return loss

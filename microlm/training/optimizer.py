@@ -56,13 +56,20 @@ class BatchedMuon(Muon):
         """One update of all parameters that have a gradient."""
         assert closure is None, "a closure is for optimizers that ask for the loss again"
         for group in self.param_groups:
-            for matrices in _alike(group["params"]):
+            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    alike[matrix.shape].append(matrix)
+            for matrices in alike.values():
                 self._update(matrices, group)
 
     def _update(self, matrices: list[Tensor], group: dict) -> None:
         """`matrices` are of one shape."""
         gradients = [matrix.grad for matrix in matrices]
-        momenta = [self._momentum(matrix) for matrix in matrices]
+        for matrix in matrices:
+            if STATE not in self.state[matrix]:
+                self.state[matrix][STATE] = torch.zeros_like(matrix.grad)
+        momenta = [self.state[matrix][STATE] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
         directions = orthogonalized(
@@ -70,24 +77,12 @@ class BatchedMuon(Muon):
         )
         # float32 and contiguous, as the weights are: of mixed lists every pair would get a kernel of its own
         wide = directions.to(matrices[0].dtype, memory_format=torch.contiguous_format)
-        rate = adjusted_rate(group["lr"], group["adjust_lr_fn"], *matrices[0].shape)
+        rows, columns = matrices[0].shape
+        larger = math.sqrt(max(1, rows / columns))  # by default updates of tall matrices are larger
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            larger = 0.2 * math.sqrt(max(rows, columns))
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, list(wide.unbind()), alpha=-rate)
-
-    def _momentum(self, matrix: Tensor) -> Tensor:
-        state = self.state[matrix]
-        if STATE not in state:
-            state[STATE] = torch.zeros_like(matrix.grad)
-        return state[STATE]
-
-
-def _alike(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters that have a gradient, by shape, each shape's in order."""
-    found: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            found[tuple(parameter.shape)].append(parameter)
-    yield from found.values()
+        torch._foreach_add_(matrices, list(wide.unbind()), alpha=-group["lr"] * larger)
 
 
 def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -105,13 +100,6 @@ def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: i
     return x.mT if tall else x
 
 
-def adjusted_rate(rate: float, adjustment: str | None, rows: int, columns: int) -> float:
-    """As `torch.optim.Muon` has it: by default updates of tall matrices are larger."""
-    if adjustment in (None, "original"):
-        return rate * math.sqrt(max(1, rows / columns))
-    return rate * 0.2 * math.sqrt(max(rows, columns))  # match_rms_adamw
-
-
 MOMENTS = {Muon: 1, BatchedMuon: 1, AdamW: 2}  # tensors of a parameter's shape in the state
 
 
@@ -119,12 +107,12 @@ class Optimizers:
     """All optimizers of one training. Every parameter is in exactly one group of one of them."""
 
     def __init__(self, model: nn.Module, config: OptimizationConfig) -> None:
-        named = dict(model.named_parameters())
-        matrices = {n: p for n, p in named.items() if is_block_matrix(n, p)}
-        others = {n: p for n, p in named.items() if n not in matrices}
-        device = next(iter(named.values())).device.type
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        matrices = {name: p for p, name in self._names.items() if is_block_matrix(name, p)}
+        device = next(iter(self._names)).device.type
         fused = True if device in ("cpu", "cuda") else None
-        adamw_groups = [{"params": list(others.values()), "weight_decay": 0.0}]
+        others = [p for p, name in self._names.items() if name not in matrices]
+        adamw_groups = [{"params": others, "weight_decay": 0.0}]
         self._all: list[torch.optim.Optimizer] = []
         self._dealt: dict[str, tuple[nn.Parameter, int]] = {}  # matrices and their processes, where there are several
         if config.optimizer == "muon":
@@ -140,11 +128,9 @@ class Optimizers:
             adamw_groups.append({"params": list(matrices.values()), "weight_decay": config.weight_decay})
         self._all.append(AdamW(adamw_groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS, fused=fused))
         self._peaks = [group["lr"] for group in self._groups]
-        self._names = {id(p): n for n, p in named.items()}
-        self._parameters = list(named.values())
-        held = [id(p) for group in self._groups for p in group["params"]]
-        held += [id(p) for p, owner in self._dealt.values() if owner != distributed.rank()]
-        assert sorted(held) == sorted(self._names), "every parameter is optimized exactly once"
+        held = [p for group in self._groups for p in group["params"]]
+        held += [p for p, owner in self._dealt.values() if owner != distributed.rank()]
+        assert sorted(map(id, held)) == sorted(map(id, self._names)), "every parameter is optimized exactly once"
 
     @property
     def _groups(self) -> list[dict]:
@@ -161,7 +147,7 @@ class Optimizers:
             group["lr"] = peak * multiplier
         for optimizer in self._all:
             optimizer.step()
-        for parameter in self._parameters:
+        for parameter in self._names:
             parameter.grad = None
         self._exchange()
 
@@ -188,8 +174,7 @@ class Optimizers:
         held = [
             torch.empty_like(parameter)
             for optimizer in self._all
-            for group in optimizer.param_groups
-            for parameter in group["params"]
+            for parameter in _parameters_of(optimizer)
             if not optimizer.state.get(parameter)
             for _ in range(MOMENTS[type(optimizer)])
         ]
@@ -201,24 +186,14 @@ class Optimizers:
 
         Every process has to call it; the first one gets them all.
         """
-        return self._gathered_momentum() | {
-            f"{self._names[id(parameter)]}/{key}": value
-            for optimizer in self._all
-            for parameter, state in optimizer.state.items()
-            for key, value in state.items()
-        }
-
-    def _gathered_momentum(self) -> dict[str, Tensor]:
-        if not self._dealt or not distributed.any_rank(any(o.state for o in self._all)):
-            return {}
-        held = {parameter: state for optimizer in self._all for parameter, state in optimizer.state.items()}
-        found = {}
-        for name, (matrix, owner) in self._dealt.items():
-            momentum = held[matrix][STATE] if owner == distributed.rank() else torch.empty_like(matrix)
-            dist.broadcast(momentum, owner)
-            if distributed.is_first():
-                found[f"{name}/{STATE}"] = momentum.detach()
-        return found
+        found, held = {}, {p: state for optimizer in self._all for p, state in optimizer.state.items()}
+        if self._dealt and distributed.any_rank(bool(held)):
+            for name, (matrix, owner) in self._dealt.items():
+                momentum = held[matrix][STATE] if owner == distributed.rank() else torch.empty_like(matrix)
+                dist.broadcast(momentum, owner)
+                if distributed.is_first():
+                    found[f"{name}/{STATE}"] = momentum.detach()
+        return found | {f"{self._names[p]}/{key}": value for p, state in held.items() for key, value in state.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `state_tensors` gave, of any number of processes; the momentum of others' matrices is left.
@@ -232,14 +207,17 @@ class Optimizers:
         if foreign := by_name.keys() - set(self._names.values()):
             raise KeyError(min(foreign))
         for optimizer in self._all:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             states = {
                 index: {state: _copied(state, value, parameter) for state, value in by_name[name].items()}
-                for index, parameter in enumerate(parameters)
-                if (name := self._names[id(parameter)]) in by_name
+                for index, parameter in enumerate(_parameters_of(optimizer))
+                if (name := self._names[parameter]) in by_name
             }
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _copied(state: str, value: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -28,8 +28,7 @@ from microlm.parameters import PretrainConfig
 from microlm.teacher.cache import CacheIdentity
 from microlm.teacher.recorders import LiveTeacher, Recorder
 from microlm.training import loop
-from microlm.training.feed import Feed, Loss
-from microlm.training.loop import Interrupted, Plan, Replica, take_step, train
+from microlm.training.loop import Feed, Interrupted, Loss, Plan, Replica, take_step, train
 from microlm.training.losses import Distillation
 from microlm.training.optimizer import Optimizers
 from tests.cuda.test_cuda_models import asked, llama

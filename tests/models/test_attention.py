@@ -11,7 +11,7 @@ SHAPE = ModelShape(70, 128, 1, 32, 2, 16, 64, context=96, rope_theta=1e4)
 
 
 def attended(length: int, before: int, dtype: torch.dtype, masked: bool) -> Tensor:
-    """`extend` of `length` positions after `before` others, with the causal mask written out or left to it."""
+    """`length` positions after `before` others, with the causal mask written out or left to it."""
     drawn = torch.Generator().manual_seed(length)
     attention = Attention(SHAPE)
     for parameter in attention.parameters():
@@ -21,12 +21,12 @@ def attended(length: int, before: int, dtype: torch.dtype, masked: bool) -> Tens
     past, mask = None, None
     with torch.inference_mode():
         if before:
-            _, past = attention.extend(x[:, :before], *turn[:, :, :before], None)
+            _, past = attention(x[:, :before], *turn[:, :, :before], None)
         if masked:
             mask = torch.ones(length, before + length, dtype=torch.bool).tril(before)
-        found, _ = attention.extend(x[:, before:], *turn[:, :, before:], past, mask)
+        found, _ = attention(x[:, before:], *turn[:, :, before:], past, mask)
         if not before:
-            assert torch.equal(found, attention(x, *turn, None))
+            assert torch.equal(found, attention(x, *turn, None)[0])
     return found
 
 

@@ -15,7 +15,7 @@ from microlm.models.teacher_source import PACKAGED_TEACHER, PackagedTeacher, rea
 from microlm.parameters import TeacherConfig
 from microlm.pipeline.capture import refuse_impossible
 from microlm.teacher.cache import CacheIdentity
-from microlm.teacher.loading import refuse_misfit
+from microlm.teacher.recorders import refuse_misfit
 from tests.support.workspace import inside
 
 TEXT = "The Great Wall of China is a series of fortifications built across the historical northern borders of China."

@@ -36,7 +36,6 @@ HARMLESS = {
     "microlm/runtime/compilation.py": "a flag, which device.py sets",
     "microlm/runtime/launcher.py": "starts and stops processes; how many, or when, changes no result",
     "microlm/report/text_table.py": "words for people",
-    "microlm/teacher/loading.py": "refuses; what it returns model_files.py loads and projection.py makes",
     "microlm/runtime/paths.py": "where files lie, not what is in them",
     "microlm/parameters.py": "as config.py",
     "microlm/schema.py": "as config.py",

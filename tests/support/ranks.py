@@ -32,10 +32,9 @@ from microlm.runtime import distributed
 from microlm.runtime.device import set_up
 from microlm.runtime.launcher import run_shared_stage, stop_requests
 from microlm.teacher import cache as cache_module
-from microlm.training.feed import Feed, Loss
 from microlm.training.history import Evaluation
 from microlm.training.loop import Evaluator as TrainingEvaluator
-from microlm.training.loop import Plan, Replica, accumulate_gradients, per_token, train
+from microlm.training.loop import Feed, Loss, Plan, Replica, accumulate_gradients, per_token, train
 from microlm.training.losses import cross_entropy
 from microlm.training.optimizer import Optimizers
 

@@ -23,7 +23,7 @@ from microlm.pipeline.capture import CACHE, capture_teacher
 from microlm.pipeline.select import select_windows
 from microlm.pipeline.start import fresh_student
 from microlm.teacher.cache import MANIFEST, TeacherCache, cache_identity, sealed
-from microlm.teacher.loading import load_fitting_teacher
+from microlm.teacher.recorders import load_fitting_teacher
 from microlm.training import losses
 from stages.verify import main as verify
 from tests.objective.test_objective import ALL, PADDED, TAILS, V, dense_divergence, problem

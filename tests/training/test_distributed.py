@@ -26,7 +26,7 @@ from microlm.parameters import BatchConfig
 from microlm.pipeline import training_stages
 from microlm.runtime.launcher import PROCESSES, processes
 from microlm.teacher import cache as cache_module
-from microlm.training.feed import Feed
+from microlm.training.loop import Feed
 from microlm.training.optimizer import deal_matrices
 from tests.support import ranks
 from tests.support.clones import ROOT

@@ -27,9 +27,8 @@ from microlm.teacher.capture import capture
 from microlm.teacher.recorders import Recorder
 from microlm.training import checkpoint
 from microlm.training.checkpoint import MOMENTS, PROGRESS, STATE, WORK_PER_SAVE, Pace, save_checkpoint
-from microlm.training.feed import Loss
 from microlm.training.history import Evaluation, History
-from microlm.training.loop import Interrupted, Plan, train
+from microlm.training.loop import Interrupted, Loss, Plan, train
 from microlm.training.losses import Distillation, cross_entropy
 from microlm.training.memory import Precision, training_memory
 from microlm.training.optimizer import Optimizers, is_block_matrix, learning_rate_multiplier

@@ -18,8 +18,7 @@ from microlm.pipeline.asked_objective import objective_schedule
 from microlm.research.plan.sizes import forward_flops
 from microlm.teacher.recorders import LiveTeacher, Recorder
 from microlm.training import losses
-from microlm.training.feed import Feed, Loss
-from microlm.training.loop import Plan, Replica, take_step
+from microlm.training.loop import Feed, Loss, Plan, Replica, take_step
 from microlm.training.optimizer import Optimizers
 
 WARM_UP = 2

@@ -32,7 +32,7 @@ from microlm.runtime.device import Runtime
 from microlm.runtime.paths import CONTROL, METRICS, PLOTS, SHARDS
 from microlm.runtime.terminal import banner, progress_bar
 from microlm.teacher.cache import cache_identity
-from microlm.teacher.loading import load_fitting_teacher
+from microlm.teacher.recorders import load_fitting_teacher
 
 RESULT, TABLE, FIGURE = METRICS / "probe.json", PLOTS / "probe.csv", PLOTS / "probe.png"
 BUDGETS = (32, 36, 64, 114, 128, 312)  # bytes a token; 36, 114 and 312 are peers' own layouts
