@@ -103,16 +103,13 @@ def _held_out(
     if projection is None:
         return {"val": _in_units(loss_on(model, val, lengths, seq_len, wanted, rows))}
     chosen = evenly_spaced(window_count(val, seq_len), wanted)
-    native = native_loss(model, projection, val, seq_len, chosen, rows)
+    told = {"val": _in_units(native_loss(model, projection, val, seq_len, chosen, rows))}
+    told["tokenizers"] = {"teacher": projection.teacher.name, "student": tokenizer.name}
+    if labelled is not None:
+        told["coverage"] = labelled.tokens / (identity.windows * seq_len)
     shown, shared = projected_loss(record, val, chosen, rows, lengths)
-    coverage = {} if labelled is None else {"coverage": labelled.tokens / (identity.windows * seq_len)}
     in_val = {"coverage": shown.tokens / (len(chosen) * seq_len), "shared_boundaries": shared}
-    return {
-        "val": _in_units(native),
-        "tokenizers": {"teacher": projection.teacher.name, "student": tokenizer.name},
-        **coverage,
-        "val_projected": _in_units(shown) | in_val,
-    }
+    return told | {"val_projected": _in_units(shown) | in_val}
 
 
 def refuse_impossible(identity: CacheIdentity, config: Config) -> None:

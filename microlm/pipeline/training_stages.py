@@ -17,7 +17,7 @@ from microlm.evaluation.results.answers import answers, curve_figures
 from microlm.evaluation.scoring.encoding import Encoded, encode
 from microlm.evaluation.scoring.engine import score
 from microlm.evaluation.scoring.held_out_loss import ValidationLoss, held_out, loss_on
-from microlm.evaluation.tasks.data import DataNotAvailable, read_rows
+from microlm.evaluation.tasks.data import read_rows
 from microlm.evaluation.tasks.prompts import questions, stratified_subset
 from microlm.evaluation.tasks.task import task_named
 from microlm.files import sha256_bytes, sha256_file, write_json
@@ -218,10 +218,7 @@ class Training:
 def asked_questions(items: int, tokenizer: Tokenizer, context: int) -> list[Encoded]:
     """A fixed subset of `items` questions. UserError where they are not there."""
     task = task_named(TASK)
-    try:
-        asked = stratified_subset(questions(task, PROTOCOL, read_rows(task, None, hub=False)), items)
-    except DataNotAvailable as missing:
-        raise UserError(str(missing)) from None
+    asked = stratified_subset(questions(task, PROTOCOL, read_rows(task, None, hub=False)), items)
     return encode(asked, tokenizer, context, tokenizer.eot_id, joint=False).questions
 
 

@@ -282,21 +282,21 @@ def _verify(directory: Path, sizes: dict[str, int], sha256: dict[str, str | None
         path = directory / name
         if sha256.get(name) is None or not path.is_file():
             raise UserError(f"{path} is not there or not in the manifest; {REMAKE}")
-        seen[name] = path.stat()
-        if seen[name].st_size != expected:
-            raise UserError(f"{path}: {seen[name].st_size} bytes long, expected {expected}; {REMAKE}")
+        found = path.stat()
+        if found.st_size != expected:
+            raise UserError(f"{path}: {found.st_size} bytes long, expected {expected}; {REMAKE}")
+        seen[name] = [found.st_size, found.st_mtime_ns, found.st_ino, sha256[name]]
     if distributed.local_rank() == 0:
         memo = resume_root() / f"verified-{sha256_json(str(directory.resolve()))[:16]}.json"
         large, known = sum(sizes.values()) > TRUSTED_BYTES, {}
         if large:
             with suppress(UserError):  # absent or damaged: all is hashed again
                 known = read_json(memo, "teacher")
-        new = {name: [of.st_size, of.st_mtime_ns, of.st_ino, sha256[name]] for name, of in seen.items()}
-        unknown = [name for name in sizes if known.get(name) != new[name]]
+        unknown = [name for name in sizes if known.get(name) != seen[name]]
         with ThreadPoolExecutor(available_cores()) as readers:
             for name, found in zip(unknown, readers.map(lambda name: sha256_file(directory / name), unknown)):
                 if found != sha256[name]:
                     raise UserError(f"{directory / name}: its sha256 is not the manifest's; {REMAKE}")
         if unknown and large:
-            write_json(memo, new)
+            write_json(memo, seen)
     distributed.wait_for_all()

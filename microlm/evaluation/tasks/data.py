@@ -61,7 +61,7 @@ class Rows:
     provenance: dict[str, Any]
 
 
-class DataNotAvailable(Exception):
+class DataNotAvailable(UserError):
     """No source of a task is within reach. Its text is one line: what was tried, and the mend."""
 
 
