@@ -69,20 +69,15 @@ def distill(config: Config, runtime: Runtime) -> None:
         loss = losses.on_policy(n_vocab, asked, MiniLLM(training.model, sampled, at.on_policy, config.seed))
         inputs |= {"on_policy": asdict(at.on_policy), "teacher": teacher_source(at.teacher).fingerprint(sampled)}
     else:
-        cache = TeacherCache(CACHE, identity, cached_windows(shards, identity.seq_len, at.teacher.windows))
-        live = identity.source == "live" and config.distills
-        teacher = _live_teacher(cache, config, runtime, training.tokenizer) if live else cache
+        teacher = cache = TeacherCache(CACHE, identity, cached_windows(shards, identity.seq_len, at.teacher.windows))
+        if identity.source == "live" and config.distills:
+            as_captured = replace(runtime, dtype=cache.dtype)
+            with config.naming_keys():
+                record = load_recorder(teacher_source(at.teacher), cache.identity, as_captured, training.tokenizer)
+            teacher = LiveTeacher(record, cache.tables)
         loss = losses.Distillation(n_vocab, asked, teacher)
         inputs |= {"cache": sha256_file(CACHE / MANIFEST)}
     training.run(runtime, loss, asked.describe(), **inputs)
-
-
-def _live_teacher(stage: TeacherCache, config: Config, runtime: Runtime, tokenizer: Tokenizer) -> LiveTeacher:
-    """The teacher at work in the steps, in the dtype of stage `teacher`, whose manifest and table are in `stage`."""
-    runtime = replace(runtime, dtype=stage.dtype)
-    with config.naming_keys():
-        record = load_recorder(teacher_source(config.at.teacher), stage.identity, runtime, tokenizer)
-    return LiveTeacher(record, stage.tables)
 
 
 def _sampled_teacher(config: Config, identity: CacheIdentity, runtime: Runtime) -> LanguageModel:

@@ -191,8 +191,7 @@ class TeacherCache:
                 raise UserError(f"{where}: {field} is {manifest.get(field)!r}, but this run has {wanted!r}; {REMAKE}")
         expected = replace(expected, teacher_tokenizer=manifest.get("teacher_tokenizer"))
         self.identity, self.manifest = expected, manifest
-        self._windows = windows
-        self._size = expected.block_windows()
+        self._windows, self._size = windows, expected.block_windows()
         listed = {block["file"]: block["sha256"] for block in manifest["blocks"]}
         lengths = {name: part.stop - part.start for name, part in expected.blocks()}
         sizes = {name: windows * expected.seq_len * expected.token_bytes for name, windows in lengths.items()}

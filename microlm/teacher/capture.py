@@ -157,14 +157,14 @@ def projected_loss(
     Returns:
         It, with the covered positions as its tokens, and the share of positions at a shared boundary.
     """
-    reads = list(_reads(record, shards, windows, rows))
+    shared = []
 
     def said() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for read in reads:
+        for read in _reads(record, shards, windows, rows):
             targets = read.batch.targets.numpy()
             with torch.inference_mode():
                 gold = record.label(read).gold.cpu().numpy()
+            shared.append(read.aligned.shared)
             yield read.aligned.covered.reshape(targets.shape), gold.reshape(targets.shape), targets
 
-    shared = sum(int(read.aligned.shared.sum()) for read in reads)
-    return loss_of_gold(windows, said(), byte_lengths), shared / (len(windows) * record.identity.seq_len)
+    return loss_of_gold(windows, said(), byte_lengths), float(np.concatenate(shared).mean())
