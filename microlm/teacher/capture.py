@@ -16,8 +16,8 @@ from microlm.evaluation.scoring.held_out_loss import ValidationLoss
 from microlm.files import atomic_file
 from microlm.runtime import distributed
 from microlm.teacher.cache import TABLE, CacheIdentity, is_finished, seal_file
-from microlm.teacher.projection import loss_of_gold
-from microlm.teacher.recorders import Read, Recorder
+from microlm.teacher.projection import Aligned, loss_of_gold
+from microlm.teacher.recorders import Recorder
 from microlm.teacher.records import Labels
 
 T = TypeVar("T")
@@ -94,15 +94,18 @@ def tail_table(record: Recorder, shards: TokenShards, windows: np.ndarray, batch
     identity, chosen = record.identity, windows[evenly_spaced(len(windows), TABLE_WINDOWS)]
     totals = torch.zeros(len(identity.temperatures), identity.n_vocab, dtype=torch.float64, device=record.device)
     with torch.inference_mode():
-        positions = sum(record.add_batch(read, totals) for read in _reads(record, shards, chosen, batch_rows))
+        positions = sum(record.add_batch(totals, *read) for read in _reads(record, shards, chosen, batch_rows))
     mean = totals / max(1, positions)
     return mean.clamp_min(torch.finfo(torch.float32).tiny).log().float().cpu().numpy()
 
 
-def _reads(record: Recorder, shards: TokenShards, windows: np.ndarray, rows: int) -> Iterator[Read]:
+def _reads(
+    record: Recorder, shards: TokenShards, windows: np.ndarray, rows: int
+) -> Iterator[tuple[Batch, Aligned | None]]:
     """`windows` as the teacher will read them, `rows` at a time."""
     for start in range(0, len(windows), rows):
-        yield record.read(read_batch(shards, windows[start : start + rows], record.identity.seq_len))
+        batch = read_batch(shards, windows[start : start + rows], record.identity.seq_len)
+        yield batch, record.align(batch)
 
 
 def labelled(record: Recorder, shards: TokenShards, windows: np.ndarray, rows: int) -> Iterator[Labels]:
@@ -113,10 +116,10 @@ def labelled(record: Recorder, shards: TokenShards, windows: np.ndarray, rows: i
     reads, cuda = _reads(record, shards, windows, rows), record.device.type == "cuda"
 
     def sent() -> Iterator[tuple[Batch, Labels, torch.cuda.Event | None]]:
-        for read in ahead(reads) if cuda else reads:
+        for batch, aligned in ahead(reads) if cuda else reads:
             with torch.inference_mode():
-                labels = _to_host(record.label(read))
-            yield read.batch, *labels
+                labels = _to_host(record.label(batch, aligned))
+            yield batch, *labels
 
     for batch, labels, arrived in (now for now, _ in pairwise(chain(sent(), [None]))) if cuda else sent():
         if arrived is not None:
@@ -160,11 +163,11 @@ def projected_loss(
     shared = []
 
     def said() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for read in _reads(record, shards, windows, rows):
-            targets = read.batch.targets.numpy()
+        for batch, aligned in _reads(record, shards, windows, rows):
+            targets = batch.targets.numpy()
             with torch.inference_mode():
-                gold = record.label(read).gold.cpu().numpy()
-            shared.append(read.aligned.shared)
-            yield read.aligned.covered.reshape(targets.shape), gold.reshape(targets.shape), targets
+                gold = record.label(batch, aligned).gold.cpu().numpy()
+            shared.append(aligned.shared)
+            yield aligned.covered.reshape(targets.shape), gold.reshape(targets.shape), targets
 
     return loss_of_gold(windows, said(), byte_lengths), float(np.concatenate(shared).mean())

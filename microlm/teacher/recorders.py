@@ -6,7 +6,6 @@ vocabulary is the tokenizer's; padding rows of the head are masked first.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,13 +122,6 @@ class ProjectedHead:
         return (self._projection.push(torch.softmax(z / T, -1)) for T in self._identity.temperatures)
 
 
-class Read(NamedTuple):
-    """A batch as the teacher will read it: the part of its labelling that needs no model."""
-
-    batch: Batch
-    aligned: Aligned | None  # None where the teacher's tokens are the batch's
-
-
 class Recorder:
     """Turns windows into records.
 
@@ -149,16 +141,17 @@ class Recorder:
         else:
             self._head = Head(model, identity, self._rows, compiled)
 
-    def read(self, batch: Batch) -> Read:
-        return Read(batch, self.projection.align(batch) if self.projection else None)
+    def align(self, batch: Batch) -> Aligned | None:
+        """The part of a labelling that needs no model. None where the teacher's tokens are the batch's."""
+        return self.projection.align(batch) if self.projection else None
 
-    def label(self, read: Read) -> Labels:
+    def label(self, batch: Batch, aligned: Aligned | None) -> Labels:
         """Labels of a batch, N = B * seq_len, on the model's device.
 
         One that is not covered holds NaN, so that whoever does not heed its mark finds out.
         """
-        hidden, targets = self._hidden(read), read.batch.targets.to(self.device).flatten()
-        covered = None if read.aligned is None else torch.from_numpy(read.aligned.covered).to(self.device)
+        hidden, targets = self._hidden(batch, aligned), batch.targets.to(self.device).flatten()
+        covered = None if aligned is None else torch.from_numpy(aligned.covered).to(self.device)
         gold = targets if covered is None else targets[covered]
         parts = [self._head.columns(*part) for part in zip(hidden.split(self._rows), gold.split(self._rows))]
         said = [torch.cat(column) for column in zip(*parts)]
@@ -169,7 +162,7 @@ class Recorder:
     def labels(self, batch: Batch) -> Labels:
         """`label`, for a loss. UserError where the teacher speaks and what it says is not finite."""
         with torch.no_grad():  # not inference mode: a loss keeps what is made of them for its backward pass
-            labels = self.label(self.read(batch))
+            labels = self.label(batch, self.align(batch))
         self.refuse_not_finite(labels, batch)
         return labels
 
@@ -181,20 +174,18 @@ class Recorder:
                 f"the teacher's logits are not finite in windows {batch.windows.tolist()}; try runtime.dtype: float32"
             )
 
-    def add_batch(self, read: Read, totals: Tensor) -> int:
+    def add_batch(self, totals: Tensor, batch: Batch, aligned: Aligned | None) -> int:
         """Add to `totals`, float64 [temperatures, V], the distributions at covered positions; how many these are."""
-        hidden = self._hidden(read)
+        hidden = self._hidden(batch, aligned)
         for part in hidden.split(self._rows):
             for total, p in zip(totals, self._head.distributions(part)):
                 total += p.sum(0, dtype=torch.float64)
         return len(hidden)
 
-    def _hidden(self, read: Read) -> Tensor:
+    def _hidden(self, batch: Batch, aligned: Aligned | None) -> Tensor:
         """Hidden states that speak of the covered positions, [n, D]."""
-        if read.aligned is None:
-            return self.model.hidden(read.batch.tokens.to(self.device)).flatten(0, 1)
-        hidden = self.model.hidden(read.aligned.tokens.to(self.device)).flatten(0, 1)
-        return hidden[read.aligned.states.to(self.device)]
+        hidden = self.model.hidden((aligned or batch).tokens.to(self.device)).flatten(0, 1)
+        return hidden if aligned is None else hidden[aligned.states.to(self.device)]
 
 
 def _spread(column: Tensor, covered: Tensor) -> Tensor:

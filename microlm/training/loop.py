@@ -110,25 +110,17 @@ def train(
 
 
 class Feed:
-    """The micro-batches of this process on the training's device, and the loss that is made of them.
+    """The micro-batches of this process on the training's device, and the loss that is made of them. On CUDA a thread
+    reads and pins the next step's during this one.
 
     Args:
         loss: what it reads of a batch (`Distillation.read`), where it reads anything, comes with the batch.
         progress: the share of the training that is done at a step.
-        ahead: read (and pin) the next step in a thread during this one; None does so on CUDA.
     """
 
-    def __init__(
-        self,
-        batches: Batches,
-        loss: Loss,
-        progress: Callable[[int], float],
-        device: torch.device,
-        ahead: bool | None = None,
-    ) -> None:
+    def __init__(self, batches: Batches, loss: Loss, progress: Callable[[int], float], device: torch.device) -> None:
         self.batches, self.loss, self.progress, self._device = batches, loss, progress, device
-        ahead = device.type == "cuda" if ahead is None else ahead
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches") if ahead else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches") if device.type == "cuda" else None
         self._coming: dict[int, Future[list[Batch]]] = {}
 
     def micro_batches(self, step: int) -> list[Batch]:
