@@ -83,30 +83,26 @@ class TransformersModel(LanguageModel):
 
     @property
     def plain_head(self) -> bool:
-        bias = getattr(self.network.get_output_embeddings(), "bias", None)
-        return bias is None and self._logit_scale == 1 and self._logit_cap is None
+        bias, scale, cap = self._beside_weight
+        return bias is None and scale == 1 and cap is None
 
     @property
     def _config(self) -> Any:
         return self.network.config.get_text_config()
 
     @property
-    def _logit_scale(self) -> float:
-        """Cohere multiplies, Granite divides."""
-        multiplied = getattr(self._config, "logit_scale", None) or 1.0
-        return multiplied / (getattr(self._config, "logits_scaling", None) or 1.0)
-
-    @property
-    def _logit_cap(self) -> float | None:
-        return getattr(self._config, "final_logit_softcapping", None)
+    def _beside_weight(self) -> tuple[Tensor | None, float, float | None]:
+        """The head's bias, its scale (Cohere multiplies, Granite divides) and its cap."""
+        names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        multiplied, divided, cap = (getattr(self._config, name, None) for name in names)
+        bias = getattr(self.network.get_output_embeddings(), "bias", None)
+        return bias, (multiplied or 1.0) / (divided or 1.0), cap
 
     def logits(self, hidden: Tensor) -> Tensor:
-        head = self.network.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        logits = F.linear(hidden, head.weight[: self.n_vocab], None if bias is None else bias[: self.n_vocab])
-        if self._logit_scale != 1:
-            logits = logits * self._logit_scale
-        cap = self._logit_cap
+        bias, scale, cap = self._beside_weight
+        logits = F.linear(hidden, self.head_weight[: self.n_vocab], None if bias is None else bias[: self.n_vocab])
+        if scale != 1:
+            logits = logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def refuse_foreign_logits(self, name: str) -> "TransformersModel":

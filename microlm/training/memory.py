@@ -115,18 +115,15 @@ def memory_explained(model: StudentLM, batch: BatchConfig, name: str, optimizer:
         device, precision = model.head_weight.device, Precision(model.activation_dtype.itemsize, model.compiled)
         shape, size = model.shape, distributed.size()
         planned = training_memory(batch, precision, shape, optimizer, size, ids, device.type)["total"] / 1e9
+        where = str(device)
+        if device.type == "cuda":
+            of = torch.cuda.get_device_properties(device)
+            where = f"{of.name}, {of.total_memory / 1e9:.1f} GB,"
         why = ". ".join(str(error).split("\n")[0].split(". ")[:2]).rstrip(".")  # what was asked for; then come advices
         raise UserError(
-            f"{name}: the memory of {_name(device)} is too small ({why}); the plan has {planned:.3g} "
+            f"{name}: the memory of {where} is too small ({why}); the plan has {planned:.3g} "
             f"GB for this training, a live teacher apart; {_mend(batch)}"
         ) from None
-
-
-def _name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return str(device)
-    of = torch.cuda.get_device_properties(device)
-    return f"{of.name}, {of.total_memory / 1e9:.1f} GB,"
 
 
 def _mend(batch: BatchConfig) -> str:
