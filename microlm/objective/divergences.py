@@ -70,7 +70,6 @@ FORMULAS = {
     ),
     "notebook": Formula(lambda log_p, log_q, a: _kl(mixture(log_p, log_q, a), log_q), _notebook_slope),
 }
-DIVERGENCES = tuple(FORMULAS)
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.name not in FORMULAS:
-            raise ValueError(f"{self.name} is none of {', '.join(DIVERGENCES)}")
+            raise ValueError(f"{self.name} is none of {', '.join(FORMULAS)}")
 
     def term(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """phi(p_i, q_i), the shape of both."""

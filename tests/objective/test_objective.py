@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microlm.objective import capped_tail
-from microlm.objective.divergences import DIVERGENCES, LARGEST_LOG_RATIO, Divergence, temper
+from microlm.objective.divergences import FORMULAS, LARGEST_LOG_RATIO, Divergence, temper
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss, token_nats
 from microlm.objective.vocabulary_blocks import SIZES, VocabularyBlocks, first_sweep
 from tests.support.dense_tails import cap_tail, lump, table_tail
 
 N, D, V, PADDED = 7, 5, 700, 704
 PARAMETERS = {"jsd": 0.3, "skew_fkl": 0.1, "skew_rkl": 0.1, "notebook": 0.7}
-ALL = [Divergence(name, PARAMETERS.get(name, math.nan)) for name in DIVERGENCES]
+ALL = [Divergence(name, PARAMETERS.get(name, math.nan)) for name in FORMULAS]
 BOUNDS = ("lumped", "capped")
 TAILS = (*BOUNDS, "table")
 
