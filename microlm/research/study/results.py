@@ -22,6 +22,7 @@ from microlm.files import atomic_file
 
 LABELS = ("run", "group", "label", "scale", "init", "objective", "windows", "overrides", "settings", "code")
 SCORES = ("val_bpb", "nats", "acc_norm", "gold_bpb")
+COMPARED = ("val_bpb", "acc_norm")
 PAIRS = ("student_minus_continued", "student_minus_control")
 ENDS = ("", "_low", "_high")
 # column -> where a run's metrics hold it
@@ -31,12 +32,7 @@ MEASURED = {
     **{f"{model}_{score}": ("summary", model, score) for model in SCORED_MODELS for score in SCORES},
     # in the place that the line above gives it
     **{f"{model}_nats": (f"evaluation/{model}", "validation", "nats") for model in SCORED_MODELS},
-    **{
-        f"{pair}_{score}{end}": ("summary", pair, score + end)
-        for pair in PAIRS
-        for score in ("val_bpb", "acc_norm")
-        for end in ENDS
-    },
+    **{f"{pair}_{score}{end}": ("summary", pair, score + end) for pair in PAIRS for score in COMPARED for end in ENDS},
     "teacher_tokens": ("summary", "teacher", "tokens_labelled"),
     "labelling_to_distilling_flops": ("summary", "teacher", "labelling_to_distilling_flops"),
     **{f"{model}_elapsed_s": (model, "elapsed_s") for model in ("student", "continued", "teacher")},
