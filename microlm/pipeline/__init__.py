@@ -1,4 +1,4 @@
-"""What the stages of dvc.yaml run: the rooms above, assembled. Only this room and stages/ know where files lie."""
+"""What the stages of dvc.yaml run: the rooms above, assembled over the files of runtime/paths.py. No arithmetic."""
 
 from microlm.config import Config, load_config
 from microlm.runtime.device import Runtime, set_up
