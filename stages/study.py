@@ -7,6 +7,7 @@ from typing import Any
 from microlm.config import load_config
 from microlm.errors import OneLineParser, UserError, run_stage
 from microlm.research.study.grid import FIRST, FOLDER, read_grid, read_yaml
+from microlm.runtime.cores import available_cores
 
 ROOT = Path(".")
 
@@ -32,6 +33,7 @@ def main() -> None:
         choice = ", ".join(known)
         raise UserError(f"stages.study: --study {asked.study}: there is no such file in study/; choose of {choice}")
     grid = read_grid(asked.grid, asked.scale, params, ROOT / FOLDER / f"{asked.study}.yaml")
+    jobs = _jobs(asked.jobs, grid.scale, params)
     # here, so that no refusal above waits for torch and matplotlib
     from microlm.research.study.driver import Study
     from microlm.research.study.report import rows_of, write_report
@@ -45,7 +47,6 @@ def main() -> None:
         for task in study.tasks:
             print(f"{task.runs[0].slug}: {' '.join(task.runs[0].overrides)}")
         return
-    jobs = _jobs(asked.jobs, grid.scale, params)
     if asked.accept:
         print(f"study: {study.accept(jobs)}")
         return
@@ -58,8 +59,6 @@ def main() -> None:
 
 def _jobs(asked: int | None, scale: str, params: dict[str, Any]) -> int:
     """How many runs at once. Two that share cores slow each other many times over, so that is refused."""
-    from microlm.runtime.device import available_cores
-
     cores, threads = available_cores(), params["scales"][scale]["runtime"]["threads"]
     most = max(1, cores // threads) if isinstance(threads, int) else 1
     jobs = most if asked is None else asked

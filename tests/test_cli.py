@@ -49,6 +49,7 @@ def told(said: Said) -> str:
         ("microlm", ["plan", "--gpus", "0"]),
         ("stages.check", []),
         ("stages.study", ["--study", "nothing"]),
+        ("stages.study", ["--jobs", "0"]),
     ],
 )
 def test_what_is_said_at_the_door_waits_for_no_torch(module: str, arguments: list[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from microlm.parameters import RuntimeConfig
 from microlm.runtime import compilation, distributed
+from microlm.runtime.cores import available_cores
 
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 
@@ -56,11 +57,6 @@ def set_up(config: RuntimeConfig) -> Runtime:
         reasons["ranks"] = f"{distributed.size()} processes, {distributed.local_size()} on this machine"
         reasons["threads"] += f", shared by {distributed.local_size()} processes"
     return Runtime(device, dtype, compiled, threads, reasons)
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -28,7 +28,7 @@ from microlm.models.teacher_source import teacher_source
 from microlm.objective.divergences import SparseTeacher, temper
 from microlm.parameters import TeacherConfig
 from microlm.runtime import distributed
-from microlm.runtime.device import available_cores
+from microlm.runtime.cores import available_cores
 from microlm.runtime.resume import resume_root
 from microlm.teacher.records import RecordLayout
 

@@ -121,11 +121,17 @@ def labelled(record: Recorder, shards: TokenShards, windows: np.ndarray, rows: i
                 labels = _to_host(record.label(batch, aligned))
             yield batch, *labels
 
-    for batch, labels, arrived in (now for now, _ in pairwise(chain(sent(), [None]))) if cuda else sent():
+    for batch, labels, arrived in one_behind(sent()) if cuda else sent():
         if arrived is not None:
             arrived.synchronize()
         record.refuse_not_finite(labels, batch)
         yield labels
+
+
+def one_behind(items: Iterable[T]) -> Iterator[T]:
+    """The items in their order, each once the one after it has been taken from them."""
+    for item, _ in pairwise(chain(items, [None])):
+        yield item
 
 
 def _to_host(labels: Labels) -> tuple[Labels, torch.cuda.Event | None]:

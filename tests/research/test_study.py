@@ -164,14 +164,16 @@ def test_bad_grid_is_refused_in_one_line(tmp_path: Path, changed: dict[str, Any]
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_every_point_that_is_no_configuration_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("study", ["grid", "start"])
+def test_every_point_that_is_no_configuration_is_named_with_its_file(tmp_path: Path, study: str) -> None:
     cases = {"low": {"alpha": -1.0}, "good": {"alpha": 0.5}, "high": {"alpha": 2.0}}
     raw = {"seeds": [1], "grids": {"pruned": ["x"]}, "groups": {"x": {"cases": cases}}}
-    grid = read_grid("pruned", "study", PARAMS, written(tmp_path, raw))
+    grid = read_grid("pruned", "study", PARAMS, written(tmp_path, raw).rename(tmp_path / f"{study}.yaml"))
     with pytest.raises(UserError) as refused:
         tasks_of(grid, PARAMS, Pipeline(ROOT, "study"))
     lines = str(refused.value).splitlines()
-    assert sorted(re.findall(r"x-(\w+)-s1: alpha", line) for line in lines) == [["high"], ["low"]]
+    told = [re.match(rf"study/{study}.yaml: x-(\w+)-s1: alpha", line) for line in lines]
+    assert sorted(found[1] for found in told if found) == ["high", "low"] and all(told)
 
 
 # --- work that runs share ---------------------------------------------------------------------------------------------

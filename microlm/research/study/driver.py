@@ -59,7 +59,7 @@ def tasks_of(grid: Grid, params: Mapping[str, Any], pipeline: Pipeline) -> list[
     tasks, wrong = [], []
     for digest, runs in grid.unique().items():
         try:
-            whole, config = resolve(runs[0], params, grid.scale)
+            whole, config = resolve(runs[0], params, grid.scale, grid.file)
         except UserError as error:
             wrong.append(str(error))
             continue

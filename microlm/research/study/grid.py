@@ -64,6 +64,10 @@ class Grid:
         return "-".join((stem, *filter(None, other))) + f".{suffix}"
 
     @property
+    def file(self) -> Path:
+        return FOLDER / f"{self.study}.yaml"
+
+    @property
     def results(self) -> Path:
         return FOLDER / self.named("results.csv")
 
@@ -166,8 +170,11 @@ def _full_key(key: str, scale: str, params: Mapping[str, Any], where: str) -> st
     return full
 
 
-def resolve(run: Run, params: Mapping[str, Any], scale: str) -> tuple[dict[str, Any], Config]:
+def resolve(run: Run, params: Mapping[str, Any], scale: str, where: Path = GRID) -> tuple[dict[str, Any], Config]:
     """The content of params.yaml, its chosen scale alone, as the run will see it, and what it means.
+
+    Args:
+        where: the file that the run is from, for what is wrong.
 
     Raises:
         UserError: one line, naming the run, for each thing that is wrong.
@@ -176,4 +183,4 @@ def resolve(run: Run, params: Mapping[str, Any], scale: str) -> tuple[dict[str, 
     for key, value in run.settings.items():
         *path, last = key.split(".")
         functools.reduce(operator.getitem, path, whole)[last] = value
-    return whole, config_of(whole, f"{GRID}: {run.slug}")
+    return whole, config_of(whole, f"{where}: {run.slug}")
