@@ -350,5 +350,16 @@ def test_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert "2 runs gave the recorded losses" in clone.run(*command, "--accept").stdout
     assert csv.read_text() == rows
     assert clone.git("rev-parse", "HEAD") == commit
+
+    # rows of a machine that gave other losses: the code of their commit is asked on this one
+    elsewhere = pd.read_csv(csv)
+    elsewhere["control_nats"] += 0.001
+    elsewhere.assign(code="older").to_csv(csv, index=False)
+    clone.git("add", "study/results-smoke.csv")
+    clone.git("commit", "--quiet", "--message", "rows of another machine")
+    assert f"code of {clone.git('rev-parse', 'HEAD')[:7]} gives here" in clone.run(*command, "--accept").stdout
+    assert "0 of them to do" in clone.run(*command).stdout
+    commit = clone.git("rev-parse", "HEAD")
+    csv.write_text(rows)
     changed = {line[3:] for line in clone.git("status", "--porcelain").splitlines()}
     assert changed == {"STUDY-smoke.md", "study/results-smoke.csv", "study/study-smoke.png"}

@@ -1,12 +1,13 @@
 """Rows of earlier code are taken for done only where a sample of them came out the same."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from microlm.errors import UserError
-from microlm.research.study.driver import Progress, Study
+from microlm.research.study.driver import Progress, Study, differences
 from microlm.research.study.grid import GRID, read_grid, read_yaml
 from microlm.research.study.results import read_results
 from tests.support.clones import ROOT, Clone
@@ -28,14 +29,42 @@ def test_accepted_rows_are_done_and_keep_every_other_cell(tmp_path: Path, monkey
     assert blank[0] == blank[1]
 
 
-def test_a_loss_that_moved_is_refused_and_named(tmp_path: Path) -> None:
-    Clone(tmp_path)
+def test_only_a_loss_that_moved_is_a_difference(tmp_path: Path) -> None:
+    row = read_results(ROOT / PRUNED.results)[0]
+    assert differences([row], [row | {"student_acc_norm": 0.9, "student_elapsed_s": 1.0}]) == []
+    (told,) = differences([row], [row | {"student_nats": 1.5}])
+    assert told == f"{row['run']}: student_nats {row['student_nats']} -> 1.5"
+
+
+@pytest.mark.parametrize("moved_by_code", [False, True])
+def test_where_the_machine_is_another_the_code_that_recorded_runs_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved_by_code: bool
+) -> None:
+    """A loss that is not the recorded one is the machine's doing where the recording commit gives it too."""
+    clone = Clone(tmp_path)
     study = Study(tmp_path, PRUNED, PARAMS)
-    same = read_results(study.csv)[0]
-    study.refuse_moved([same])
-    study.refuse_moved([same | {"student_acc_norm": 0.9, "student_elapsed_s": 1.0}])
-    with pytest.raises(UserError, match=rf"{same['run']}.*student_nats .* -> 1.5.*make study"):
-        study.refuse_moved([same | {"student_nats": 1.5}])
+    before = re.sub(r",[0-9a-f]{12},[0-9a-f]{12},", ",older,older,", study.csv.read_text())
+    study.csv.write_text(before)
+    clone.commit("rows of another machine")
+    recorded, commits = {row["run"]: row for row in read_results(study.csv)}, []
+
+    def run(self: Study, waiting: list, jobs: int, commit: str, keep: Callable[[list], None]) -> list[str]:
+        commits.append(commit)
+        nats = 1.5 if commit == "HEAD" or not moved_by_code else 1.25
+        for task in waiting:
+            keep([recorded[point.slug] | {"student_nats": nats} for point in task.runs])
+        return []
+
+    monkeypatch.setattr(Study, "run", run)
+    recording = clone.git("rev-parse", "HEAD").strip()
+    if moved_by_code:
+        with pytest.raises(UserError, match=rf"student_nats 1.25 -> 1.5.* code of {recording[:7]} .*make study"):
+            study.accept(1)
+        assert study.csv.read_text() == before
+    else:
+        assert f"what the code of {recording[:7]} gives here" in study.accept(1)
+        assert study.stale() == []
+    assert commits == ["HEAD", recording]
 
 
 def test_rows_that_are_there_do_not_let_two_runs_do_the_same_work(

@@ -4,7 +4,7 @@ import functools
 import operator
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from microlm.config import Config
 from microlm.errors import UserError
 from microlm.files import sha256_json
 from microlm.research.study.grid import Grid, Run, resolve
-from microlm.research.study.repository import CLONE, FOLDER, DvcQueue, Pipeline, prepare
+from microlm.research.study.repository import CLONE, FOLDER, DvcQueue, Pipeline, commit_of, prepare
 from microlm.research.study.results import MEASURED, NUMBERS, OUTSIDE, Row, add_rows, read_results
 from microlm.runtime.terminal import progress_bar
 
@@ -94,36 +94,49 @@ class Study:
         """Take rows of earlier code for those of today's once a sample of them, run again, gives the recorded losses.
 
         An edit that can change no number still changes the digest of the code, and a grid is hours of work. A sample
-        says more than a look at the diff, and less than the whole grid: its size is told.
+        says more than a look at the diff, and less than the whole grid: its size is told. Machines differ in the last
+        digits, so where the recorded losses do not come out, the code that recorded them runs the sample here too.
 
         Raises:
-            UserError: a loss moved, or a run of the sample failed; the rows stand as they were.
+            UserError: today's code gives another loss, or a run of the sample failed; the rows stand as they were.
         """
         stale = self.stale()
         sample = stale[:: max(1, len(stale) - 1)]  # the first and the last
-        if failed := self.run(sample, jobs, again=True):
-            raise UserError(f"{self.csv}: {', '.join(failed)} failed, see above; the rows stand as they were")
+        fresh, told = self._again(sample, jobs), "gave the recorded losses to the last digit"
+        if moved := differences(read_results(self.csv), fresh):
+            commit = commit_of(self.root, self.csv)
+            print(
+                f"study: not the recorded losses: {', '.join(moved[:3])}; does the code of {commit[:7]} give them here?"
+            )
+            if changed := differences(self._again(sample, jobs, commit), fresh):
+                cause = f"{', '.join(changed[:3])} from the code of {commit[:7]} to this one, on this machine"
+                raise UserError(f"{self.csv}: {cause}; run: make study")
+            told = f"gave what the code of {commit[:7]} gives here to the last digit, though not what was recorded"
         stamps = {run.slug: {"settings": task.settings, "code": self.code} for task in stale for run in task.runs}
         add_rows(self.csv, [row | stamps[row["run"]] for row in read_results(self.csv) if row["run"] in stamps])
-        return f"{len(sample)} runs gave the recorded losses to the last digit; {len(stale)} runs are taken for done"
+        return f"{len(sample)} runs {told}; {len(stale)} runs are taken for done"
 
-    def refuse_moved(self, fresh: Sequence[Row]) -> None:
-        """UserError where a loss of a row is not the recorded one."""
-        recorded = {row["run"]: row for row in read_results(self.csv)}
-        for row in fresh:
-            before, after = (pd.Series(cells).reindex(EXACT).astype(float) for cells in (recorded[row["run"]], row))
-            moved = [f"{column} {old} -> {new}" for column, old, new in before.compare(after).itertuples()]
-            if moved:
-                told = f"{row['run']} comes out otherwise under this code ({', '.join(moved[:3])})"
-                raise UserError(f"{self.csv}: {told}; run: make study")
+    def _again(self, sample: Sequence[Task], jobs: int, commit: str = "HEAD") -> list[Row]:
+        rows: list[Row] = []
+        if failed := self.run(sample, jobs, commit, rows.extend):
+            raise UserError(f"{self.csv}: {', '.join(failed)} failed, see above; the rows stand as they were")
+        return rows
 
-    def run(self, waiting: Sequence[Task], jobs: int, again: bool = False) -> list[str]:
+    def run(
+        self,
+        waiting: Sequence[Task],
+        jobs: int,
+        commit: str = "HEAD",
+        keep: Callable[[list[Row]], None] | None = None,
+    ) -> list[str]:
         """Run tasks, `jobs` at once; returns the names of those that failed, whose logs have been shown.
 
         Args:
-            again: hold the rows of each against the recorded ones, in place of recording them.
+            commit: whose code runs them.
+            keep: told the rows of each in place of recording them.
         """
-        self.progress, self.again = Progress(list(waiting)), again
+        self.progress, self.commit = Progress(list(waiting)), commit
+        self.keep = keep or functools.partial(add_rows, self.csv)
         self.queue = DvcQueue((self.root / CLONE).absolute(), jobs)
         points, folder = len(self.grid.runs), self.root / FOLDER
         print(f"study: {len(self.tasks)} runs for {points} points of the grid, {len(waiting)} of them to do")
@@ -139,7 +152,7 @@ class Study:
         queue, progress = self.queue, self.progress
         if (queue.directory / ".git").is_dir():
             queue.clear()  # what a killed study left running
-        prepare(self.root, self.grid.scale)
+        prepare(self.root, self.grid.scale, self.commit)
         ended = queue.finished()  # on this very commit, after the driver of an earlier study was gone
         progress.flying = {task.name: task for task in progress.waiting if task.name in ended}
         progress.waiting = [task for task in progress.waiting if task.name not in ended]
@@ -183,10 +196,7 @@ class Study:
             fresh = [row_of(run, task, metrics, self.code) for run in task.runs]
         except KeyError as error:
             raise UserError(f"metrics of {task.name} lack {error}; bring the code and the study together") from None
-        if self.again:
-            self.refuse_moved(fresh)
-        else:
-            add_rows(self.csv, fresh)
+        self.keep(fresh)
         del self.progress.flying[task.name]
         self.progress.made |= set(task.keys.values())
         self.bar.update()
@@ -202,6 +212,15 @@ class Study:
         self.progress.failed.append(task.name)
         told = [line for line in log.splitlines() if line.strip()][-LOG_LINES:]
         tqdm.write("\n".join([f"study: {task.name} failed:", *(f"    {line}" for line in told)]))
+
+
+def differences(recorded: Iterable[Row], fresh: Iterable[Row]) -> list[str]:
+    """Where a loss of a fresh row is not the recorded one of its run."""
+    before, moved = {row["run"]: row for row in recorded}, []
+    for row in fresh:
+        old, new = (pd.Series(cells).reindex(EXACT).astype(float) for cells in (before[row["run"]], row))
+        moved += [f"{row['run']}: {column} {a} -> {b}" for column, a, b in old.compare(new).itertuples()]
+    return moved
 
 
 def row_of(run: Run, task: Task, metrics: Mapping[str, Any], code: str) -> Row:

@@ -115,21 +115,28 @@ def dvc(directory: Path, *arguments: str, check: bool = True) -> subprocess.Comp
     return run(directory, sys.executable, "-m", "dvc", *arguments, check=check)
 
 
-def prepare(root: Path, scale: str) -> Path:
-    """The clone at HEAD of the repository `root`, empty of data. No run may be under way in it.
+def commit_of(root: Path, file: Path) -> str:
+    """The commit that last changed `file`. UserError where there is none."""
+    if not (found := git(root, "log", "-1", "--format=%H", "--", str(file.absolute()))):
+        raise UserError(f"{file}: is in no commit, so the code that made it is not known; run: make study")
+    return found
+
+
+def prepare(root: Path, scale: str, commit: str = "HEAD") -> Path:
+    """The clone at a commit of the repository `root`, empty of data. No run may be under way in it.
 
     Raises:
-        UserError: `root` is no Git repository, or code that decides a number is not committed.
+        UserError: `root` is no Git repository, or it is to be HEAD and code that decides a number is not committed.
     """
     clone = (root / CLONE).absolute()
     try:
-        head = git(root, "rev-parse", "HEAD")
+        head = git(root, "rev-parse", commit)
     except RuntimeError:
         raise UserError(f"{root}: is no Git repository with a commit; the study runs committed code only") from None
     if not (clone / ".git").is_dir():
         user = ("--config", "user.name=study", "--config", "user.email=study@localhost")
         git(root, "clone", "--quiet", "--no-checkout", *user, str(root.absolute()), str(clone))
-    git(clone, "fetch", "--quiet", str(root.absolute()), "HEAD")
+    git(clone, "fetch", "--quiet", str(root.absolute()), commit)
     git(clone, "checkout", "--quiet", "--force", "-B", "study", head)
     git(clone, "clean", "--quiet", "--force", "-d")
     if (clone / "dvc.lock").exists():
@@ -147,7 +154,8 @@ def prepare(root: Path, scale: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     if not wheels.is_symlink():
         wheels.symlink_to(shared)
-    _refuse_uncommitted(root, clone, scale)
+    if commit == "HEAD":
+        _refuse_uncommitted(root, clone, scale)
     return clone
 
 
