@@ -21,8 +21,7 @@ from microlm.pipeline.select import chosen_windows, largest_differences, select_
 from microlm.pipeline.training_stages import continuation, distill
 from microlm.runtime.paths import WINDOWS
 from microlm.teacher.cache import TeacherCache, cache_identity
-from tests.support.tiny_teacher import write_tiny_teacher
-from tests.support.workspace import RUNTIME, WHEELS, config_of, inside, make_workspace
+from tests.support.workspace import RUNTIME, config_of, inside, make_workspace, write_own_teacher
 
 
 @pytest.fixture
@@ -136,7 +135,7 @@ def test_a_live_teacher_with_another_tokenizer_is_refused_before_training(worksp
         config = replace(config_of(workspace), objective="minillm")
         select_windows(config, RUNTIME)
         shutil.rmtree(config.at.teacher.model)
-        write_tiny_teacher(Path(config.at.teacher.model), wheels=WHEELS)
+        write_own_teacher(Path(config.at.teacher.model))
         settings = Path(config.at.teacher.model) / "tokenizer.json"
         settings.write_text(settings.read_text().replace('"<|endoftext|>"', '"<|elsewhere|>"'))
         with pytest.raises(UserError, match=r"teacher\.model: .*(tokenizer|tokens)"):

@@ -24,10 +24,9 @@ from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifes
 from microlm.teacher.capture import capture, tail_table
 from microlm.teacher.recorders import LiveTeacher, Recorder
 from stages.verify import main
-from tests.support.tiny_teacher import write_tiny_teacher
 from tests.support.toy import toy_shards
 from tests.support.toy_records import read_block, write_block
-from tests.support.workspace import WHEELS, inside, make_workspace
+from tests.support.workspace import inside, make_workspace, write_own_teacher
 
 N_VOCAB, SEQ_LEN, ROWS, CACHED = 70, 16, 3, 18
 TEMPERATURES = (1.0, 2.0, 0.5)
@@ -195,7 +194,7 @@ def test_what_rounding_explains_grows_with_the_logits(dtype, scale):
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     top = make_workspace(tmp_path_factory.mktemp("verify") / "workspace")
-    write_tiny_teacher(top / "another", seed=1, wheels=WHEELS)
+    write_own_teacher(top / "another", seed=1)
     shutil.copytree(top / "data" / "tiny-teacher", top / "moved")
     return top
 
@@ -243,7 +242,7 @@ def test_the_command_refuses_in_one_line(workspace, capsys, options, told):
 def test_the_command_refuses_a_teacher_whose_weights_were_changed_in_place(workspace, capsys, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(workspace, copy)
-    write_tiny_teacher(copy / "data" / "tiny-teacher", seed=1, wheels=WHEELS)
+    write_own_teacher(copy / "data" / "tiny-teacher", seed=1)
     assert verify(copy) == 1
     assert "manifest.json: weights_sha256 is" in capsys.readouterr().err
     assert verify(copy, "--replay-only") == 1

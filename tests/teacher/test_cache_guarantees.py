@@ -22,9 +22,8 @@ from microlm.models.student import StudentLM
 from microlm.runtime.paths import CACHE
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, sealed
-from tests.support.tiny_teacher import write_tiny_teacher
 from tests.support.toy_cache import WINDOWS, ToyCache, small_blocks
-from tests.support.workspace import WHEELS, config_of, inside, make_workspace
+from tests.support.workspace import config_of, inside, make_workspace, write_own_teacher
 
 USUAL_BLOCK = cache_module.SMALLEST_BLOCK
 NOT_IDENTITY = {"blocks", "sha256", "table_sha256"}
@@ -192,7 +191,7 @@ def test_a_reader_refuses_the_cache_of_weights_that_were_changed_in_place(worksp
         windows = cached_windows(shards, config.at.batch.seq_len, config.at.teacher.windows)
         identity = partial(cache_module.cache_identity, config.at.teacher, config.at.batch.seq_len, shards)
         TeacherCache(CACHE, identity(), windows)
-        write_tiny_teacher(Path(config.at.teacher.model), seed=1, wheels=WHEELS)
+        write_own_teacher(Path(config.at.teacher.model), seed=1)
         with pytest.raises(UserError, match=r"manifest.json: weights_sha256 is .* but this run has"):
             TeacherCache(CACHE, identity(), windows)
         shutil.rmtree(config.at.teacher.model)  # where the weights are not at hand, the cache serves without them

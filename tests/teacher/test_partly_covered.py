@@ -28,9 +28,8 @@ from microlm.training import losses
 from stages.verify import main as verify
 from tests.objective.test_objective import ALL, PADDED, TAILS, V, dense_divergence, problem
 from tests.support.other_tokenizers import first_merges, write_teacher
-from tests.support.tiny_teacher import gpt2
 from tests.support.toy_records import cached_records, read_block, write_block
-from tests.support.workspace import RUNTIME, WHEELS, config_of, inside, make_workspace
+from tests.support.workspace import RUNTIME, config_of, inside, make_workspace, short_tokenizer
 
 
 @settings(max_examples=80)
@@ -80,8 +79,8 @@ def test_a_mark_everywhere_is_no_mark_bit_for_bit_and_nowhere_is_cross_entropy(d
 
 
 def with_other_tokenizer(top: Path) -> None:
-    """Give the workspace a teacher of GPT-2's bytes in other tokens: its tokenizer without the last merges."""
-    write_teacher(top / "other-teacher", "llama", first_merges(gpt2(WHEELS), 30_000), padding=31)
+    """Give the workspace a teacher of the same bytes in other tokens: its tokenizer without the last merges."""
+    write_teacher(top / "other-teacher", "llama", first_merges(short_tokenizer(), 600), padding=31)
     params = (top / "params.yaml").read_text()
     (top / "params.yaml").write_text(re.sub(r"model: data/tiny-teacher", "model: other-teacher", params))
 
@@ -183,7 +182,7 @@ def test_a_step_of_distillation_from_a_partly_covered_cache_is_finite(workspace)
     with inside(workspace):
         config = config_of(workspace)
         shards, windows, cache = open_cache(workspace)
-        model = fresh_student(config, gpt2(WHEELS))
+        model = fresh_student(config, short_tokenizer())
         batch = read_batch(shards, windows[:4], config.at.batch.seq_len)
         loss = losses.Distillation(model.n_vocab, objective_schedule(config), cache)
         part = loss(model.hidden(batch.tokens).flatten(0, 1), model.head_weight, batch, batch.targets.numel(), 0.5)
