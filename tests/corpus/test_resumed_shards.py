@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from microlm.corpus.sources import Documents, Position
-from microlm.corpus.tokenizer import AWKWARD_TEXTS, Tokenizer, build_tokenizer
+from microlm.corpus.tokenizer import AWKWARD_TEXTS, Tokenizer
 from microlm.corpus.writing import Encoded, ShardWriter, encoded
 from microlm.errors import UserError
 from tests.support.clones import FIXTURES, ROOT
+from tests.support.packaged import packaged_tokenizer
 from tests.support.toy_shards import batches_of
 
 FIXTURE = FIXTURES / "documents.jsonl"
@@ -26,7 +27,7 @@ SHARD_TOKENS, LIMIT = 1500, 6100
 
 @pytest.fixture(scope="module")
 def tokenizer(parts: Path) -> Tokenizer:
-    return build_tokenizer("gpt2", parts)
+    return packaged_tokenizer("gpt2", parts)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from microlm.corpus.shards import HEADER, MAGIC, VERSION, TokenShards, split_of, token_dtype
 from microlm.corpus.sources import documents
-from microlm.corpus.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError
 from microlm.files import read_json, sha256_file, sha256_json, write_json
 from microlm.parameters import CorpusConfig
 from tests.support.clones import FIXTURES
+from tests.support.packaged import packaged_tokenizer
 from tests.support.toy_shards import write_shards
 
 FIXTURE = FIXTURES / "documents.jsonl"
@@ -28,7 +29,7 @@ FRACTION = 0.2
 
 @pytest.fixture(scope="module")
 def tokenizer(parts: Path) -> Tokenizer:
-    return build_tokenizer("gpt2", parts)
+    return packaged_tokenizer("gpt2", parts)
 
 
 def write(target: Path, tokenizer: Tokenizer, texts: list[str] = TEXTS, **changes: Any) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def test_the_bytes_are_those_that_were_always_written(parts: Path, tmp_path: Pat
     packaged = CorpusConfig("packaged", name, validation_fraction=0.04, train_tokens=None, shard_tokens=8192)
     texts, fraction = (TEXTS, 0.1) if name == "gpt2" else (list(islice(documents(packaged, parts), 300)), 0.04)
     options = {"validation_fraction": fraction, "shard_tokens": 8192, "workers": workers}
-    write(tmp_path / "shards", build_tokenizer(name, parts), texts, **options)
+    write(tmp_path / "shards", packaged_tokenizer(name, parts), texts, **options)
     manifest = read_json(tmp_path / "shards" / "manifest.json", "tokenize")
     del manifest["sha256"]
     write_json(tmp_path / "unsealed.json", manifest)

@@ -16,6 +16,7 @@ from microlm.parameters import TeacherConfig
 from microlm.pipeline.capture import refuse_impossible
 from microlm.teacher.cache import CacheIdentity
 from microlm.teacher.recorders import refuse_misfit
+from tests.support.packaged import gguf_parsed_once
 from tests.support.workspace import inside
 
 TEXT = "The Great Wall of China is a series of fortifications built across the historical northern borders of China."
@@ -27,7 +28,7 @@ def packaged(parts, tmp_path_factory):
     member, top = PACKAGED_TEACHER, tmp_path_factory.mktemp("top")
     (top / "data").mkdir()
     (top / "data" / "parts").symlink_to(parts)
-    with inside(top):
+    with inside(top), gguf_parsed_once():
         yield TeacherConfig("packaged", None, "cache", "full", 64, [1.0], 10, 1), parts / member[0] / member[1]
 
 

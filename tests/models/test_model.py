@@ -7,13 +7,12 @@ from microlm.errors import UserError
 from microlm.models.architecture import ModelShape
 from microlm.models.model_files import WEIGHTS, is_ours, load_student, save_student
 from microlm.models.student import StudentLM
+from tests.support.packaged import packaged_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(parts):
-    from microlm.corpus.tokenizer import build_tokenizer
-
-    return build_tokenizer("gpt2", parts)
+    return packaged_tokenizer("gpt2", parts)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from microlm.corpus.batches import Batch, evenly_spaced, read_batch, window_count
 from microlm.corpus.parts import WIKI, WIKI_SUMMARIES
 from microlm.corpus.shards import TokenShards
-from microlm.corpus.tokenizer import END_OF_TEXT, Tokenizer, build_tokenizer
+from microlm.corpus.tokenizer import END_OF_TEXT, Tokenizer
 from microlm.models import teacher_source as teacher_sources
 from microlm.models.model_files import TransformersModel
 from microlm.models.teacher_source import teacher_source
@@ -23,7 +23,8 @@ from microlm.teacher.cache import CacheIdentity, sparse_teacher
 from microlm.teacher.capture import projected_loss
 from microlm.teacher.projection import Projection, native_loss, spell, sum_sorted
 from microlm.teacher.recorders import Recorder
-from tests.support.other_tokenizers import random_network, toy_tokenizer, write_teacher
+from tests.support.other_tokenizers import first_merges, random_network, toy_tokenizer, write_teacher
+from tests.support.packaged import gguf_parsed_once, packaged_tokenizer
 from tests.support.toy_records import records_of
 from tests.support.toy_shards import write_shards
 
@@ -156,7 +157,7 @@ def test_records_are_the_enumerated_projection_at_every_temperature(rows, k):
 
 @pytest.fixture(scope="module")
 def built(parts: Path) -> dict[str, Tokenizer]:
-    return {name: build_tokenizer(name, parts) for name in NAMES}
+    return {name: packaged_tokenizer(name, parts) for name in NAMES}
 
 
 @settings(max_examples=300)
@@ -190,18 +191,18 @@ def test_mass_is_kept_between_real_vocabularies(built, teacher, student):
 
 
 @pytest.fixture(scope="module")
-def renamed(built: dict[str, Tokenizer]) -> tuple[TransformersModel, Projection]:
-    """A random teacher of GPT-2's tokenizer, and the way from that tokenizer under another name to itself."""
-    student = built["gpt2"]
+def renamed(built: dict[str, Tokenizer]) -> tuple[TransformersModel, Projection, Tokenizer]:
+    """A random teacher of GPT-2's first merges, and the way from that tokenizer under another name to itself."""
+    student = first_merges(built["gpt2"], 2000)
     teacher = Tokenizer("another name", student._definition, "test")
     network = random_network("gpt2", student.n_vocab + 7, context=256)
-    return TransformersModel(network, student.n_vocab).eval(), Projection(teacher, student, 256)
+    return TransformersModel(network, student.n_vocab).eval(), Projection(teacher, student, 256), student
 
 
 @settings(max_examples=10)
 @given(text=st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=80, max_size=200))
-def test_the_same_tokenizer_under_two_names_gives_the_plain_records(built, renamed, text):
-    (model, projection), student = renamed, built["gpt2"]
+def test_the_same_tokenizer_under_two_names_gives_the_plain_records(renamed, text):
+    model, projection, student = renamed
     teacher, row = projection.teacher, [student.eot_id, *student.encode(text)]
     batch = batch_of([row[: len(row) // 2 * 2]])
     length = batch.tokens.shape[1]
@@ -250,14 +251,15 @@ def test_the_real_teacher_covers_another_tokenizers_text_and_loses_little(built,
     """Measured over 12 windows of 128 tokens: 0.94 covered, 0.90 bits per byte projected, 0.96 native."""
     monkeypatch.setattr(teacher_sources, "part_file", lambda name, path: parts / name / path)
     config = TeacherConfig("packaged", None, "cache", "full", 64, [1.0, 2.5], 1, 1)
-    model = teacher_source(config).load(torch.bfloat16)
+    with gguf_parsed_once():
+        model, own_tokenizer = teacher_source(config).load(torch.bfloat16), teacher_source(config).tokenizer()
     summaries = json.loads((parts / WIKI / WIKI_SUMMARIES).read_text())
     texts = [entry["extract"] for entry in list(summaries.values())[::200]]
     student = built["gpt2"]
     write_shards(texts, student, tmp_path / "shards", validation_fraction=0.1, shard_tokens=8192)
     shards = TokenShards(tmp_path / "shards", "train")
     chosen = evenly_spaced(window_count(shards, 128), 3)
-    projection = Projection(teacher_source(config).tokenizer(), student, model.context)
+    projection = Projection(own_tokenizer, student, model.context)
     identity = replace(identity_of(student, 64, 128, projection.teacher), temperatures=(1.0, 2.5))
     record = Recorder(model, identity, False, projection)
     records = records_of(record, read_batch(shards, chosen, 128))

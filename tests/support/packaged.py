@@ -1,0 +1,34 @@
+"""What takes seconds to read from the packaged parts, read once: for tests of something else."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import gguf
+import pytest
+
+from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
+from tests.support.shared import made_once
+
+
+@cache
+def packaged_tokenizer(name: str, parts: Path) -> Tokenizer:
+    """`smollm2`, `gpt2` or `olmo`, built by the first process that asks, and by the others from the same definition."""
+
+    def build(folder: Path) -> None:
+        (folder / "pickle").write_bytes(pickle.dumps(build_tokenizer(name, parts)))
+
+    return pickle.loads((made_once(f"tokenizer-{name}", build) / "pickle").read_bytes())
+
+
+@contextmanager
+def gguf_parsed_once() -> Iterator[None]:
+    """A GGUF file is parsed once while the body runs: gguf takes seconds for the 49,152 tokens. What it gives is a view
+    of the file, through which nothing can be written.
+    """
+    parsed = cache(gguf.GGUFReader)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: parsed(path.resolve()))
+        yield
