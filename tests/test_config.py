@@ -46,14 +46,36 @@ def with_value(keys: Keys, value: Any, of: dict[str, Any] = PARAMS) -> dict[str,
     return params
 
 
-def written(tmp_path: Path, params: Any) -> Path:
-    stream = io.StringIO()
-    writer = YAML(typ="safe", pure=True)
-    writer.default_flow_style = False  # in flow style it writes `{:0: 1}` for the key ":0", and cannot read that
-    writer.dump(params, stream)
+def written(tmp_path: Path, params: dict[str, Any]) -> Path:
     path = tmp_path / "params.yaml"
-    path.write_text(stream.getvalue(), encoding="utf-8")
+    path.write_text(as_yaml(params), encoding="utf-8")
     return path
+
+
+def as_yaml(block: dict[str, Any], indent: str = "") -> str:
+    """In block style: key by key, of which most are the same in every test, and ruamel is slow to write one."""
+    text = ""
+    for key, value in sorted(block.items()):
+        if isinstance(value, dict) and value and KNOWN.issuperset(value):
+            text += f"{indent}{key}:\n{as_yaml(value, indent + '  ')}"
+        else:
+            text += indent + dumped(key, value).rstrip("\n").replace("\n", f"\n{indent}") + "\n"
+    return text
+
+
+def dumped(key: str, value: Any) -> str:
+    known_by = repr((key, value))
+    if known_by not in DUMPED:
+        stream = io.StringIO()
+        writer = YAML(typ="safe", pure=True)
+        writer.default_flow_style = False  # in flow style it writes `{:0: 1}` for the key ":0", and cannot read that
+        writer.dump({key: value}, stream)
+        DUMPED[known_by] = stream.getvalue()
+    return DUMPED[known_by]
+
+
+KNOWN = {keys[-1] for keys in paths(PARAMS)}
+DUMPED: dict[str, str] = {}
 
 
 def complaint(path: Path) -> list[str]:
