@@ -34,7 +34,7 @@ from tests.support.tiny_candidates import (
 )
 
 STUDENT = Path("models/student")
-SHORT = 96  # positions
+SHORT, LONG = 128, 512  # positions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,8 +76,9 @@ def test_every_task_is_scored_from_its_published_file(tmp_path: Path) -> None:
 
 
 def test_what_is_longer_than_the_context_loses_its_start_and_is_counted(tmp_path: Path) -> None:
-    save_tiny_student(tmp_path / "short", context=SHORT)
-    short, whole = (load_candidate(str(path), None, torch.float32) for path in (tmp_path / "short", STUDENT))
+    for context in (SHORT, LONG):
+        save_tiny_student(tmp_path / str(context), context=context)
+    short, whole = (load_candidate(str(tmp_path / str(context)), None, torch.float32) for context in (SHORT, LONG))
     (material,) = gather(benchmarks(["hellaswag"], "completion", [0], 40), None, hub=False)
     cut = score_benchmark(short, material, 2048)
     expected, asked = 0, []

@@ -24,9 +24,11 @@ from microlm.models.architecture import ModelShape
 from microlm.models.model_files import save_student
 from microlm.models.student import StudentLM
 from tests.conftest import ROOT
-from tests.support.tiny_teacher import CONTEXT, PADDED_VOCABULARY, gpt2, tiny_llama
-from tests.support.workspace import WHEELS, inside
+from tests.support.tiny_teacher import CONTEXT, tiny_llama
+from tests.support.workspace import inside, short_tokenizer
 
+# of GPT-2's tokenizer: few enough for its vocabulary not to be what takes the time, enough for questions to fit
+MERGES, PADDED_VOCABULARY = 6000, 6400
 FIXTURES = ROOT / "tests" / "fixtures" / "evaluation"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
@@ -80,7 +82,7 @@ def evaluate(models: str, out: Path, *arguments: object) -> Said:
 
 def save_tiny_student(directory: Path, seed: int = 0, context: int = CONTEXT) -> None:
     """Ours, two layers, 32 wide; weights wide enough apart for scores to differ clearly."""
-    tokenizer = gpt2(WHEELS)
+    tokenizer = short_tokenizer(MERGES)
     model = StudentLM(ModelShape(tokenizer.n_vocab, PADDED_VOCABULARY, 2, 32, 2, 16, 64, context, 10000.0))
     torch.manual_seed(seed)
     for parameter in model.parameters():
@@ -90,10 +92,10 @@ def save_tiny_student(directory: Path, seed: int = 0, context: int = CONTEXT) ->
 
 
 def save_tiny_llama(directory: Path) -> None:
-    """A model of others, as transformers writes it."""
-    tokenizer = gpt2(WHEELS)
-    tiny_llama(tokenizer).save_pretrained(directory)
-    tokenizer.save(directory, model_max_length=CONTEXT)
+    """A model of others, as transformers writes it, with room for every question."""
+    tokenizer = short_tokenizer(MERGES)
+    tiny_llama(tokenizer, padded=PADDED_VOCABULARY, context=2 * CONTEXT).save_pretrained(directory)
+    tokenizer.save(directory, model_max_length=2 * CONTEXT)
 
 
 def as_others_export(directory: Path, target: Path) -> Path:

