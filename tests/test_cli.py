@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from huggingface_hub import constants
 
 from microlm.evaluation.tasks.task import TASKS
 from tests.support.clones import ROOT
@@ -240,13 +241,16 @@ def test_a_model_without_results_is_told_how_to_get_them(scored: Path) -> None:
     assert line.startswith("models/second: no results in ") and line.endswith("microlm evaluate models/second")
 
 
-def test_what_only_the_hub_has_is_named_when_it_cannot_be_reached(tmp_path: Path, folder: Path) -> None:
+def test_what_only_the_hub_has_is_named_when_it_cannot_be_reached(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = ("--tasks", "cb", "--offline", "--out", tmp_path / "out")
     unknown = command("evaluate", "models/student", "nobody/such-a-model", *asked, HF_HOME=str(tmp_path))
-    references = command("references", *asked, HF_HOME=str(tmp_path))
     line = told(finished(unknown))
     assert "nobody/such-a-model is not a folder here, and the hub did not give it" in line and "connect" in line
-    said = finished(references)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    said = microlm("references", *asked)
     *missing, last = said.err.strip().splitlines()
     listed = re.findall(r"(?m)^- \{model: (\S+),", (folder / "params.yaml").read_text())
     assert said.code == 1 and len(missing) == len(listed) > 1
