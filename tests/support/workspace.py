@@ -1,7 +1,6 @@
 """A folder in which the teacher's and the ledger's stages can run at scale `smoke`, without DVC and in seconds."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from microlm.runtime.device import Runtime
 from tests.support.clones import ROOT
 from tests.support.other_tokenizers import first_merges
 from tests.support.shared import made_once
+from tests.support.tiny_run import tiny_parameters
 from tests.support.tiny_teacher import gpt2, write_tiny_teacher
 from tests.support.toy_shards import write_shards
 
@@ -59,11 +59,9 @@ def make_workspace(directory: Path) -> Path:
 
 def _fill(directory: Path) -> None:
     """params.yaml, tiny teacher, shards, a fresh start and control, and the teacher's cache with its metrics."""
-    params = re.sub(r"(?m)^scale: \S+", "scale: smoke", (ROOT / "params.yaml").read_text())
-    params = params.replace("compile: off, threads: auto", "compile: off, threads: 1")
-    params = params.replace("tokenizer: gpt2", "tokenizer: data/tiny-teacher/tokenizer.json")
     # no text of another kind: to read one costs seconds, and no stage that runs here asks for it
-    (directory / "params.yaml").write_text(params.replace("\n      - tests/fixtures/outside.jsonl", ""))
+    params = tiny_parameters().replace("\n      - tests/fixtures/outside.jsonl", "")
+    (directory / "params.yaml").write_text(params)
     with inside(directory):
         config, tokenizer = load_config(), short_tokenizer()
         write_own_teacher(Path(config.at.teacher.model))
