@@ -17,6 +17,7 @@ from microlm.corpus.tokenizer import AWKWARD_TEXTS, Tokenizer
 from microlm.corpus.writing import Encoded, ShardWriter, encoded
 from microlm.errors import UserError
 from tests.support.clones import FIXTURES, ROOT
+from tests.support.other_tokenizers import first_merges
 from tests.support.packaged import packaged_tokenizer
 from tests.support.toy_shards import batches_of
 
@@ -27,7 +28,8 @@ SHARD_TOKENS, LIMIT = 1500, 6100
 
 @pytest.fixture(scope="module")
 def tokenizer(parts: Path) -> Tokenizer:
-    return packaged_tokenizer("gpt2", parts)
+    """Of few tokens: it is published beside the shards, in every example."""
+    return first_merges(packaged_tokenizer("gpt2", parts), 10_000)
 
 
 @pytest.fixture(scope="module")
