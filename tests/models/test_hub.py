@@ -16,11 +16,11 @@ from microlm.parameters import TeacherConfig
 from microlm.pipeline.capture import refuse_impossible
 from microlm.teacher.cache import CacheIdentity
 from microlm.teacher.recorders import refuse_misfit
+from tests.support.clones import ROOT
 from tests.support.packaged import gguf_parsed_once
 from tests.support.workspace import inside
 
 TEXT = "The Great Wall of China is a series of fortifications built across the historical northern borders of China."
-CONFIG = load_config()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_it_runs(packaged, smollm2
 
 def test_more_cached_tokens_than_the_vocabulary_has_are_refused():
     with pytest.raises(UserError, match=r"teacher.top_k: 60000 is more than the vocabulary of 49152"):
-        refuse_impossible(identity(top_k=60000), CONFIG)
+        refuse_impossible(identity(top_k=60000), load_config(ROOT / "params.yaml"))
 
 
 def test_a_head_that_is_more_than_a_matrix_is_refused():
