@@ -13,9 +13,8 @@ from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
 from tests.support.shared import made_once
 
 
-@cache
 def packaged_tokenizer(name: str, parts: Path) -> Tokenizer:
-    """`smollm2`, `gpt2` or `olmo`, built by the first process that asks, and by the others from the same definition."""
+    """`smollm2`, `gpt2` or `olmo`: read by the first process that asks. Everyone gets one of their own."""
 
     def build(folder: Path) -> None:
         (folder / "pickle").write_bytes(pickle.dumps(build_tokenizer(name, parts)))
