@@ -1,12 +1,14 @@
 """On the card: every objective, tail, temperature and dtype of the fused head against dense autograd in float64."""
 
+import itertools
+
 import pytest
 import torch
 
 from microlm.objective.divergences import Divergence
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss, token_nats
-from tests.objective.test_objective import ALL, PADDED, TAILS, V, named, on_whole_logits, problem
-from tests.support.on_cuda import COMPILES, DEVICE, compiled_kernels, device, sizes_of_cuda  # noqa: F401
+from tests.objective.test_objective import ALL, PADDED, TAILS, V, on_whole_logits, problem
+from tests.support.on_cuda import COMPILES, DEVICE, cases, compiled_kernels, device, sample, sizes_of_cuda  # noqa: F401
 
 pytestmark = pytest.mark.cuda
 # sizes that are no multiple of anything. On a CPU with AMX the bfloat16 product of a matrix with columns beside it, as
@@ -17,6 +19,7 @@ ROWS, CACHED = 97, 9
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 2e-5, torch.float64: 1e-10}
 JUMPING = {torch.bfloat16: 0.2, torch.float32: 2e-3, torch.float64: 1e-10}  # tvd's slope jumps where p = q
 LAYOUTS = {"one block": {}, "many blocks": {"block": 2**15}, "made twice": {"block": 2**15, "kept": 0}}
+EVERYTHING = {"divergence": ALL, "tail": TAILS, "temperature": (1.0, 2.5), "dtype": TOLERANCES, "layout": LAYOUTS}
 
 
 def on(device: torch.device, dtype: torch.dtype, temperature: float = 1.0, rows: int = ROWS):  # noqa: F811
@@ -52,11 +55,11 @@ def assert_as_dense(hidden, weight, targets, teacher, objective: Objective, tole
     assert (found[1][VOCABULARY:] == 0).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("divergence", ALL, ids=named)
+def named(value: object) -> str:
+    return getattr(value, "name", str(value))
+
+
+@pytest.mark.parametrize(tuple(EVERYTHING), cases(*EVERYTHING.values()), ids=named)
 def test_fused_head_is_dense_autograd(divergence, tail, temperature, dtype, layout, device):  # noqa: F811
     objective = Objective(0.4, 0.6 * temperature**2, divergence, temperature, tail, z_loss=1e-2)
     tolerance = (JUMPING if divergence.name == "tvd" else TOLERANCES)[dtype]
@@ -110,6 +113,13 @@ def test_logits_that_are_kept_change_no_bit(device):  # noqa: F811
             loss = fused_head_loss(hidden, weight, targets, VOCABULARY, objective, teacher, ROWS).loss
         results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
     assert all(torch.equal(kept, anew) for kept, anew in zip(*results))
+
+
+def test_in_the_sample_on_a_cpu_any_two_values_of_two_parameters_meet():
+    sampled = sample(*EVERYTHING.values())
+    for one, other in itertools.combinations(range(len(EVERYTHING)), 2):
+        wanted = itertools.product(*(list(EVERYTHING.values())[place] for place in (one, other)))
+        assert {(case[one], case[other]) for case in sampled} == set(wanted)
 
 
 def test_the_problem_has_rows_of_padding():
