@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +19,25 @@ from bench.gpu.command import run
 from bench.gpu.device import Card, refuse_unfit
 from bench.gpu.parts import PARTS
 from microlm.errors import UserError
+from tests.support.bare_python import bare, forking_python
 from tests.support.clones import ROOT
 from tests.support.workspace import inside
 
-# what a bare machine with a GPU lacks; found by nobody, as if it were not installed
-BARE = """
-import socket, sys
-class Without:
-    def __init__(self, finder): self.finder = finder
-    def __getattr__(self, name): return getattr(self.finder, name)
-    def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in {lacking} else self.finder.find_spec(name, path, target)
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-connect = socket.socket.connect
-def connect_here(self, address):
-    if self.family != socket.AF_UNIX:
-        raise OSError(f"no network: {{address}}")
-    return connect(self, address)
-socket.socket.connect = connect_here
-"""
+Bench = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def bare(folder: Path, *lacking: str) -> dict[str, str]:
-    """An environment without those packages and a network, for a process and all that it starts."""
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(BARE.format(lacking=set(lacking)))
-    return os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT))), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """`python -m bench.gpu` with some arguments, without DVC, `datasets` and a network."""
+    folder = tmp_path_factory.mktemp("bare")
+    environment = bare(folder, "dvc", "datasets")
+    with forking_python(folder, environment) as python:
 
+        def ended(*arguments: str) -> subprocess.CompletedProcess[str]:
+            command = [python, "-m", "bench.gpu", *arguments]
+            return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
-def bench(*arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench.gpu", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=env or os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+        yield ended
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -73,11 +59,10 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A whole one, without DVC, `datasets` and a network."""
-    folder = tmp_path_factory.mktemp("rehearsal")
-    file = folder / "figures.json"
-    return bench("--rehearse", "--file", str(file), env=bare(folder / "bare", "dvc", "datasets")), file
+def rehearsal(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A whole one."""
+    file = tmp_path_factory.mktemp("rehearsal") / "figures.json"
+    return bench("--rehearse", "--file", str(file)), file
 
 
 def test_the_rehearsal_measures_every_part(rehearsal):
@@ -117,7 +102,7 @@ def test_the_rehearsal_leaves_nothing_among_the_cards_figures(rehearsal, capsys)
     assert told.splitlines()[-1].startswith("error: --file: ")
 
 
-def test_parts_can_be_run_alone_and_what_others_measured_stays(rehearsal, tmp_path):
+def test_parts_can_be_run_alone_and_what_others_measured_stays(bench, rehearsal, tmp_path):
     file = tmp_path / "figures.json"
     file.write_bytes(rehearsal[1].read_bytes())
     before = Book(file).content["parts"]
@@ -128,7 +113,7 @@ def test_parts_can_be_run_alone_and_what_others_measured_stays(rehearsal, tmp_pa
     assert after["matrix"]["figures"] != before["matrix"]["figures"]
 
 
-def test_a_part_that_does_not_fit_into_the_minutes_is_recorded(tmp_path):
+def test_a_part_that_does_not_fit_into_the_minutes_is_recorded(bench, tmp_path):
     file = tmp_path / "figures.json"
     ended = bench("--rehearse", "--parts", "matrix", "--file", str(file), "--minutes", "0")
     assert ended.returncode == 1
@@ -137,6 +122,7 @@ def test_a_part_that_does_not_fit_into_the_minutes_is_recorded(tmp_path):
 
 
 def test_a_killed_run_leaves_what_it_had_measured(tmp_path):
+    """Here every process is a real interpreter."""
     file = tmp_path / "figures.json"
     command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--parts", "matrix,steps", "--file", str(file)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -198,7 +184,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
         Book(path)
 
 
-def test_a_failing_part_says_why_and_the_others_go_on(tmp_path):
+def test_a_failing_part_says_why_and_the_others_go_on(bench, tmp_path):
     """Shares of a rate that was not measured cannot be given; each figure says so, and later parts run all the same."""
     file = tmp_path / "figures.json"
     ended = bench("--rehearse", "--parts", "steps,muon", "--file", str(file))
