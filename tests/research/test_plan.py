@@ -3,7 +3,9 @@
 import json
 import re
 import sys
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microlm.config import load_config
+from microlm.config import Config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
 from microlm.files import read_json, read_yaml
@@ -41,8 +43,16 @@ def at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+def configured(scale: str | None) -> Config:
+    """`config_of_scale` in the top folder, a copy of its own: to read params.yaml takes longer than to plan."""
+    return deepcopy(_read_once(scale))
+
+
+_read_once = cache(config_of_scale)
+
+
 def laptop(gpus: int = 1) -> dict[str, Any]:
-    return make_plan(config_of_scale("laptop"), Machine(gpus))
+    return make_plan(configured("laptop"), Machine(gpus))
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -162,7 +172,7 @@ def test_compiled_activations_are_what_autograd_keeps(dtype: torch.dtype) -> Non
 @given(shape=SHAPES, optimizer=st.sampled_from(["muon", "adamw"]))
 @settings(max_examples=15)
 def test_parameters_and_moments_are_the_optimizers(shape: ModelShape, optimizer: str) -> None:
-    rates = replace(load_config().at.pretrain, optimizer=optimizer)
+    rates = replace(configured(None).at.pretrain, optimizer=optimizer)
     model = StudentLM(shape)
     optimizers = Optimizers(model, rates)
     hidden = model.hidden(torch.zeros(1, 4, dtype=torch.int64)).flatten(0, 1)
@@ -177,7 +187,7 @@ def test_parameters_and_moments_are_the_optimizers(shape: ModelShape, optimizer:
 
 
 def test_headline_student_has_its_parameters() -> None:
-    assert make_plan(config_of_scale("gpt2-124m"), Machine())["student"]["parameters"] == 123_590_400
+    assert make_plan(configured("gpt2-124m"), Machine())["student"]["parameters"] == 123_590_400
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
@@ -202,7 +212,7 @@ def test_directory_of_a_teacher_is_read(parts: Path, tmp_path: Path) -> None:
 @given(scale=st.sampled_from(SCALES), gpus=st.integers(1, 64), share=st.floats(0.01, 1), price=st.floats(0.01, 100))
 @settings(max_examples=30)
 def test_gpu_hours_are_flops_at_the_stated_speed(scale: str, gpus: int, share: float, price: float) -> None:
-    plan = make_plan(config_of_scale(scale), Machine(gpus, 500.0, share, "as stated", price))
+    plan = make_plan(configured(scale), Machine(gpus, 500.0, share, "as stated", price))
     for name, one in plan["stages"].items():
         busy = plan["busy_share"] if name in ("pretrain", "continue", "distill") else 1
         assert one["gpu_hours"] * 3600 * 500e12 * share == pytest.approx(one["flops"] / busy)
@@ -223,7 +233,7 @@ def test_more_gpus_never_take_more_memory_each(rows: int, parts: int, gpus: int)
 
 @given(epochs=st.integers(1, 8), gpus=st.sampled_from([1, 2, 4, 8]))
 def test_source_that_is_said_to_be_cheaper_is(epochs: int, gpus: int) -> None:
-    config = config_of_scale("gpt2-124m")
+    config = configured("gpt2-124m")
     at = replace(config.at, continuation=replace(config.at.continuation, epochs=epochs))
     plans = {
         source: make_plan(replace(config, at=replace(at, teacher=replace(at.teacher, source=source))), Machine(gpus))
@@ -251,11 +261,11 @@ def test_source_that_is_said_to_be_cheaper_is(epochs: int, gpus: int) -> None:
 
 
 def test_one_gpu_fits_24_gb_and_the_headline_record_140_bytes() -> None:
-    plan = make_plan(config_of_scale("one-gpu"), Machine())
+    plan = make_plan(configured("one-gpu"), Machine())
     slack = 2e9  # CUDA's context and the allocator's
     assert max(one["total"] for one in plan["memory"].values()) + slack < 24e9
     assert sum(one["hours"] for one in plan["stages"].values()) < 8
-    headline = make_plan(config_of_scale("gpt2-124m"), Machine())
+    headline = make_plan(configured("gpt2-124m"), Machine())
     assert headline["cache_bytes_per_token"] <= 140 and plan["cache_bytes_per_token"] <= 140
 
 
@@ -285,7 +295,7 @@ def test_measured_card_takes_the_place_of_the_assumed_one(tmp_path: Path) -> Non
     card_file(tmp_path, "h100", peak_tflops=700.0, utilisation=0.5)
     card_file(tmp_path, "cut-short", peak_tflops=700.0)
     assert (machine_of(None, tmp_path).peak_tflops, machine_of(None, tmp_path).utilisation) == (700.0, 0.5)
-    assert "assumed" not in page(make_plan(config_of_scale("one-gpu"), machine_of(None, tmp_path)))
+    assert "assumed" not in page(make_plan(configured("one-gpu"), machine_of(None, tmp_path)))
     card_file(tmp_path, "a100", peak_tflops=250.0, utilisation=0.4)
     assert machine_of(None, tmp_path) == Machine()  # which of the two is meant is not known
     assert machine_of("a100", tmp_path).peak_tflops == 250.0
@@ -316,7 +326,7 @@ def test_command_prints_page_and_json(clone: Clone) -> None:
     command = [sys.executable, "-m", "microlm", "plan", "--scale", "gpt2-124m", "--gpus", "8"]
     with inside(clone.directory):
         printed = microlm(*command[3:]).out
-    plan = make_plan(config_of_scale("gpt2-124m"), replace(machine_of(None), gpus=8))
+    plan = make_plan(configured("gpt2-124m"), replace(machine_of(None), gpus=8))
     assert printed.startswith(page(plan)) and printed.splitlines()[-2].startswith("disk here: ")
     found = json.loads(clone.run(*command, "--json").stdout)
     assert found.pop("disk")["needed"] == sum(plan["bytes"].values())
@@ -355,29 +365,29 @@ def test_broken_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_smoke_is_planned_once_its_teacher_is_told() -> None:
-    plan = make_plan(config_of_scale("smoke"), Machine(), 10**6)
+    plan = make_plan(configured("smoke"), Machine(), 10**6)
     assert plan["stages"]["pretrain"]["steps"] == 20
     assert "shape unknown" in page(plan)
 
 
 def test_objective_that_samples_is_not_planned() -> None:
     with pytest.raises(UserError, match="minillm"):
-        make_plan(replace(load_config(), objective="minillm"), Machine())
+        make_plan(replace(configured(None), objective="minillm"), Machine())
 
 
 def test_known_teachers_are_those_of_the_scales() -> None:
-    assert {config_of_scale(scale).at.teacher.model for scale in SCALES} == set(KNOWN_TEACHERS)
+    assert {configured(scale).at.teacher.model for scale in SCALES} == set(KNOWN_TEACHERS)
 
 
 def test_docs_show_the_page() -> None:
     text = (ROOT / "docs" / "scale.md").read_text()
     shown = text.split("<!-- plan:begin -->\n```\n")[1].split("```\n<!-- plan:end -->")[0]
-    assert shown == page(make_plan(config_of_scale("gpt2-124m"), replace(machine_of(None), gpus=8)))
+    assert shown == page(make_plan(configured("gpt2-124m"), replace(machine_of(None), gpus=8)))
 
 
 def test_docs_show_the_hours_and_memory_of_one_gpu() -> None:
     text = (ROOT / "docs" / "scale.md").read_text()
-    config = config_of_scale("one-gpu")
+    config = configured("one-gpu")
     plans = [make_plan(config, Machine(1, peak, 0.4, "")) for peak in (989.0, 312.0, 165.0)]
     hours = [sum(one["hours"] for one in plan["stages"].values()) for plan in plans]
     assert f"| all | | {' | '.join(f'**{one:.1f} h**' for one in hours)} | not run |" in text
