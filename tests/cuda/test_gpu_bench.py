@@ -3,14 +3,16 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bench.gpu import table
@@ -125,13 +127,18 @@ def test_a_killed_run_leaves_what_it_had_measured(tmp_path):
     """Here every process is a real interpreter."""
     file = tmp_path / "figures.json"
     command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--parts", "matrix,steps", "--file", str(file)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not (file.exists() and len(Book(file).figures("steps")) >= 2):
-        assert run.poll() is None, "it ended before it was killed"
-        time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    with tempfile.TemporaryDirectory() as left_behind:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": left_behind}
+        run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+        while not (file.exists() and len(Book(file).figures("steps")) >= 2):
+            assert run.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+        everyone = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+        for process in everyone:  # itself first: it would note how its part ended
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        run.wait()
+        psutil.wait_procs(everyone)
     left = Book(file)
     assert left.status("matrix") == MEASURED
     assert left.status("steps") == STARTED
