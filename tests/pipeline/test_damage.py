@@ -57,10 +57,10 @@ def interrupted(stage: Stage, whole: Path, target: Path) -> Path:
     while not list(target.glob(".resume/*/state")):
         remove_outputs(stage, target)
         process = start(stage, target)
-        while process.is_alive() and not list(target.glob(".resume/*/state")):
+        while process.poll() is None and not list(target.glob(".resume/*/state")):
             time.sleep(0.002)
         process.kill()
-        process.join()
+        process.wait()
     return target
 
 

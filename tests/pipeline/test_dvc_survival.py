@@ -61,7 +61,7 @@ def clone(prepared: Clone, tmp_path: Path) -> Iterator[Clone]:
 def copied(clone: Clone, target: Path) -> Clone:
     shutil.copytree(clone.directory, target, symlinks=True)
     copy = object.__new__(Clone)
-    copy.directory = target
+    copy.directory, copy.python = target, clone.python
     return copy
 
 

@@ -14,7 +14,7 @@ from microlm.files import atomic_directory, read_json
 from microlm.models.model_files import load_student
 from microlm.research.plan.estimate import Machine, make_plan
 from tests.support.clones import ROOT, Clone
-from tests.support.forked_python import forking_python
+from tests.support.forked_python import forked_python
 from tests.support.soak import LONG
 from tests.support.tiny_teacher import CONTEXT, tiny_llama
 
@@ -57,9 +57,9 @@ def overrides(**more: str) -> list[str]:
     return [word for key, value in given.items() for word in ("-S", f"{key}={value}")]
 
 
-def started(directory: Path, parts: Path, *tools: Path) -> Clone:
+def started(directory: Path, parts: Path, python: Path = Path(sys.executable)) -> Clone:
     """A clone with a tiny random teacher under OLMo's tokenizer, its vocabulary padded as OLMo's is."""
-    clone = Clone(directory, *tools)
+    clone = Clone(directory, python)
     WHEELS.mkdir(parents=True, exist_ok=True)
     (directory / ".resume").mkdir()
     (directory / ".resume" / "wheels").symlink_to(WHEELS)
@@ -109,14 +109,11 @@ def test_headline_scale_with_one_narrow_layer_starts(tmp_path: Path, parts: Path
     """Everything but the width is the headline's: the same tokenizer, vocabulary and stand-ins."""
     narrow = {"model.layers": "1", "model.hidden_size": "32", "model.heads": "1", "model.head_dim": "32"}
     narrow |= {"model.intermediate_size": "64"}
-    with forking_python(tmp_path / "bin") as tools:
-        directory = tmp_path / "clone"
-        directory.mkdir()
-        clone = started(directory, parts, tools)
-        clone.dvc("exp", "run", "check", *overrides(**narrow))
-        for stage in ("fetch", "tokenize", "outside", "start", "pretrain"):
-            clone.run(str(tools / "python"), "-m", f"stages.{stage}")
-    manifest = read_json(directory / "data/shards/manifest.json", "tokenize")
+    clone = started(tmp_path, parts, forked_python())
+    clone.dvc("exp", "run", "check", *overrides(**narrow))
+    for stage in ("fetch", "tokenize", "outside", "start", "pretrain"):
+        clone.run(clone.python, "-m", f"stages.{stage}")
+    manifest = read_json(tmp_path / "data/shards/manifest.json", "tokenize")
     assert manifest["tokenizer"]["n_vocab"] == 50_280
-    assert read_json(directory / "models/control/config.json", "pretrain")["vocab_size"] == 50_304
-    assert_loads_in_transformers(directory / "models/control")
+    assert read_json(tmp_path / "models/control/config.json", "pretrain")["vocab_size"] == 50_304
+    assert_loads_in_transformers(tmp_path / "models/control")

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from microlm.corpus.parts import EVALUATION, PARTS
+from tests.support.forked_python import Forked
 from tests.support.soak import SURVIVED, times
 from tests.support.tiny_run import (
     CONTINUE,
@@ -100,8 +101,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
             process = start(stage, directory)
             time.sleep(luck.uniform(0, 1.1 * lasts_s))
             process.kill()
-            process.join()
-            kills += process.exitcode == -signal.SIGKILL
+            kills += process.wait() == -signal.SIGKILL
             remove_outputs(stage, directory)
         finish(stage, directory)
         assert contents(directory, stage.outputs) == expected
@@ -117,11 +117,11 @@ def leftovers(directory: Path) -> list[str]:
     return [str(path.relative_to(directory)) for path in (*torn, *states, *downloads)]
 
 
-def wait_for(condition: str, directory: Path, process: object, deadline_s: float = 60) -> None:
+def wait_for(condition: str, directory: Path, process: Forked, deadline_s: float = 60) -> None:
     """Until the stage has said it."""
     until = time.monotonic() + deadline_s
     while not re.search(condition, said_so_far(directory)):
-        assert process.is_alive() and time.monotonic() < until, said_so_far(directory)
+        assert process.poll() is None and time.monotonic() < until, said_so_far(directory)
         time.sleep(0.005)
 
 
@@ -146,8 +146,7 @@ def test_a_training_told_to_stop_saves_its_step_and_goes_on_from_it(
         time.sleep(luck.uniform(0, 0.2))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        process.join()
-        status = process.exitcode
+        status = process.wait()
     SURVIVED[f"trainings stopped by {number.name}"] += 1
     [line] = complaints(said_so_far(directory))
     assert status > 0
@@ -177,8 +176,7 @@ def test_a_stage_told_to_stop_says_so_in_a_line_and_leaves_nothing_half_written(
             time.sleep(luck.uniform(0, 0.3))
             children = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
-        process.join()
-        status = process.exitcode
+        status = process.wait()
     SURVIVED[f"stages stopped by {number.name}"] += 1
     assert status in (1, 128 + number)
     assert len(complaints(said_so_far(directory))) == 1
@@ -197,14 +195,12 @@ def test_a_second_training_of_the_same_state_is_refused_while_the_first_lives(wh
     os.kill(first.pid, signal.SIGSTOP)
     try:
         second = start(PRETRAIN, directory)
-        second.join()
+        assert second.wait() == 1
         [line] = complaints(said_so_far(directory))
-        assert second.exitcode == 1
         assert "another process is running this very stage" in line
     finally:
         os.kill(first.pid, signal.SIGCONT)
-    first.join()
-    assert first.exitcode == 0
+    assert first.wait() == 0
     assert contents(directory, PRETRAIN.outputs) == contents(whole, PRETRAIN.outputs)
 
 
@@ -213,10 +209,10 @@ def stop_halfway(directory: Path) -> None:
     while not list(directory.glob(".resume/control-*/state/progress.json")):
         remove_outputs(PRETRAIN, directory)
         process = start(PRETRAIN, directory)
-        while process.is_alive() and not list(directory.glob(".resume/control-*/state/progress.json")):
+        while process.poll() is None and not list(directory.glob(".resume/control-*/state/progress.json")):
             time.sleep(0.002)
         process.terminate()
-        process.join()
+        process.wait()
 
 
 @pytest.mark.parametrize(

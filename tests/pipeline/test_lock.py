@@ -1,7 +1,6 @@
 """The committed results are those of the committed code: dvc.lock is fresh, dvc.yaml names what decides a number."""
 
 import ast
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def clone(tmp_path: Path) -> Clone:
 
 def is_fresh(clone: Clone) -> tuple[bool, str]:
     """Whether nothing would run, and what DVC said."""
-    ended = clone.run(sys.executable, "-m", "dvc", "repro", "-P", "--allow-missing", "--dry", status=None)
+    ended = clone.run(clone.python, "-m", "dvc", "repro", "-P", "--allow-missing", "--dry", status=None)
     return ended.returncode == 0 and UP_TO_DATE in ended.stdout, ended.stdout + ended.stderr
 
 

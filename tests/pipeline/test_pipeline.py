@@ -1,14 +1,14 @@
 """The whole pipeline through real DVC, at scale smoke, in a clone of the working tree.
 
-`make smoke` and `make soak` run it under GPT-2's tokenizer, as params.yaml has it, and every stage in an interpreter of
-its own; `make test` under a tokenizer of bytes, in forks of one (support/forked_python.py): what DVC promises is the
-same, and most of the time would go into a vocabulary of 50,257 and importing torch.
+`make smoke` and `make soak` run it under GPT-2's tokenizer, as params.yaml has it, and every command and stage in an
+interpreter of its own; `make test` under a tokenizer of bytes, in forks of one (support/forked_python.py): what DVC
+promises is the same, and most of the time would go into a vocabulary of 50,257 and importing torch.
 """
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from microlm.corpus.tokenizer import load_tokenizer
 from microlm.files import sha256_file
 from microlm.models.model_files import load_student
 from tests.support.clones import Clone
-from tests.support.forked_python import forking_python
+from tests.support.forked_python import forked_python
 from tests.support.soak import SOAKING
 from tests.support.tiny_run import TEACHER, WHEELS, one_scale, tiny_parameters, write_teacher_of_bytes
 from tests.support.tiny_teacher import write_tiny_teacher
@@ -51,11 +51,10 @@ def ran(output: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Clone, str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Clone, str]:
     """A clone after its first `dvc repro` at scale smoke, committed, and what that printed."""
-    with ExitStack() as stack:
-        tools = [] if SOAKING else [stack.enter_context(forking_python(tmp_path_factory.mktemp("python") / "bin"))]
-        yield ran_once(Clone(tmp_path_factory.mktemp("clone"), *tools))
+    python = Path(sys.executable) if SOAKING else forked_python()
+    return ran_once(Clone(tmp_path_factory.mktemp("clone"), python))
 
 
 def ran_once(clone: Clone) -> tuple[Clone, str]:

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import psutil
 import pytest
 
 from microlm.runtime.launcher import SAME_REQUEST_S, stop_requests
-from tests.support.clones import ROOT
+from tests.support.bare_ranks import start_real
 
 STOPS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 # a store waits for a key that nobody sets
@@ -27,12 +26,6 @@ with stop_requests() as stopping:
 """
 
 
-def start(directory: Path, *command: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MICROLM_PROCESSES": "2"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *command], cwd=directory, env=environment, **pipes)
-
-
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     while not path.exists():
         assert process.poll() is None, process.communicate()
@@ -42,7 +35,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @STOPS
 def test_a_process_that_waits_in_c_ends_at_the_second_request(tmp_path: Path, number: signal.Signals) -> None:
-    process = start(tmp_path, "-c", WAIT_IN_C)
+    process = start_real(tmp_path, "-c", WAIT_IN_C)
     wait_for(tmp_path / "waiting-0", process)
     for _ in range(2):  # the launcher passes on what a scheduler sends to all: both are one request
         process.send_signal(number)
@@ -60,7 +53,7 @@ def test_a_process_that_waits_in_c_ends_at_the_second_request(tmp_path: Path, nu
 def test_a_launcher_told_twice_to_stop_leaves_no_process_that_waits_for_another(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = start(tmp_path, "-m", "tests.support.ranks", "stuck")
+    process = start_real(tmp_path, "-m", "tests.support.bare_ranks", "stuck")
     for rank in range(2):
         wait_for(tmp_path / f"waiting-{rank}", process)
     children = [p for p in psutil.Process(process.pid).children(recursive=True) if "stuck" in p.cmdline()]

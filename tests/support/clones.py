@@ -18,11 +18,11 @@ class Clone:
     """A Git repository with the files of this one that Git does not ignore, committed; no data and no models.
 
     Args:
-        tools: folders for the front of PATH.
+        python: what DVC and its stages run under, this interpreter if nothing else is named.
     """
 
-    def __init__(self, directory: Path, *tools: Path) -> None:
-        self.directory, self.tools = directory, tools
+    def __init__(self, directory: Path, python: Path = Path(sys.executable)) -> None:
+        self.directory, self.python = directory, python
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
         for name in filter(None, listed.split("\0")):
@@ -34,26 +34,26 @@ class Clone:
         self.git("config", "user.email", "test@example.org")
         self.commit("the working tree")
 
-    def run(self, *command: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str | Path, status: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run a command in the clone; `status` None accepts any. What it printed is in the failure."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DVC_ROOT")}
-        path = os.pathsep.join(map(str, (*self.tools, Path(sys.executable).parent, os.environ["PATH"])))
+        path = os.pathsep.join(map(str, (self.python.parent, Path(sys.executable).parent, os.environ["PATH"])))
         ended = subprocess.run(
             command, cwd=self.directory, env={**inherited, "PATH": path}, capture_output=True, text=True
         )
         if status is not None and ended.returncode != status:
-            told = f"{' '.join(command)} ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+            told = f"{' '.join(map(str, command))} ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
             pytest.fail(told, pytrace=False)
         return ended
 
     def dvc(self, *arguments: str, status: int | None = 0) -> str:
         """Run DVC; returns what it printed, stdout before stderr."""
-        ended = self.run(sys.executable, "-m", "dvc", *arguments, status=status)
+        ended = self.run(self.python, "-m", "dvc", *arguments, status=status)
         return ended.stdout + ended.stderr
 
     def dvc_json(self, *arguments: str) -> Any:
         """Run DVC and read the JSON on its stdout."""
-        return json.loads(self.run(sys.executable, "-m", "dvc", *arguments).stdout)
+        return json.loads(self.run(self.python, "-m", "dvc", *arguments).stdout)
 
     def git(self, *arguments: str) -> str:
         return self.run("git", *arguments).stdout

@@ -1,88 +1,212 @@
-"""A `python` for DVC whose stages are forks of one process that has imported torch already.
+"""A `python` whose programs are forks of one process that has imported torch, transformers and DVC already.
 
-DVC starts an interpreter for every stage, and most of a tiny stage's seconds go into imports. `python -m stages.x` by
-the script that `forking_python` writes is run by a fork of a server instead: in the caller's folder and environment, on
-its streams, with the caller's status. Everything else is handed to the real interpreter. The code is this tree's, not
-the clone's, which is a copy of it. `make smoke` and `make soak` do without.
+A stage at a tiny scale computes for less long than its interpreter imports, and so does a command of DVC. The first
+test of a run of pytest that needs one starts a server (`python -m tests.support.forked_python`), which ends with
+pytest's first process. `python -m stages.x` by the script that it serves is run by a fork of it: in the caller's folder
+and environment (but for what a library reads of that at its import), on its streams, with its signals and its status;
+what it cannot serve, the real interpreter runs. The code is this tree's, not a clone's, which is a copy of it. `make
+smoke` and `make soak` have DVC and the launcher do without.
 """
 
+import gc
+import importlib
 import json
 import os
+import pickle
 import runpy
+import secrets
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
+from microlm.files import atomic_file, sha256_bytes
 from tests.support.clones import ROOT
+from tests.support.shared import FIRST, made_once
+
+SERVED = ("stages.", "tests.support.ranks", "dvc")
+# besides all stages: what they and DVC import only when they come to it
+AHEAD = """
+    datasets matplotlib.backends.backend_agg PIL.JpegImagePlugin pandas.io.formats.csvs ruamel.yaml scipy.stats
+    tests.support.ranks torch.distributed.launcher.api transformers.models.auto.modeling_auto
+    transformers.models.auto.tokenization_auto transformers.models.llama.modeling_llama
+    dvc.cli.parser dvc.data_cloud dvc.repo.experiments.executor.local dvc.repo.experiments.queue.celery
+    dvc.repo.experiments.queue.workspace dvc.repo.experiments.run dvc.repo.graph dvc.repo.index dvc.repo.metrics.diff
+    dvc.repo.plots dvc.repo.stage dvc.utils.strictyaml dvc_task.proc.manager dulwich.porcelain hydra.compose hydra.main
+    networkx pygit2 rich.console scipy.io
+""".split()  # noqa: SIM905
 
 # the client: as little as an interpreter can be
 CLIENT = """#!{python} -IS
-import json, os, socket, sys
-if sys.argv[1:2] != ["-m"] or not sys.argv[2].startswith("stages."):
+import json, os, signal, socket, sys
+if sys.argv[1:2] != ["-m"] or not sys.argv[2].startswith({served!r}):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 server.connect({address!r})
-asked = json.dumps([os.getcwd(), dict(os.environ), sys.argv[2:]]).encode()
+asked = json.dumps([os.getcwd(), dict(os.environ), os.path.abspath(sys.argv[0]), sys.argv[2:]]).encode()
 socket.send_fds(server, [asked], [0, 1, 2])
-sys.exit(int(server.recv(16) or 1))
+pid = int(server.recv(16))
+
+def pass_on(number, _):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, pass_on)
+status = int(server.recv(16) or 1)
+if status < 0:  # a signal that ended the fork ends this
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+sys.exit(status)
 """
+_kept: list[subprocess.Popen[bytes]] = []  # a Popen that nobody holds warns of its process
 
 
-@contextmanager
-def forking_python(folder: Path) -> Iterator[Path]:
-    """A folder for the front of PATH, whose `python` is such a one while the body runs."""
-    folder.mkdir()
-    address, script = str(folder / "server"), folder / "python"
-    script.write_text(CLIENT.format(python=sys.executable, address=address))
+@cache
+def forked_python() -> Path:
+    """The script, in a folder that is fit for the front of PATH."""
+    return made_once("forked-python", _start_server) / "python"
+
+
+def _start_server(folder: Path) -> None:
+    address = f"\0microlm-tests-{secrets.token_hex(8)}"  # no file's, whose path may be longer than an address can be
+    (folder / "address").write_text(address)
+    (folder / "yaml").mkdir()
+    script = folder / "python"
+    script.write_text(CLIENT.format(python=sys.executable, served=SERVED, address=address))
     script.chmod(0o755)
-    command = [sys.executable, "-m", "tests.support.forked_python", address]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        try:
-            assert server.stdout and server.stdout.readline() == b"ready\n"
-            yield folder
-        finally:
-            server.kill()
+    command = [sys.executable, "-m", "tests.support.forked_python", address[1:]]
+    # a session of its own: Ctrl-C is for pytest, with which it ends
+    server = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
+    _kept.append(server)
+    with server.stdout:
+        assert server.stdout.readline() == b"ready\n"
+
+
+class Forked:
+    """`python -m command` in a fork, with the methods of `subprocess.Popen` that tests use; it dies with this process.
+
+    Args:
+        streams: where it writes, stdout and stderr; without them `communicate` returns both.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        directory: Path,
+        environment: Mapping[str, str],
+        streams: tuple[BinaryIO, BinaryIO] | None = None,
+    ) -> None:
+        python, self.returncode = forked_python(), None
+        self._streams = streams or (tempfile.TemporaryFile(), tempfile.TemporaryFile())
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server.connect((python.parent / "address").read_text())
+        asked = json.dumps([str(directory), dict(environment), str(python), list(command)]).encode()
+        with open(os.devnull, "rb") as nothing:
+            socket.send_fds(self._server, [asked], [file.fileno() for file in (nothing, *self._streams)])
+        self.pid = int(self._server.recv(16))
+
+    def wait(self) -> int:
+        """The status: minus the signal where one ended it."""
+        if self.returncode is None:
+            self.returncode = int(self._server.recv(16))
+            self._server.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._server], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self) -> tuple[str, str]:
+        self.wait()
+        told = []
+        for file in self._streams:
+            file.seek(0)
+            with file:
+                told.append(file.read().decode())
+        return told[0], told[1]
 
 
 def serve(address: str) -> None:
-    """Fork for every client, for as long as this process lives."""
-    for name in ("datasets", "scipy.stats", "transformers.models.auto.modeling_auto"):
-        __import__(name)
-    for file in sorted((ROOT / "stages").glob("*.py")):
-        __import__(f"stages.{file.stem}")
+    """Fork for every client, until pytest's first process is gone."""
+    for name in (*AHEAD, *(f"stages.{file.stem}" for file in sorted((ROOT / "stages").glob("[!_]*.py")))):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is there is no garbage of a fork, whose collector would copy every page of it
+    first = os.pidfd_open(int(os.environ[FIRST]))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(address)
+        listener.bind(f"\0{address}")
         listener.listen()
         print("ready", flush=True)
-        while True:
+        while first not in select.select([listener, first], [], [])[0]:
             client, _ = listener.accept()
-            if os.fork() == 0:  # who waits for the stage, so that the next client need not
-                if pid := os.fork():
-                    client.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) % 256).encode())
-                    os._exit(0)
-                os._exit(_run(client))
+            if os.fork() == 0:
+                listener.close()
+                _attend(client)
+                os._exit(0)
             client.close()
             with suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG) != (0, 0):  # who waited, and is done
+                while os.waitpid(-1, os.WNOHANG) != (0, 0):  # who attended to another, and is done
                     pass
 
 
-def _run(client: socket.socket) -> int:
-    """The stage's status. Nothing of the server ends with it: neither its streams nor what it would do at its end."""
+def _attend(client: socket.socket) -> None:
+    """Run what the client asks for and tell it the process's number, then its status. It dies with its client."""
     asked, streams, _, _ = socket.recv_fds(client, 2**20, 3)
-    directory, environment, sys.argv = json.loads(asked)
+    pid = os.fork()
+    if not pid:
+        client.close()
+        os._exit(_run(*json.loads(asked), streams))
+    process = os.pidfd_open(pid)
+    with suppress(BrokenPipeError):
+        client.send(str(pid).encode())
+        if client in select.select([process, client], [], [])[0]:  # it says no more: this is its end
+            os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with suppress(BrokenPipeError):
+        client.send(str(status).encode())
+
+
+def _run(directory: str, environment: dict[str, str], python: str, command: list[str], streams: list[int]) -> int:
+    """The program's status. Nothing of the server ends with it: neither its streams nor what it would do at its end."""
+    os.setsid()  # a group of its own, as a terminal gives to a job
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+        os.close(stream)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
+    sys.argv, sys.executable = command, python  # whatever the program starts is a fork too
     try:
-        sys.modules.pop(sys.argv[0])  # imported ahead, but to run is to import once more
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        if command[0] == "dvc":
+            _remember_yaml(Path(python).parent / "yaml")
+        else:
+            sys.modules.pop(command[0])  # imported ahead, but to run is to import once more
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
         return 0
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -92,6 +216,25 @@ def _run(client: socket.socket) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _remember_yaml(folder: Path) -> None:
+    """Have ruamel, which DVC reads the same files with dozens of times and for most of its seconds, read each once."""
+    from ruamel.yaml import YAML
+
+    load = YAML.load
+
+    def remembered(self: YAML, stream: object) -> object:
+        if self.typ != ["safe"] or not isinstance(stream, str):
+            return load(self, stream)
+        path = folder / sha256_bytes(stream.encode())
+        if not path.exists():
+            found = load(self, stream)
+            with atomic_file(path, "wb") as file:
+                pickle.dump(found, file)
+        return pickle.loads(path.read_bytes())
+
+    YAML.load = remembered
 
 
 if __name__ == "__main__":

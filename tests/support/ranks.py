@@ -1,9 +1,8 @@
-"""What tests run in several processes: python -m tests.support.ranks pipeline | toy | refuse | stuck."""
+"""What tests run in several processes: python -m tests.support.ranks pipeline | toy."""
 
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from microlm.pipeline.select import select_windows
 from microlm.pipeline.training_stages import Evaluator
 from microlm.runtime import distributed
 from microlm.runtime.device import set_up
-from microlm.runtime.launcher import run_shared_stage, stop_requests
+from microlm.runtime.launcher import run_shared_stage
 from microlm.teacher import cache as cache_module
 from microlm.training.history import Evaluation
 from microlm.training.loop import Evaluator as TrainingEvaluator
@@ -161,22 +160,5 @@ def toy() -> None:
     write_json(f"toy-{distributed.rank()}.json", told)
 
 
-def refuse() -> None:
-    """The last process finds what the others cannot see; they wait for it."""
-    if distributed.rank() == distributed.size() - 1:
-        raise UserError("window 7: cannot be read; make it again")
-    distributed.wait_for_all()
-
-
-def stuck() -> None:
-    """The first process waits for the last one in C, where no handler of Python's runs; the last one never comes."""
-    with stop_requests():
-        Path(f"waiting-{distributed.rank()}").touch()
-        if distributed.is_first():
-            distributed.wait_for_all()
-        while True:
-            time.sleep(1)
-
-
 if __name__ == "__main__":
-    run_shared_stage({"pipeline": pipeline, "toy": toy, "refuse": refuse, "stuck": stuck}[sys.argv[1]])
+    run_shared_stage({"pipeline": pipeline, "toy": toy}[sys.argv[1]])

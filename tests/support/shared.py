@@ -9,9 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-_WHERE = "MICROLM_TESTS_SHARED"
+_WHERE, FIRST = "MICROLM_TESTS_SHARED", "MICROLM_TESTS_FIRST"  # the folder of all, and the number of that process
 if _WHERE not in os.environ:  # conftest.py imports this in pytest's first process, from which the others inherit it
-    os.environ[_WHERE] = tempfile.mkdtemp(prefix="microlm-shared-")
+    os.environ[_WHERE], os.environ[FIRST] = tempfile.mkdtemp(prefix="microlm-shared-"), str(os.getpid())
     atexit.register(shutil.rmtree, os.environ[_WHERE], ignore_errors=True)
 
 

@@ -1,22 +1,17 @@
 """A whole run of the pipeline that takes seconds: scale `smoke` under a tokenizer of bytes, without DVC.
 
-Stages run in real processes of their own, forked from one that has imported them already, so that a test can afford to
-kill hundreds.
+Stages run in real processes of their own (support/forked_python.py), so that a test can afford to kill hundreds.
 """
 
 import atexit
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +21,9 @@ from microlm.corpus.parts import EVALUATION, validation_arrow
 from microlm.corpus.tokenizer import ALPHABET, BYTE_LEVEL, END_OF_TEXT, Tokenizer, byte_level_definition
 from microlm.files import sha256_file, sha256_json, write_json
 from tests.support.clones import ROOT
+from tests.support.forked_python import Forked
 from tests.support.shared import made_once
+from tests.support.tiny_teacher import tiny_llama
 
 WHEELS = ROOT / ".resume" / "wheels"
 TEACHER = "data/tiny-teacher"
@@ -76,37 +73,14 @@ COMPARE = Stage(("compare",), ("metrics/summary.json", "plots/hellaswag.png", "p
 FETCH = Stage(("fetch",), ("data/parts",))
 STAGES = (TOKENIZE, OUTSIDE, START, PRETRAIN, LABEL, SELECT, DISTILL, CONTINUE, *EVALUATIONS, COMPARE)
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "tests.support.tiny_teacher",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.llama.modeling_llama",
-        "datasets",
-        "scipy.stats",
-        "tests.support.tiny_run",
-    ]
-    + [f"stages.{stage.command[0]}" for stage in (FETCH, *STAGES)]
-)
 
-
-def _run(command: tuple[str, ...], directory: Path, log: Path) -> None:
-    os.setsid()  # a group of its own, as a terminal gives to a job
-    os.chdir(directory)
-    os.environ.pop("DVC_ROOT", None)
-    os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(WHEELS), "HF_HUB_OFFLINE": "1"}
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.argv = list(command)
-    sys.modules.pop(f"stages.{command[0]}")  # imported ahead, but to run is to import once more
-    runpy.run_module(f"stages.{command[0]}", run_name="__main__")
-
-
-def start(stage: Stage, directory: Path) -> ForkServerProcess:
+def start(stage: Stage, directory: Path) -> Forked:
     """Begin a stage in `directory`. Its process leads a group."""
-    process = _context.Process(target=_run, args=(stage.command, directory, _log(directory)), daemon=True)
-    process.start()
-    return process
+    environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(WHEELS), "HF_HUB_OFFLINE": "1"}
+    with open(_log(directory), "ab") as log:
+        module, *arguments = stage.command
+        return Forked([f"stages.{module}", *arguments], directory, environment, (log, log))
 
 
 def _log(directory: Path) -> Path:
@@ -123,9 +97,7 @@ def _logs() -> Path:
 def run(stage: Stage, directory: Path) -> tuple[int, str]:
     """Run a stage to its end: exit status (minus the signal where one killed it) and what it printed."""
     forget_said(directory)
-    process = start(stage, directory)
-    process.join()
-    return process.exitcode, said_so_far(directory)
+    return start(stage, directory).wait(), said_so_far(directory)
 
 
 def forget_said(directory: Path) -> None:
@@ -208,9 +180,7 @@ def _fill(directory: Path) -> None:
     (directory / "tests").mkdir(parents=True)
     shutil.copytree(ROOT / "tests" / "fixtures", directory / "tests" / "fixtures")
     (directory / "params.yaml").write_text(tiny_parameters())
-    teacher = _context.Process(target=write_teacher_of_bytes, args=(directory / TEACHER,))
-    teacher.start()
-    teacher.join()
+    write_teacher_of_bytes(directory / TEACHER)
     write_questions(directory / "data" / "parts")
     for stage in STAGES:
         finish(stage, directory)
@@ -223,8 +193,6 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def write_teacher_of_bytes(directory: Path, context: int = 256) -> None:
-    from tests.support.tiny_teacher import tiny_llama  # torch and transformers, which this process can do without
-
     tokenizer = byte_tokenizer()
     tiny_llama(tokenizer, padded=320, context=context).save_pretrained(directory, safe_serialization=True)
     tokenizer.save(directory, model_max_length=context)

@@ -1,7 +1,6 @@
 """Several processes give what one gives: real ones over gloo, started by the launcher as on a machine with two GPUs."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -30,8 +29,9 @@ from microlm.teacher import cache as cache_module
 from microlm.training.loop import Feed
 from microlm.training.optimizer import deal_matrices
 from tests.support import ranks
-from tests.support.clones import ROOT
-from tests.support.soak import LONG
+from tests.support.bare_ranks import environment_of, start_real
+from tests.support.forked_python import Forked
+from tests.support.soak import LONG, SOAKING
 from tests.support.tiny_run import copied_to, finished, write_questions
 from tests.support.toy import toy_shards
 from tests.support.workspace import RUNTIME, config_of, inside
@@ -39,17 +39,22 @@ from tests.support.workspace import RUNTIME, config_of, inside
 MANY = 400
 
 
-def start(directory: Path, *command: str, count: int = 2) -> subprocess.Popen[str]:
-    """`python -m command` in `count` processes, through the launcher."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", PROCESSES: str(count)}
-    environment.pop("DVC_ROOT", None)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", *command], cwd=directory, env=environment, **pipes)
+Process = Forked | subprocess.Popen[str]
+
+
+def start(directory: Path, *command: str, count: int = 2) -> Process:
+    """`python -m command` in `count` processes, through the launcher. They and it are forks except in a soak."""
+    if SOAKING:
+        return start_real(directory, "-m", *command, count=count)
+    return Forked(command, directory, environment_of(count))
 
 
 def finish(directory: Path, *command: str, count: int = 2, status: int = 0) -> str:
     """Run to the end; returns what was said on stderr."""
-    process = start(directory, *command, count=count)
+    return ended(start(directory, *command, count=count), status)
+
+
+def ended(process: Process, status: int = 0) -> str:
     said, complained = process.communicate()
     assert process.returncode == status, f"{said}\n{complained}"
     return complained
@@ -60,7 +65,7 @@ def errors(complained: str) -> list[str]:
     return [line for line in complained.splitlines() if line.startswith("error: ")]
 
 
-def wait_for_a_checkpoint(directory: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_a_checkpoint(directory: Path, process: Process) -> None:
     """The first one is written before the evaluation in the middle of the training, which takes longer than a look."""
     while not list(directory.glob(".resume/control-*/state")):
         assert process.poll() is None, process.communicate()
@@ -217,9 +222,9 @@ def test_more_processes_than_parts_of_a_step_are_refused_once(own: Path) -> None
 
 
 def test_what_one_process_refuses_is_told_once_and_ends_all(tmp_path: Path) -> None:
-    assert errors(finish(tmp_path, "tests.support.ranks", "refuse", status=1)) == [
-        "error: window 7: cannot be read; make it again"
-    ]
+    """In interpreters of their own, as a person starts them."""
+    complained = ended(start_real(tmp_path, "-m", "tests.support.bare_ranks", "refuse"), status=1)
+    assert errors(complained) == ["error: window 7: cannot be read; make it again"]
 
 
 @pytest.fixture(scope="module")
