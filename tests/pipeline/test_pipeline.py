@@ -22,7 +22,7 @@ from microlm.models.model_files import load_student
 from tests.support.clones import Clone
 from tests.support.forked_python import forked_python
 from tests.support.soak import SOAKING
-from tests.support.tiny_run import TEACHER, WHEELS, one_scale, tiny_parameters, write_teacher_of_bytes
+from tests.support.tiny_run import TEACHER, WHEELS, tiny_parameters, write_teacher_of_bytes
 from tests.support.tiny_teacher import write_tiny_teacher
 
 CONTEXT = 512  # for all of HellaSwag, byte by byte
@@ -64,7 +64,7 @@ def ran_once(clone: Clone) -> tuple[Clone, str]:
         params.write_text(re.sub(r"(?m)^scale: \S+", "scale: smoke", params.read_text()))
         write_tiny_teacher(clone.directory / TEACHER, wheels=WHEELS)
     else:
-        params.write_text(one_scale(tiny_parameters()).replace("context: 128", f"context: {CONTEXT}"))
+        params.write_text(tiny_parameters().replace("context: 128", f"context: {CONTEXT}"))
         write_teacher_of_bytes(clone.directory / TEACHER, CONTEXT)
     # shared, so that the wheels are downloaded once, whoever asks first
     WHEELS.mkdir(parents=True, exist_ok=True)

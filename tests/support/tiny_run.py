@@ -157,18 +157,13 @@ def copied_to(directory: Path, target: Path) -> Path:
 
 
 def tiny_parameters() -> str:
-    """params.yaml at that scale."""
-    text = (ROOT / "params.yaml").read_text()
+    """params.yaml at that scale, without the others: every stage and command of DVC reads it, slowly."""
+    head, blocks = (ROOT / "params.yaml").read_text().split("\nscales:\n")
+    (block,) = re.findall(r"(?ms)^  smoke:\n.*?(?=^  \S|\Z)", blocks)
+    text = f"{head}\nscales:\n{block}"
     for pattern, replacement in _CHANGED.items():
         text = re.sub(pattern, replacement, text)
     return text
-
-
-def one_scale(text: str) -> str:
-    """Parameters without the scales that are not asked for: DVC, which reads them dozens of times, is slow at it."""
-    head, blocks = text.split("\nscales:\n")
-    (block,) = re.findall(r"(?ms)^  smoke:\n.*?(?=^  \S|\Z)", blocks)
-    return f"{head}\nscales:\n{block}"
 
 
 def finished() -> Path:
