@@ -27,6 +27,7 @@ from microlm.research.study.repository import FOLDER, Pipeline, git, prepare, ru
 from microlm.research.study.results import add_rows, read_results
 from tests.research.test_study_report import row
 from tests.support.clones import ROOT, Clone
+from tests.support.forked_python import forked_python
 from tests.support.soak import LONG
 from tests.support.tiny_teacher import write_tiny_teacher
 
@@ -261,7 +262,10 @@ def test_done_is_what_has_a_row_of_today_s_code_and_settings(tmp_path: Path) -> 
 # --- through real DVC -------------------------------------------------------------------------------------------------
 
 
-def test_uncommitted_code_is_refused_and_the_working_tree_is_left_alone(tmp_path: Path) -> None:
+def test_uncommitted_code_is_refused_and_the_working_tree_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(forked_python()))  # what runs DVC
     clone = Clone(tmp_path)
     there = prepare(tmp_path, "study")
     assert there == tmp_path / FOLDER / "repository" and clone.git("status", "--porcelain") == ""
@@ -279,9 +283,9 @@ def test_uncommitted_code_is_refused_and_the_working_tree_is_left_alone(tmp_path
 
 
 def test_without_git_runs_are_listed_and_none_is_made(tmp_path: Path) -> None:
-    clone = Clone(tmp_path)
+    clone = Clone(tmp_path, forked_python())
     shutil.rmtree(tmp_path / ".git")
-    command = (sys.executable, "-m", "stages.study", "--scale", "smoke", "--jobs", "1")
+    command = (clone.python, "-m", "stages.study", "--scale", "smoke", "--jobs", "1")
     assert "objective=rkl" in clone.run(*command, "--list").stdout
     assert "is no Git repository with a commit" in clone.run(*command, status=1).stderr
 

@@ -19,9 +19,10 @@ from microlm.pipeline.capture import CACHE, METRICS, capture_teacher, publish
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import MANIFEST
 from tests.support.clones import ROOT
+from tests.support.tiny_run import copied_to, finished
 from tests.support.toy import toy_shards
 from tests.support.toy_cache import ToyCache, content, small_blocks
-from tests.support.workspace import RUNTIME, config_of, inside, make_workspace
+from tests.support.workspace import RUNTIME, config_of, inside
 
 USUAL_BLOCK = cache_module.SMALLEST_BLOCK
 
@@ -248,10 +249,10 @@ def test_blocks_are_copied_where_they_cannot_be_linked(toy, tmp_path, monkeypatc
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run of stage `teacher`, with blocks of the usual size."""
     monkeypatch.setattr(cache_module, "SMALLEST_BLOCK", USUAL_BLOCK)
-    return make_workspace(tmp_path / "workspace")
+    return copied_to(finished(), tmp_path / "workspace")
 
 
 def test_a_stage_stopped_after_the_capture_does_not_ask_the_teacher_again(workspace, monkeypatch):
