@@ -76,6 +76,17 @@ def parts() -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def whole(parts: Path) -> Iterator[Path]:
+    """The folder of a tiny run, every stage of it undisturbed. It is as it was when the module's tests are through."""
+    from tests.support.tiny_run import contents, finished  # and with it transformers, which few modules need
+
+    directory = finished()
+    before = contents(directory, ["."])
+    yield directory
+    assert contents(directory, ["."]) == before, "a stage wrote into a file in place, through a hard link"
+
+
 def _are_whole(target: Path) -> bool:
     from microlm.corpus.parts import PARTS
     from microlm.errors import UserError

@@ -4,7 +4,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from tests.support.tiny_run import (
     contents,
     copy_of,
     finish,
-    finished,
     remove_outputs,
     run,
     start,
@@ -111,14 +110,6 @@ KINDS = {
 
 # a bit of white space in JSON may say nothing; a block that was cut short is captured again
 PARDONED = {"cache manifest", "shard manifest", "checkpoint progress", "captured block"}
-
-
-@pytest.fixture(scope="module")
-def whole(parts: Path) -> Iterator[Path]:
-    directory = finished()
-    before = contents(directory, ["."])
-    yield directory
-    assert contents(directory, ["."]) == before, "a stage wrote into a file in place, through a hard link"
 
 
 def damaged(content: bytes, luck: random.Random) -> bytes:

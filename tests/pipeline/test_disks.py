@@ -25,7 +25,6 @@ from tests.support.tiny_run import (
     copied_to,
     copy_of,
     finish,
-    finished,
     remove_outputs,
     run,
 )
@@ -33,11 +32,6 @@ from tests.support.tiny_run import (
 FILLINGS = times(1, 5, "MICROLM_FILLINGS")
 WRITERS = (TOKENIZE, PRETRAIN, LABEL, DISTILL, EVALUATIONS[2])
 DISK_BYTES = 64 << 20
-
-
-@pytest.fixture(scope="module")
-def whole(parts: Path) -> Path:
-    return finished()
 
 
 def _mount(disk: Path, *options: str) -> bool:

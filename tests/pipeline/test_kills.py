@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -29,7 +28,6 @@ from tests.support.tiny_run import (
     contents,
     copy_of,
     finish,
-    finished,
     forget_said,
     remove_outputs,
     run,
@@ -42,15 +40,6 @@ KILLS = times(1, 20, "MICROLM_KILLS")
 EVALUATE = _EVALUATIONS[2]
 KILLED = (FETCH, TOKENIZE, PRETRAIN, LABEL, DISTILL, EVALUATE)
 TRAININGS = (PRETRAIN, CONTINUE, DISTILL)
-
-
-@pytest.fixture(scope="module")
-def whole(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Every stage, run without a disturbance. It is as it was when all tests are through."""
-    directory = finished()
-    before = contents(directory, ["."])
-    yield directory
-    assert contents(directory, ["."]) == before, "a stage wrote into a file in place, through a hard link"
 
 
 @pytest.fixture(scope="module")

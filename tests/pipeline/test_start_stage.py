@@ -21,30 +21,13 @@ from tests.support.tiny_run import (
     DISTILL,
     PRETRAIN,
     START,
+    changed,
     contents,
-    copied_to,
     finish,
-    finished,
     remove_outputs,
     run,
 )
 from tests.support.workspace import config_of
-
-
-@pytest.fixture(scope="module")
-def whole(parts: Path) -> Path:
-    return finished()
-
-
-def changed(whole: Path, target: Path, **values: str) -> Path:
-    """A copy of the finished run with other top-level values."""
-    directory = copied_to(whole, target)
-    text = (directory / "params.yaml").read_text()
-    for key, value in values.items():
-        text, times = re.subn(rf"(?m)^{key}: \S+", f"{key}: {value}", text)
-        assert times == 1, key
-    (directory / "params.yaml").write_text(text)
-    return directory
 
 
 def weights(directory: Path, name: str) -> dict[str, torch.Tensor]:

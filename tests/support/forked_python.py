@@ -32,7 +32,7 @@ from microlm.files import atomic_file, sha256_bytes
 from tests.support.clones import ROOT
 from tests.support.shared import FIRST, made_once
 
-SERVED = ("stages.", "tests.support.ranks", "dvc")
+SERVED = ("stages.", "tests.support.", "dvc")
 # besides all stages: what they and DVC import only when they come to it
 AHEAD = """
     datasets matplotlib.backends.backend_agg PIL.JpegImagePlugin pandas.io.formats.csvs ruamel.yaml scipy.stats
@@ -205,7 +205,7 @@ def _run(directory: str, environment: dict[str, str], python: str, command: list
         if command[0] == "dvc":
             _remember_yaml(Path(python).parent / "yaml")
         else:
-            sys.modules.pop(command[0])  # imported ahead, but to run is to import once more
+            sys.modules.pop(command[0], None)  # imported ahead, but to run is to import once more
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)
         return 0
     except SystemExit as ended:

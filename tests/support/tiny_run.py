@@ -156,6 +156,18 @@ def copied_to(directory: Path, target: Path) -> Path:
     return target
 
 
+def changed(directory: Path, target: Path, **values: str) -> Path:
+    """A copy on any disk with other values of these keys, `block__name` for one of scale smoke."""
+    text = (copied_to(directory, target) / "params.yaml").read_text()
+    for key, value in values.items():
+        block, _, name = key.rpartition("__")
+        place = rf"\n  smoke:.*?\b{block}:.*?\b{name}: " if block else rf"\n{name}: "
+        text, times = re.subn(rf"({place})[^,}}\s]+", rf"\g<1>{value}", text, count=1, flags=re.DOTALL)
+        assert times, key
+    (target / "params.yaml").write_text(text)
+    return target
+
+
 def tiny_parameters() -> str:
     """params.yaml at that scale, without the others: every stage and command of DVC reads it, slowly."""
     head, blocks = (ROOT / "params.yaml").read_text().split("\nscales:\n")

@@ -22,24 +22,14 @@ from microlm.models.student import StudentLM
 from microlm.runtime.paths import CACHE
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, sealed
-from tests.support.toy_cache import WINDOWS, ToyCache, small_blocks
+from tests.support.toy_cache import WINDOWS, ToyCache
 from tests.support.workspace import config_of, inside, make_workspace, write_own_teacher
 
+pytestmark = pytest.mark.usefixtures("several_blocks")
 USUAL_BLOCK = cache_module.SMALLEST_BLOCK
 NOT_IDENTITY = {"blocks", "sha256", "table_sha256"}
 # `teacher_tokenizer` is in the manifest where it is another than `tokenizer` (tests/teacher/test_partly_covered.py)
 FIELDS = ["format", "version", *(f.name for f in fields(CacheIdentity) if f.name != "teacher_tokenizer")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def several_blocks() -> Iterator[None]:
-    with small_blocks():
-        yield
-
-
-@pytest.fixture(scope="module")
-def toy(several_blocks: None, tmp_path_factory: pytest.TempPathFactory) -> ToyCache:
-    return ToyCache.make(tmp_path_factory.mktemp("toy"))
 
 
 def refused(toy: ToyCache, file: str) -> str:

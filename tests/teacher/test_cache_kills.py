@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,24 +17,14 @@ from microlm.files import atomic_directory, recover_directory, remove_directory,
 from microlm.pipeline.capture import CACHE, METRICS, capture_teacher, publish
 from microlm.teacher import cache as cache_module
 from microlm.teacher.cache import MANIFEST
-from tests.support.clones import ROOT
+from tests.support.forked_python import Forked
 from tests.support.tiny_run import copied_to, finished
 from tests.support.toy import toy_shards
-from tests.support.toy_cache import ToyCache, content, small_blocks
+from tests.support.toy_cache import content
 from tests.support.workspace import RUNTIME, config_of, inside
 
+pytestmark = pytest.mark.usefixtures("several_blocks")
 USUAL_BLOCK = cache_module.SMALLEST_BLOCK
-
-
-@pytest.fixture(scope="module", autouse=True)
-def several_blocks() -> Iterator[None]:
-    with small_blocks():
-        yield
-
-
-@pytest.fixture(scope="module")
-def toy(several_blocks: None, tmp_path_factory: pytest.TempPathFactory) -> ToyCache:
-    return ToyCache.make(tmp_path_factory.mktemp("toy"))
 
 
 class Killed(BaseException):
@@ -118,60 +107,14 @@ def test_a_capture_killed_again_and_again_ends_with_the_same_bytes(toy, tmp_path
     assert toy.manifest(directory) == json.loads((toy.whole / MANIFEST).read_text())
 
 
-KILLED_FOR_REAL = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from microlm.corpus.batches import cached_windows, evenly_spaced
-from microlm.corpus.shards import TokenShards
-from microlm.models.architecture import ModelShape
-from microlm.models.student import StudentLM
-from microlm.teacher import cache
-from microlm.teacher.capture import capture
-from microlm.teacher.recorders import Recorder
-
-torch.set_num_threads(1)
-corpus, top, n_vocab, cache.SMALLEST_BLOCK = Path(sys.argv[1]), Path(sys.argv[2]), 50257, 64 * 4 * 50
-shards = TokenShards(corpus, "train")
-model = StudentLM(ModelShape(n_vocab, 50304, 2, 32, 2, 16, 64, 256, 1e4), seed=0).eval()
-identity = cache.CacheIdentity("tiny", None, "", n_vocab, shards.digest, 64, 12, 8, (1.0, 2.0))
-assert len(identity.blocks()) == 3
-
-def run(name):
-    (top / name).mkdir(exist_ok=True)
-    windows = evenly_spaced(14, 12)
-    return capture(Recorder(model, identity, compiled=False), shards, windows, top / name, 2, lambda tokens: None)
-
-run("warm")
-began = time.perf_counter()
-run("whole")
-lasted = time.perf_counter() - began
-killed = 0
-for attempt in range(8):
-    child = os.fork()
-    if not child:
-        run("killed")
-        os._exit(0)
-    time.sleep(random.Random(attempt).uniform(0, 0.7) * lasted)
-    os.kill(child, signal.SIGKILL)
-    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-run("killed")
-print(killed)
-"""
-
-
 def test_a_capture_killed_by_the_kernel_at_random_moments_writes_the_same_bytes(tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     toy_shards(corpus, 50257, tokens=1000)
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED_FOR_REAL, corpus, tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) > 0
+    process = Forked(["tests.support.killed_captures", str(corpus), str(tmp_path)], tmp_path, os.environ)
+    said, complained = process.communicate()
+    assert process.returncode == 0, complained
+    assert int(said) > 0
     assert content(tmp_path / "killed") == content(tmp_path / "whole") == content(tmp_path / "warm") != {}
 
 

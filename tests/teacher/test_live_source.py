@@ -1,6 +1,5 @@
 """`teacher.source: live` through the real stages: no cache, and the student that it would have given, bit for bit."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,10 @@ from tests.support.tiny_run import (
     LABEL,
     SELECT,
     WHEELS,
+    changed,
     complaints,
     contents,
-    copied_to,
     finish,
-    finished,
     remove_outputs,
     run,
 )
@@ -26,26 +24,6 @@ from tests.support.tiny_teacher import gpt2
 
 # a window at a time: the teacher is asked in the same batches, whoever asks
 ONE_WINDOW = {"batch__micro_batch_rows": "1", "teacher__batch_rows": "1", "on_policy__prompts": "1"}
-
-
-@pytest.fixture(scope="module")
-def whole(parts: Path) -> Path:
-    return finished()
-
-
-def changed(whole: Path, target: Path, **values: str) -> Path:
-    """A copy of the finished run with other values of these keys in scale smoke."""
-    directory = copied_to(whole, target)
-    text = (directory / "params.yaml").read_text()
-    head, smoke = text[: text.index("\n  smoke:")], text[text.index("\n  smoke:") :]
-    for key, value in values.items():
-        block, _, name = key.rpartition("__")
-        smoke, times = re.subn(
-            rf"(\b{block}:.*?\b{name}: )[^,}}\n]+", rf"\g<1>{value}", smoke, count=1, flags=re.DOTALL
-        )
-        assert times, key
-    (directory / "params.yaml").write_text(head + smoke)
-    return directory
 
 
 def student_of(directory: Path) -> dict[str, str]:
