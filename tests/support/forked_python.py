@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -151,9 +151,9 @@ class Forked:
         return told[0], told[1]
 
 
-def serve(address: str) -> None:
-    """Fork for every client, until pytest's first process is gone."""
-    for name in (*AHEAD, *(f"stages.{file.stem}" for file in sorted((ROOT / "stages").glob("[!_]*.py")))):
+def serve(address: str, ahead: Iterable[str]) -> None:
+    """Import `ahead`, then fork for every client, until pytest's first process is gone."""
+    for name in ahead:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what is there is no garbage of a fork, whose collector would copy every page of it
@@ -175,17 +175,16 @@ def serve(address: str) -> None:
 
 
 def _attend(client: socket.socket) -> None:
-    """Run what the client asks for and tell it the process's number, then its status. It dies with its client."""
+    """Run what the client asks for and tell it the status. What runs tells its own number; it dies with the client."""
     asked, streams, _, _ = socket.recv_fds(client, 2**20, 3)
     pid = os.fork()
     if not pid:
+        os.setsid()  # a group of its own, as a terminal gives to a job
+        client.send(str(os.getpid()).encode())  # from here: Python drops a signal that comes while it forks
         client.close()
         os._exit(_run(*json.loads(asked), streams))
-    process = os.pidfd_open(pid)
-    with suppress(BrokenPipeError):
-        client.send(str(pid).encode())
-        if client in select.select([process, client], [], [])[0]:  # it says no more: this is its end
-            os.kill(pid, signal.SIGKILL)
+    if client in select.select([os.pidfd_open(pid), client], [], [])[0]:  # it says no more: this is its end
+        os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with suppress(BrokenPipeError):
         client.send(str(status).encode())
@@ -193,15 +192,14 @@ def _attend(client: socket.socket) -> None:
 
 def _run(directory: str, environment: dict[str, str], python: str, command: list[str], streams: list[int]) -> int:
     """The program's status. Nothing of the server ends with it: neither its streams nor what it would do at its end."""
-    os.setsid()  # a group of its own, as a terminal gives to a job
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
-    os.chdir(directory)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.argv, sys.executable = command, python  # whatever the program starts is a fork too
     try:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.chdir(directory)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv, sys.executable = command, python  # whatever the program starts is a fork too
         if command[0] == "dvc":
             _remember_yaml(Path(python).parent / "yaml")
         else:
@@ -238,4 +236,4 @@ def _remember_yaml(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], (*AHEAD, *(f"stages.{file.stem}" for file in sorted((ROOT / "stages").glob("[!_]*.py")))))
