@@ -45,24 +45,17 @@ def prepared(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Clone:
 @pytest.fixture(scope="module")
 def expected(prepared: Clone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What `pretrain` makes when nothing disturbs it."""
-    clone = copied(prepared, tmp_path_factory.mktemp("undisturbed") / "clone")
+    clone = prepared.copied(tmp_path_factory.mktemp("undisturbed") / "clone")
     clone.dvc("repro", "pretrain")
     return contents(clone.directory, PRETRAIN.outputs)
 
 
 @pytest.fixture
 def clone(prepared: Clone, tmp_path: Path) -> Iterator[Clone]:
-    clone = copied(prepared, tmp_path / "clone")
+    clone = prepared.copied(tmp_path / "clone")
     yield clone
     for process in alive_in(clone):
         process.kill()
-
-
-def copied(clone: Clone, target: Path) -> Clone:
-    shutil.copytree(clone.directory, target, symlinks=True)
-    copy = object.__new__(Clone)
-    copy.directory, copy.python = target, clone.python
-    return copy
 
 
 def begin(clone: Clone, *arguments: str) -> subprocess.Popen[bytes]:

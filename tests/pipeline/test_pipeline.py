@@ -8,6 +8,7 @@ promises is the same, and most of the time would go into a vocabulary of 50,257 
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,30 @@ def clone(finished: tuple[Clone, str]) -> Clone:
     return clone
 
 
+@dataclass(frozen=True)
+class Changed:
+    """A clone at another alpha: the old one, what DVC printed, and the models and their scores before and after."""
+
+    clone: Clone
+    alpha: float
+    printed: str
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def changed(finished: tuple[Clone, str], tmp_path_factory: pytest.TempPathFactory) -> Changed:
+    """A copy of the finished clone after an experiment. Who goes on from there takes a copy."""
+    clone = finished[0].copied(tmp_path_factory.mktemp("changed") / "clone")
+    clone.git("reset", "--hard", "--quiet")
+    clone.dvc("checkout", "--force")
+    alpha = load_config(clone.directory / "params.yaml").alpha
+    clone.dvc("exp", "run", "-S", f"alpha={alpha}")  # DVC writes params.yaml in its own layout from here on
+    before = fingerprint(clone, "models", "data/evaluation")
+    printed = clone.dvc("exp", "run", "-S", "alpha=0.2")
+    return Changed(clone, alpha, printed, before, fingerprint(clone, "models", "data/evaluation"))
+
+
 def test_fresh_clone_runs_to_the_report(finished: tuple[Clone, str]) -> None:
     clone, printed = finished
     assert set(ran(printed)) == STAGES
@@ -123,21 +148,17 @@ def test_second_repro_does_nothing(clone: Clone) -> None:
     assert clone.git("status", "--porcelain") == ""
 
 
-def test_new_alpha_runs_four_stages_and_the_old_one_comes_from_the_run_cache(clone: Clone) -> None:
-    alpha = load_config(clone.directory / "params.yaml").alpha
-    clone.dvc("exp", "run", "-S", f"alpha={alpha}")  # DVC writes params.yaml in its own layout from here on
-    before = fingerprint(clone, "models", "data/evaluation")
-    printed = clone.dvc("exp", "run", "-S", "alpha=0.2")
-    assert set(ran(printed)) == AFTER_ALPHA
-    after = fingerprint(clone, "models", "data/evaluation")
-    changed = {path.split("/")[-2] for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    assert changed == {"student"}
+def test_new_alpha_runs_four_stages_and_the_old_one_comes_from_the_run_cache(changed: Changed, tmp_path: Path) -> None:
+    clone, before, after = changed.clone.copied(tmp_path / "clone"), changed.before, changed.after
+    assert set(ran(changed.printed)) == AFTER_ALPHA
+    others = {path.split("/")[-2] for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert others == {"student"}
 
     difference = clone.dvc_json("metrics", "diff", "--json")
     assert set(difference) == {"metrics/student.json", "metrics/evaluation/student.json", "metrics/summary.json"}
     assert {"val_bpb", "ood_bpb"} <= set(difference["metrics/student.json"])
 
-    printed = clone.dvc("exp", "run", "-S", f"alpha={alpha}")
+    printed = clone.dvc("exp", "run", "-S", f"alpha={changed.alpha}")
     assert set(ran(printed)) <= {"check"}
     assert fingerprint(clone, "models", "data/evaluation") == before
 
@@ -160,8 +181,8 @@ def test_plots_draw_without_outside_text(clone: Clone) -> None:
     assert "failed" not in clone.dvc("plots", "show").lower()
 
 
-def test_plots_diff_draws_without_a_network(clone: Clone) -> None:
-    clone.dvc("exp", "run", "-S", "alpha=0.2")
+def test_plots_diff_draws_without_a_network(changed: Changed) -> None:
+    clone = changed.clone
     printed = clone.dvc("plots", "diff")
     assert "failed" not in printed
     page = (clone.directory / "dvc_plots" / "index.html").read_text()

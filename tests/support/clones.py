@@ -34,6 +34,14 @@ class Clone:
         self.git("config", "user.email", "test@example.org")
         self.commit("the working tree")
 
+    def copied(self, target: Path) -> "Clone":
+        """A copy with all that was made in it."""
+        shutil.copytree(self.directory, target, symlinks=True)
+        copy = object.__new__(Clone)
+        copy.directory, copy.python = target, self.python
+        copy.git("status")  # refreshes Git's index, which knows files by their times
+        return copy
+
     def run(self, *command: str | Path, status: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run a command in the clone; `status` None accepts any. What it printed is in the failure."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DVC_ROOT")}
