@@ -15,6 +15,7 @@ from microlm.research.study.grid import read_grid, read_yaml
 from microlm.research.study.report import notes_of, report_text, rows_of
 from microlm.research.study.sections import markdown as study_markdown
 from tests.support.clones import ROOT, Clone
+from tests.support.forked_python import forked_python
 
 STAGES: dict[str, dict[str, Any]] = {
     name: stage.get("do", stage)
@@ -70,18 +71,14 @@ MATTERS_TO = {
 }
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Clone:
-    return Clone(tmp_path)
-
-
 def is_fresh(clone: Clone) -> tuple[bool, str]:
     """Whether nothing would run, and what DVC said."""
     ended = clone.run(clone.python, "-m", "dvc", "repro", "-P", "--allow-missing", "--dry", status=None)
     return ended.returncode == 0 and UP_TO_DATE in ended.stdout, ended.stdout + ended.stderr
 
 
-def test_lock_is_fresh(clone: Clone) -> None:
+def test_lock_is_fresh(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
     assert (clone.directory / "dvc.lock").is_file(), "no dvc.lock: run dvc repro and commit it"
     fresh, told = is_fresh(clone)
     assert fresh, f"dvc.lock is stale: run dvc repro, then commit dvc.lock, metrics/ and plots/\n{told}"
@@ -97,7 +94,8 @@ def test_lock_is_fresh(clone: Clone) -> None:
         ("metrics/control.json", "{", "{ "),
     ],
 )
-def test_edit_without_a_run_makes_the_lock_stale(clone: Clone, file: str, old: str, new: str) -> None:
+def test_edit_without_a_run_makes_the_lock_stale(tmp_path: Path, file: str, old: str, new: str) -> None:
+    clone = Clone(tmp_path, forked_python())
     path = clone.directory / file
     content = path.read_text()
     assert old in content
