@@ -91,6 +91,7 @@ def test_yaml_is_remembered_by_its_text_and_given_to_each_anew(tmp_path: Path, m
     assert YAML(typ="safe").load(text.replace("2", "3"))["c"] == {"b": 3}
     assert len(list(tmp_path.iterdir())) == 2
     for _ in range(2):
+        assert YAML(typ="safe").load("{1: 2}") == {1: 2}  # which JSON would change
         with pytest.raises(YAMLError):
             YAML(typ="safe").load("a: [")
     assert YAML().load(text).ca is not None  # with its comments, to be written again: not from memory

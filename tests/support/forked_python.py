@@ -12,7 +12,6 @@ import gc
 import importlib
 import json
 import os
-import pickle
 import runpy
 import secrets
 import select
@@ -226,11 +225,14 @@ def _remember_yaml(folder: Path) -> None:
         if self.typ != ["safe"] or not isinstance(stream, str):
             return load(self, stream)
         path = folder / sha256_bytes(stream.encode())
-        if not path.exists():
-            found = load(self, stream)
-            with atomic_file(path, "wb") as file:
-                pickle.dump(found, file)
-        return pickle.loads(path.read_bytes())
+        if path.exists():
+            return json.loads(path.read_text())
+        found = load(self, stream)
+        with suppress(TypeError):  # a date, say, which JSON does not have
+            if json.loads(kept := json.dumps(found)) == found:
+                with atomic_file(path, "w") as file:
+                    file.write(kept)
+        return found
 
     YAML.load = remembered
 
