@@ -1,6 +1,7 @@
 """Several processes give what one gives: real ones over gloo, started by the launcher as on a machine with two GPUs."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -103,10 +104,13 @@ def together(workspace: Path) -> Path:
 @pytest.fixture(scope="module")
 def slow(workspace: Path) -> Path:
     """The workspace with so many questions that a signal arrives while they are evaluated."""
-    directory = copied_to(workspace, workspace.with_name("slow"))
-    write_questions(directory / "data" / "parts", MANY)
+    return ask(copied_to(workspace, workspace.with_name("slow")), MANY)
+
+
+def ask(directory: Path, questions: int) -> Path:
+    write_questions(directory / "data" / "parts", questions)
     params = directory / "params.yaml"
-    params.write_text(params.read_text().replace("hellaswag_items: 12", f"hellaswag_items: {MANY}"))
+    params.write_text(re.sub(r"hellaswag_items: \d+", f"hellaswag_items: {questions}", params.read_text()))
     return directory
 
 
@@ -190,7 +194,8 @@ def test_two_processes_go_on_where_one_stopped(undisturbed: Path, own: Path) -> 
 @LONG
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_launcher_that_ends_takes_its_processes_along_once_they_have_saved(own: Path, number: signal.Signals) -> None:
-    process = start(own, "stages.pretrain")
+    # a killed launcher says nothing: its processes look for it once a second, and have to be at work by then
+    process = start(ask(own, 4 * MANY), "stages.pretrain")
     wait_for_a_checkpoint(own, process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
