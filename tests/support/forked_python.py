@@ -4,10 +4,11 @@ A stage at a tiny scale computes for less long than its interpreter imports, and
 test of a run of pytest that needs one starts a server (`python -m tests.support.forked_python`), which ends with
 pytest's first process. `python -m stages.x` by the script that it serves is run by a fork of it: in the caller's folder
 and environment (but for what a library reads of that at its import), on its streams, with its signals and its status;
-what it cannot serve, the real interpreter runs. The code is this tree's, not a clone's, which is a copy of it. `make
+what it does not serve, the real interpreter runs. The code is this tree's, not a clone's, which is a copy of it. `make
 smoke` and `make soak` have DVC and the launcher do without.
 """
 
+import fcntl
 import gc
 import importlib
 import json
@@ -24,6 +25,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from multiprocessing import set_executable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,12 +48,22 @@ AHEAD = """
 # the client: as little as an interpreter can be
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
-if sys.argv[1:2] != ["-m"] or not sys.argv[2].startswith({served!r}):
+command = [word for word in sys.argv[1:] if word != "-B"]  # which multiprocessing hands on
+how, program = (*command, "", "")[:2]
+if not (how == "-m" and program.startswith({served!r}) or how == "-c" and {code!r}):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+
+def is_open(number):
+    try:
+        return bool(os.fstat(number))
+    except OSError:  # what has listed them
+        return False
+
+numbers = [number for number in map(int, os.listdir("/proc/self/fd")) if is_open(number)]
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 server.connect({address!r})
-asked = json.dumps([os.getcwd(), dict(os.environ), os.path.abspath(sys.argv[0]), sys.argv[2:]]).encode()
-socket.send_fds(server, [asked], [0, 1, 2])
+asked = json.dumps([os.getcwd(), dict(os.environ), os.path.abspath(sys.argv[0]), command, numbers]).encode()
+socket.send_fds(server, [asked], numbers)
 pid = int(server.recv(16))
 
 def pass_on(number, _):
@@ -69,6 +81,8 @@ if status < 0:  # a signal that ended the fork ends this
     os.kill(os.getpid(), -status)
 sys.exit(status)
 """
+MOST_FILES = 253  # that a message can pass
+BEYOND = 512  # where none of the caller's numbers is
 _kept: list[subprocess.Popen[bytes]] = []  # a Popen that nobody holds warns of its process
 
 
@@ -79,20 +93,43 @@ def forked_python() -> Path:
 
 
 def _start_server(folder: Path) -> None:
+    stages = (f"stages.{file.stem}" for file in sorted((ROOT / "stages").glob("[!_]*.py")))
+    _kept.append(start_server(folder, SERVED, [*AHEAD, *stages]))
+
+
+def start_server(
+    folder: Path,
+    served: tuple[str, ...],
+    ahead: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    code: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Put the script of a new server into `folder`.
+
+    Args:
+        served: how the modules begin that `-m` runs in forks.
+        ahead: what the server imports.
+        environment: the server's, where it is not this process's.
+        code: whether `-c` is served too.
+    """
     address = f"\0microlm-tests-{secrets.token_hex(8)}"  # no file's, whose path may be longer than an address can be
     (folder / "address").write_text(address)
     (folder / "yaml").mkdir()
     script = folder / "python"
-    script.write_text(CLIENT.format(python=sys.executable, served=SERVED, address=address))
+    script.write_text(CLIENT.format(python=sys.executable, served=served, code=code, address=address))
     script.chmod(0o755)
-    command = [sys.executable, "-m", "tests.support.forked_python", address[1:]]
     # a session of its own: Ctrl-C is for pytest, with which it ends
     server = subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-m", "tests.support.forked_python", address[1:], *ahead],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
-    _kept.append(server)
     with server.stdout:
         assert server.stdout.readline() == b"ready\n"
+    return server
 
 
 class Forked:
@@ -113,7 +150,7 @@ class Forked:
         self._streams = streams or (tempfile.TemporaryFile(), tempfile.TemporaryFile())
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.connect((python.parent / "address").read_text())
-        asked = json.dumps([str(directory), dict(environment), str(python), list(command)]).encode()
+        asked = json.dumps([str(directory), dict(environment), str(python), ["-m", *command], [0, 1, 2]]).encode()
         with open(os.devnull, "rb") as nothing:
             socket.send_fds(self._server, [asked], [file.fileno() for file in (nothing, *self._streams)])
         self.pid = int(self._server.recv(16))
@@ -175,13 +212,15 @@ def serve(address: str, ahead: Iterable[str]) -> None:
 
 def _attend(client: socket.socket) -> None:
     """Run what the client asks for and tell it the status. What runs tells its own number; it dies with the client."""
-    asked, streams, _, _ = socket.recv_fds(client, 2**20, 3)
+    asked, files, _, _ = socket.recv_fds(client, 2**20, MOST_FILES)
     pid = os.fork()
     if not pid:
         os.setsid()  # a group of its own, as a terminal gives to a job
         client.send(str(os.getpid()).encode())  # from here: Python drops a signal that comes while it forks
         client.close()
-        os._exit(_run(*json.loads(asked), streams))
+        os._exit(_run(*json.loads(asked), files))
+    for file in files:
+        os.close(file)
     if client in select.select([os.pidfd_open(pid), client], [], [])[0]:  # it says no more: this is its end
         os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -189,23 +228,35 @@ def _attend(client: socket.socket) -> None:
         client.send(str(status).encode())
 
 
-def _run(directory: str, environment: dict[str, str], python: str, command: list[str], streams: list[int]) -> int:
+def _run(
+    directory: str, environment: dict[str, str], python: str, command: list[str], numbers: list[int], files: list[int]
+) -> int:
     """The program's status. Nothing of the server ends with it: neither its streams nor what it would do at its end."""
     try:
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
-            os.close(stream)
+        beyond = [fcntl.fcntl(file, fcntl.F_DUPFD, BEYOND) for file in files]
+        for file in files:
+            os.close(file)
+        for file, number in zip(beyond, numbers):
+            os.dup2(file, number)
+            os.close(file)
         os.chdir(directory)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv, sys.executable = command, python  # whatever the program starts is a fork too
-        if command[0] == "dvc":
+        how, program, *arguments = command
+        sys.argv, sys.executable = [program if how == "-m" else how, *arguments], python
+        set_executable(python)  # whatever the program starts is a fork too
+        if how == "-c":
+            exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+            return 0
+        if program == "dvc":
             _remember_yaml(Path(python).parent / "yaml")
-        else:
-            sys.modules.pop(command[0], None)  # imported ahead, but to run is to import once more
-        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+        elif not hasattr(sys.modules.get(program), "__path__"):
+            sys.modules.pop(program, None)  # imported ahead, but to run is to import once more
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
         return 0
     except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()
@@ -238,4 +289,4 @@ def _remember_yaml(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], (*AHEAD, *(f"stages.{file.stem}" for file in sorted((ROOT / "stages").glob("[!_]*.py")))))
+    serve(sys.argv[1], sys.argv[2:])
