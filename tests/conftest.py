@@ -16,7 +16,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 ROOT = Path(__file__).parent.parent
 # begun first, so that none of them is left to one process when the others have nothing more to do
-LONG_FILES = ("pipeline", "gpu_bench", "distributed", "hub_source", "study", "start_stage", "live_source", "kills")
+LONG_FILES = (
+    "gpu_bench",
+    "pipeline",
+    "hub_source",
+    "distributed",
+    "kills",
+    "config",
+    "live_source",
+    "plan",
+    "damage",
+    "tokenizer",
+)
 
 
 def pytest_collectstart() -> None:
