@@ -358,7 +358,7 @@ def test_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     # rows of a machine that gave other losses: the code of their commit is asked on this one
     elsewhere = pd.read_csv(csv)
     elsewhere["control_nats"] += 0.001
-    elsewhere.assign(code="older").to_csv(csv, index=False)
+    elsewhere.assign(settings="older").to_csv(csv, index=False)
     clone.git("add", "study/results-smoke.csv")
     clone.git("commit", "--quiet", "--message", "rows of another machine")
     assert f"code of {clone.git('rev-parse', 'HEAD')[:7]} gives here" in clone.run(*command, "--accept").stdout

@@ -29,7 +29,7 @@ def test_accepted_rows_are_done_and_keep_every_other_cell(tmp_path: Path, monkey
     assert blank[0] == blank[1]
 
 
-def test_only_a_loss_that_moved_is_a_difference(tmp_path: Path) -> None:
+def test_only_a_loss_that_moved_is_a_difference() -> None:
     row = read_results(ROOT / PRUNED.results)[0]
     assert differences([row], [row | {"student_acc_norm": 0.9, "student_elapsed_s": 1.0}]) == []
     (told,) = differences([row], [row | {"student_nats": 1.5}])
@@ -65,6 +65,21 @@ def test_where_the_machine_is_another_the_code_that_recorded_runs_too(
         assert f"what the code of {recording[:7]} gives here" in study.accept(1)
         assert study.stale() == []
     assert commits == ["HEAD", recording]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_only_a_commit_of_the_rows_own_code_speaks_for_them(tmp_path: Path, own: bool) -> None:
+    """Rows may be committed together with a later edit of the code, and that code says nothing of them."""
+    Clone(tmp_path)
+    study = Study(tmp_path, PRUNED, PARAMS)
+    study.progress, study.commit = Progress(study.tasks[:1]), "0123456789"
+    code = study.code if own else "older"
+    study.csv.write_text(re.sub(r"(,[0-9a-f]{12},)[0-9a-f]{12},", rf"\g<1>{code},", study.csv.read_text()))
+    if own:
+        study.refuse_other_code(tmp_path)
+    else:
+        with pytest.raises(UserError, match=r"0123456, has other code than its rows.*make study"):
+            study.refuse_other_code(tmp_path)
 
 
 def test_rows_that_are_there_do_not_let_two_runs_do_the_same_work(

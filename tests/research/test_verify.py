@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from microlm.corpus.batches import evenly_spaced, read_batch
 from microlm.corpus.shards import TokenShards
-from microlm.errors import UserError, run_stage
+from microlm.errors import UserError
 from microlm.files import sha256_file, write_json
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM
@@ -23,10 +22,9 @@ from microlm.runtime.paths import CACHE
 from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifest_of, sealed
 from microlm.teacher.capture import capture, tail_table
 from microlm.teacher.recorders import LiveTeacher, Recorder
-from stages.verify import main
 from tests.support.toy import toy_shards
 from tests.support.toy_records import read_block, write_block
-from tests.support.workspace import inside, make_workspace, write_own_teacher
+from tests.support.workspace import make_workspace, verify, write_own_teacher
 
 N_VOCAB, SEQ_LEN, ROWS, CACHED = 70, 16, 3, 18
 TEMPERATURES = (1.0, 2.0, 0.5)
@@ -197,17 +195,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_own_teacher(top / "another", seed=1)
     shutil.copytree(top / "data" / "tiny-teacher", top / "moved")
     return top
-
-
-def verify(workspace: Path, *options: str) -> int:
-    """Exit status of the command."""
-    with inside(workspace), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stages.verify", *options])
-        try:
-            run_stage(main)
-        except SystemExit as ended:
-            return int(ended.code)
-    return 0
 
 
 @pytest.mark.parametrize("options", [(), ("--teacher", "moved"), ("--replay-only",)])

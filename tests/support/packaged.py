@@ -1,6 +1,6 @@
 """What takes seconds to read from the packaged parts, read once: for tests of something else."""
 
-import pickle
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,6 +10,7 @@ import gguf
 import pytest
 
 from microlm.corpus.tokenizer import Tokenizer, build_tokenizer
+from microlm.files import write_json
 from tests.support.shared import made_once
 
 
@@ -17,9 +18,10 @@ def packaged_tokenizer(name: str, parts: Path) -> Tokenizer:
     """`smollm2`, `gpt2` or `olmo`: read by the first process that asks. Everyone gets one of their own."""
 
     def build(folder: Path) -> None:
-        (folder / "pickle").write_bytes(pickle.dumps(build_tokenizer(name, parts)))
+        _, what_it_is_made_of = build_tokenizer(name, parts).__reduce__()
+        write_json(folder / "tokenizer.json", what_it_is_made_of)
 
-    return pickle.loads((made_once(f"tokenizer-{name}", build) / "pickle").read_bytes())
+    return Tokenizer(*json.loads((made_once(f"tokenizer-{name}", build) / "tokenizer.json").read_text()))
 
 
 @contextmanager

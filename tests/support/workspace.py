@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,10 +13,12 @@ import torch
 
 from microlm.config import Config, load_config
 from microlm.corpus.tokenizer import Tokenizer
+from microlm.errors import run_stage
 from microlm.models.model_files import save_student
 from microlm.pipeline.capture import capture_teacher
 from microlm.pipeline.start import fresh_student
 from microlm.runtime.device import Runtime
+from stages.verify import main
 from tests.support.clones import ROOT
 from tests.support.other_tokenizers import first_merges
 from tests.support.shared import made_once
@@ -71,3 +74,14 @@ def _fill(directory: Path) -> None:
         for name in ("start", "control"):
             save_student(fresh_student(config, tokenizer), tokenizer, Path("models") / name)
         capture_teacher(config, RUNTIME)
+
+
+def verify(directory: Path, *options: str) -> int:
+    """Exit status of `python -m stages.verify` there, in this process."""
+    with inside(directory), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["stages.verify", *options])
+        try:
+            run_stage(main)
+        except SystemExit as ended:
+            return int(ended.code)
+    return 0

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from microlm.corpus.batches import cached_windows, read_batch
 from microlm.corpus.shards import TokenShards
-from microlm.errors import UserError, run_stage
+from microlm.errors import UserError
 from microlm.files import read_json, sha256_file, write_json
 from microlm.models.teacher_source import teacher_source
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss
@@ -25,11 +24,10 @@ from microlm.pipeline.start import fresh_student
 from microlm.teacher.cache import MANIFEST, TeacherCache, cache_identity, sealed
 from microlm.teacher.recorders import load_fitting_teacher
 from microlm.training import losses
-from stages.verify import main as verify
 from tests.objective.test_objective import ALL, PADDED, TAILS, V, dense_divergence, problem
 from tests.support.other_tokenizers import first_merges, write_teacher
 from tests.support.toy_records import cached_records, read_block, write_block
-from tests.support.workspace import RUNTIME, config_of, inside, make_workspace, short_tokenizer
+from tests.support.workspace import RUNTIME, config_of, inside, make_workspace, short_tokenizer, verify
 
 
 @settings(max_examples=80)
@@ -142,19 +140,9 @@ def test_what_needs_one_tokenizer_says_so(workspace):
             select_windows(replace(config, at=replace(config.at, continuation=difference)), RUNTIME)
 
 
-def run_verify(top: Path, *options: str) -> int:
-    with inside(top), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stages.verify", *options])
-        try:
-            run_stage(verify)
-        except SystemExit as ended:
-            return int(ended.code)
-    return 0
-
-
 def test_verify_replays_projected_records_and_refuses_other_ones(workspace, capsys):
-    assert run_verify(workspace, "--windows", "6") == 0
-    assert run_verify(workspace, "--windows", "6", "--teacher", "data/tiny-teacher", "--replay-only") == 1
+    assert verify(workspace, "--windows", "6") == 0
+    assert verify(workspace, "--windows", "6", "--teacher", "data/tiny-teacher", "--replay-only") == 1
     assert "teacher_tokenizer is" in capsys.readouterr().err
 
 
@@ -171,7 +159,7 @@ def test_verify_finds_a_projected_record_made_wrong(workspace, field, tmp_path, 
         changed = json.loads(manifest)
         changed["blocks"] = [{"file": block.name, "sha256": sha256_file(block)}]
         write_json(workspace / CACHE / MANIFEST, sealed(changed))
-        assert run_verify(workspace, "--windows", "4") == 1
+        assert verify(workspace, "--windows", "4") == 1
         assert "other-teacher differs in" in capsys.readouterr().err
     finally:
         block.write_bytes(whole)

@@ -76,7 +76,7 @@ class Study:
     def __init__(self, root: Path, grid: Grid, params: Mapping[str, Any]) -> None:
         self.root, self.grid = root, grid
         pipeline = Pipeline(root, grid.scale)
-        self.code = sha256_json(pipeline.code())[:12]
+        self.code = code_of(pipeline)
         self.tasks = tasks_of(grid, params, pipeline)
         self.csv = root / grid.results
 
@@ -152,7 +152,9 @@ class Study:
         queue, progress = self.queue, self.progress
         if (queue.directory / ".git").is_dir():
             queue.clear()  # what a killed study left running
-        prepare(self.root, self.grid.scale, self.commit)
+        clone = prepare(self.root, self.grid.scale, self.commit)
+        if self.commit != "HEAD":
+            self.refuse_other_code(clone)
         ended = queue.finished()  # on this very commit, after the driver of an earlier study was gone
         progress.flying = {task.name: task for task in progress.waiting if task.name in ended}
         progress.waiting = [task for task in progress.waiting if task.name not in ended]
@@ -168,6 +170,14 @@ class Study:
             raise
         finally:
             queue.clear()
+
+    def refuse_other_code(self, clone: Path) -> None:
+        """UserError where the rows of what is to run were not made by the code that `clone` holds."""
+        runs = {run.slug for task in self.progress.waiting for run in task.runs}
+        code = code_of(Pipeline(clone, self.grid.scale))
+        if {row["code"] for row in read_results(self.csv) if row["run"] in runs} != {code}:
+            told = f"the commit that last changed it, {self.commit[:7]}, has other code than its rows"
+            raise UserError(f"{self.csv}: {told}, so what moved them is not known; run: make study")
 
     def _fill(self) -> None:
         progress = self.progress
@@ -212,6 +222,11 @@ class Study:
         self.progress.failed.append(task.name)
         told = [line for line in log.splitlines() if line.strip()][-LOG_LINES:]
         tqdm.write("\n".join([f"study: {task.name} failed:", *(f"    {line}" for line in told)]))
+
+
+def code_of(pipeline: Pipeline) -> str:
+    """Digest, as rows have it."""
+    return sha256_json(pipeline.code())[:12]
 
 
 def differences(recorded: Iterable[Row], fresh: Iterable[Row]) -> list[str]:
