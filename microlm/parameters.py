@@ -32,6 +32,11 @@ class CorpusConfig:
     dataset: str | None = None
     subset: str | None = None
     revision: str | None = None
+    empty: Literal["refuse", "skip"] | None = None  # rows without text; null: skip for hub, else refuse
+
+    @property
+    def spares_empty(self) -> bool:
+        return self.empty == "skip" or (self.empty is None and self.source == "hub")
 
     def problems(self) -> Iterator[str]:
         if self.source == "files" and not self.paths:

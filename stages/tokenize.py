@@ -45,10 +45,11 @@ def main() -> None:
         rest = sources.batches(corpus, start=writer.position)
         workers = os.cpu_count() or 1 if threads == "auto" else threads
         writer.write(writing.encoded(rest, encoder, corpus.validation_fraction, workers), bar)
-        metrics = summary(writer.publish(SHARDS, source))
+        metrics = summary(writer.publish(SHARDS, source)) | {"empty_rows": writer.position.empty}
         write_json(METRICS / "tokenize.json", {**metrics, "elapsed_s": round(time.perf_counter() - started, 1)})
     train, val = (metrics[split]["tokens"] for split in ("train", "val"))
-    print(f"tokenize: {metrics['documents']:,} documents, {train:,} training and {val:,} validation tokens")
+    skipped = f", {metrics['empty_rows']:,} rows without text left out" * bool(metrics["empty_rows"])
+    print(f"tokenize: {metrics['documents']:,} documents{skipped}, {train:,} training and {val:,} validation tokens")
 
 
 if __name__ == "__main__":

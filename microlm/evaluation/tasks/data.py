@@ -232,14 +232,20 @@ def _label(task: Task, row: Mapping[str, Any], names: Mapping[str, str]) -> int 
 
 
 def _columns(task: Task, path: Path) -> list[Row]:
-    table = pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_stream(path.read_bytes()).read_all()
     wanted = {*task.columns, *task.options, task.gold}
+    with open(path, "rb") as file:  # by whatever name: pyarrow would take some for an address
+        if path.suffix == ".parquet":
+            opened = pq.ParquetFile(file)
+            return opened.read([name for name in opened.schema_arrow.names if name in wanted]).to_pylist()
+        table = pa.ipc.open_stream(file).read_all()
     return table.select([name for name in table.column_names if name in wanted]).to_pylist()
 
 
 def _json_lines(task: Task, path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
@@ -267,7 +273,7 @@ def _table(task: Task, path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         header = _COLA_HEADER if task.name == "cola" else tuple(next(lines, ()))
-        for cells in lines:
+        for cells in filter(None, lines):  # a blank line has no cell
             if len(cells) != len(header):
                 raise UserError(
                     f"{path}: line {lines.line_num}: {len(cells)} columns, not {len(header)}; "
