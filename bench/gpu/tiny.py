@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from microlm.corpus.parts import EVALUATION, PARTS_DIRECTORY, validation_arrow
 from microlm.corpus.shards import FORMAT, HEADER, MAGIC, VERSION, token_dtype
-from microlm.corpus.tokenizer import ALPHABET, BYTE_LEVEL, END_OF_TEXT, Tokenizer, byte_level_definition
+from microlm.corpus.tokenizer import END_OF_TEXT, Tokenizer
+from microlm.corpus.tokenizer_format import ALPHABET, BYTE_LEVEL, byte_level_definition
 from microlm.files import sealed, sha256_file, sha256_json, write_json, write_sums
 from microlm.runtime.paths import SHARDS
 

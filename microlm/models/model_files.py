@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from microlm.corpus.tokenizer import Tokenizer
+from microlm.corpus.tokenizer import Tokenizer, id_count
 from microlm.errors import UserError
 from microlm.files import atomic_directory, check_sums, read_json, sha256_bytes, sha256_file, write_json, write_sums
 from microlm.models.architecture import config_of, shape_of
@@ -133,7 +133,7 @@ def from_transformers(
         )
     if not os.path.isdir(name):
         _refuse_damaged_download(name, revision)
-    n_vocab = min(len(tokenizer), network.config.get_text_config().vocab_size)
+    n_vocab = min(id_count(tokenizer.get_vocab().values()), network.config.get_text_config().vocab_size)
     return TransformersModel(network, n_vocab).eval(), tokenizer
 
 

@@ -3,11 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
@@ -17,10 +18,12 @@ from microlm.corpus.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
     build_tokenizer,
+    id_count,
     json_tokenizer,
     load_tokenizer,
     smollm2_tokenizer,
 )
+from microlm.corpus.tokenizer_format import BYTE_LEVEL, DIGITS, KNOWN_PATTERNS
 from microlm.errors import UserError
 from tests.support.clones import FIXTURES
 
@@ -225,3 +228,150 @@ def build_with_pattern(tokenizer: Tokenizer) -> Tokenizer:
     other = Tokenizer("without-digits", definition, "test")
     other.reference = tokenizer.reference
     return other
+
+
+# --- what people bring ------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_of_the_fast_path_is_none_of_the_definition(built: dict[str, Tokenizer]) -> None:
+    for name in NAMES:
+        for text in ("table" + " " * 1_000_000 + "end", " \t" * 300_000 + "7", "\u2003" * 200_000):
+            assert built[name].encode(text) == reference_ids(built[name], text)
+
+
+@pytest.fixture(scope="module")
+def definition(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a small tokenizer that is understood in every field."""
+    plain = json.loads(trained_json(tmp_path_factory.mktemp("plain") / "tokenizer.json").read_text(encoding="utf-8"))
+    return plain | {"pre_tokenizer": BYTE_LEVEL}
+
+
+def added(content: str, number: int, **flags: bool) -> dict[str, Any]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"id": number, "content": content, **plain, **flags}
+
+
+FLAGS = st.sampled_from(["single_word", "lstrip", "rstrip", "normalized", "special"])
+CONTENTS = st.sampled_from(["<note>", "<note>s", "te>", "at", " the", "the cat", "e\u0301", "é", "<|end", "s>", "  "])
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+BARE = BYTE_LEVEL | {"use_regex": False}
+PRE_TOKENIZERS = [
+    BYTE_LEVEL,
+    BYTE_LEVEL | {"add_prefix_space": True},
+    BARE,
+    {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
+    {"type": "Sequence", "pretokenizers": [DIGITS | {"individual_digits": False}, BYTE_LEVEL]},
+    {"type": "Sequence", "pretokenizers": [{"type": "Punctuation", "behavior": "Isolated"}, DIGITS, BARE]},
+    {"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"String": "a"}}, BYTE_LEVEL]},
+    {"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": r"(?i:the)|\h+|\s"}}, BARE]},
+    {"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"String": "a"}, "behavior": "Removed"}, BYTE_LEVEL]},
+    *(
+        {"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": pattern}}, BARE]}
+        for pattern in KNOWN_PATTERNS
+    ),
+    {"type": "Whitespace"},
+    None,
+]
+NORMALIZERS = [None, {"type": "NFC"}, {"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Sequence", "normalizers": []}]
+OPTIONS = [
+    {},
+    {"ignore_merges": True},
+    {"dropout": 0.5},
+    {"byte_fallback": True},
+    {"unk_token": "a", "fuse_unk": True},
+    {"continuing_subword_prefix": "##"},
+    {"end_of_word_suffix": "</w>"},
+]
+SPELLED = st.lists(
+    st.sampled_from(
+        [" ", "  ", "\n", "the", "The", " cat", "at", "7", "42", ".", "!s", "e", "\u0301", "é", "\u017f", "\x1c"]
+    )
+    | CONTENTS
+    | st.just(END_OF_TEXT)
+    | st.text(max_size=3),
+    max_size=10,
+).map("".join)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_every_field_of_a_tokenizer_json_is_obeyed_or_refused(
+    definition: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    model = json.loads(json.dumps(definition["model"]))
+    changed = definition | {"model": model, "added_tokens": list(definition["added_tokens"])}
+    changes = data.draw(
+        st.sets(st.sampled_from(["added", "normalizer", "pre", "options", "vocab", "merges"]), max_size=3)
+    )
+    if "added" in changes:
+        for content in data.draw(st.lists(CONTENTS, min_size=1, max_size=3, unique=True)):
+            flags = dict.fromkeys(data.draw(st.sets(FLAGS, max_size=2)), True)
+            number = model["vocab"].get(content, len(model["vocab"]) + len(changed["added_tokens"]) - 1)
+            changed["added_tokens"].append(added(content, number + data.draw(st.sampled_from([0, 0, 0, 1])), **flags))
+    if "normalizer" in changes:
+        changed["normalizer"] = data.draw(st.sampled_from(NORMALIZERS))
+    if "pre" in changes:
+        changed["pre_tokenizer"] = data.draw(st.sampled_from(PRE_TOKENIZERS))
+    if "options" in changes:
+        model |= data.draw(st.sampled_from(OPTIONS))
+    if "vocab" in changes:  # an entry that no merge makes, perhaps before others
+        model["vocab"][data.draw(st.sampled_from(["Ġtheca", "thethe", "atthe"]))] = len(model["vocab"])
+    if "merges" in changes:
+        at = data.draw(st.integers(0, len(model["merges"]) - 2))
+        if data.draw(st.booleans()):
+            model["merges"][at], model["merges"][at + 1] = model["merges"][at + 1], model["merges"][at]
+        else:
+            del model["merges"][at]
+    path = tmp_path_factory.getbasetemp() / "changed.json"
+    path.write_text(json.dumps(changed), encoding="utf-8")
+    try:
+        tokenizer = json_tokenizer(path)
+    except UserError as refused:
+        assert changes and str(refused).startswith(f"{path}: ") and "\n" not in str(refused)
+        return
+    event("obeyed: " + ", ".join(sorted(changes)))
+    reference = tokenizers.Tokenizer.from_file(str(path))
+    reference.encode_special_tokens = True
+    for text in data.draw(st.lists(SPELLED, min_size=1, max_size=5)):
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+        assert not set(tokenizer.encode(text)) & set(tokenizer.special_tokens.values())
+
+
+OBEYED = [
+    {},
+    {"normalizer": {"type": "NFC"}},
+    *({"pre_tokenizer": PRE_TOKENIZERS[place]} for place in (3, 4, 5, 6, 7, 9, 10, 11)),
+    {"added_tokens": [added(END_OF_TEXT, 0, special=True), added("<note>", 279), added("<no", 280, normalized=True)]},
+    {"post_processor": None, "decoder": None, "truncation": {"max_length": 2}, "padding": None},
+]
+
+
+@pytest.mark.parametrize("changes", OBEYED)
+def test_what_is_modelled_is_not_refused(definition: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert len(definition["model"]["vocab"]) == 279  # where ids of added tokens begin
+    (tmp_path / "a.json").write_text(json.dumps(definition | changes), encoding="utf-8")
+    json_tokenizer(tmp_path / "a.json").check([*AWKWARD_TEXTS, "see <note> here, <no"])
+
+
+@pytest.mark.parametrize("name", range(len(KNOWN_PATTERNS)))
+def test_known_patterns_match_alike_around_every_assigned_character(
+    definition: dict[str, Any], tmp_path: Path, name: int
+) -> None:
+    step = SPLIT | {"pattern": {"Regex": KNOWN_PATTERNS[name]}}
+    cut = definition | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [step, BARE]}}
+    (tmp_path / "a.json").write_text(json.dumps(cut), encoding="utf-8")
+    tokenizer = json_tokenizer(tmp_path / "a.json")
+    for start in range(0, 0x30000, 64):
+        characters = [chr(c) for c in range(start, start + 64) if not 0xD800 <= c < 0xE000]
+        tokenizer.check(["'".join(characters), "".join(characters), "  a".join(characters), "\n1".join(characters)])
+
+
+def test_ids_with_gaps_are_counted_by_the_largest(definition: dict[str, Any], tmp_path: Path) -> None:
+    model, moved = json.loads(json.dumps(definition["model"])), 1550
+    model["vocab"][END_OF_TEXT] = moved
+    gap = definition | {"model": model, "added_tokens": [added(END_OF_TEXT, moved, special=True)]}
+    (tmp_path / "a.json").write_text(json.dumps(gap), encoding="utf-8")
+    tokenizer = json_tokenizer(tmp_path / "a.json")
+    assert (tokenizer.n_vocab, tokenizer.eot_id) == (moved + 1, moved)
+    tokenizer.save(tmp_path)
+    assert id_count(AutoTokenizer.from_pretrained(tmp_path).get_vocab().values()) == load_tokenizer(tmp_path).n_vocab

@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from microlm.corpus.tokenizer import ALPHABET, BYTE_LEVEL, END_OF_TEXT, Tokenizer, byte_level_definition
+from microlm.corpus.tokenizer import END_OF_TEXT, Tokenizer
+from microlm.corpus.tokenizer_format import ALPHABET, BYTE_LEVEL, byte_level_definition
 
 CHARACTER = {byte: character for character, byte in ALPHABET.items()}
 LETTERS = b"abc \xc3\xa9"  # the last two are the letter that is spelled in two bytes

@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 
 from microlm.corpus.parts import EVALUATION, validation_arrow
-from microlm.corpus.tokenizer import ALPHABET, BYTE_LEVEL, END_OF_TEXT, Tokenizer, byte_level_definition
+from microlm.corpus.tokenizer import END_OF_TEXT, Tokenizer
+from microlm.corpus.tokenizer_format import ALPHABET, BYTE_LEVEL, byte_level_definition
 from microlm.files import sha256_file, sha256_json, write_json
 from tests.support.clones import ROOT
 from tests.support.forked_python import Forked
