@@ -32,6 +32,7 @@ from microlm.objective.vocabulary_blocks import GROUP, Entries, StudentRows, Voc
 CANCELLING = 0.1  # share of the tail's mass below which a difference of sums has too few digits
 MARGIN = 0.5  # of log c: how far above the iterate the first round looks; each round doubles it
 TILE, TILES = 32, 128  # rows in a product with one group's weights, and such products at once
+MOST_PICKED = 1 / 8  # of all groups of all rows: beyond that share, whole passes cost less
 MOST_PAIRS = 2**17  # of a row and a group, at once: 8M logits
 
 Measure = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -67,8 +68,11 @@ class CappedTail:
     capped: Tokens
 
 
-def solve(student: StudentRows, log_p: Tensor) -> CappedTail:
-    """Water-filling for the cache's log_p [N, k + 1], by looking at the tokens that may be capped."""
+def solve(student: StudentRows, log_p: Tensor) -> CappedTail | None:
+    """Water-filling for the cache's log_p [N, k + 1], by looking at the tokens that may be capped.
+
+    None where these are too many: under a teacher that is sure of one token the tail is flat, and most are capped.
+    """
     log_mass, log_tau, log_c = _uncapped(student, log_p)
     log_normalizer = student.tempered_normalizer
     tail_mass = (student.log_tail - log_normalizer).exp()
@@ -77,7 +81,11 @@ def solve(student: StudentRows, log_p: Tensor) -> CappedTail:
     capped, margin = [Tokens(left[:0], left[:0], log_c[:0])], MARGIN
     while len(left):
         known_to = log_c[left] + margin
-        known = joined(_tokens_above(student, left, log_tau[left] - known_to))
+        threshold = log_tau[left] - known_to
+        flagged = student.largest[left] - student.tempered_normalizer[left, None] > threshold[:, None]
+        if flagged.sum() > MOST_PICKED * student.largest.numel():
+            return None
+        known = joined(_tokens_above(student, left, threshold, flagged))
         rest = _mass_without(student, left, known, tail_mass[left])
         log_c[left], mass = _newton(partial(_measure_known, known, rest), log_c[left], log_tau[left], log_mass[left])
         solved = log_c[left] <= known_to  # otherwise tokens that are not known may be capped, and log_c is too low
@@ -159,9 +167,12 @@ def _mass_without(student: StudentRows, rows: Tensor, known: Tokens, tail_mass: 
     return mass
 
 
-def _tokens_above(student: StudentRows, rows: Tensor, threshold: Tensor) -> Iterator[Tokens]:
-    """Tail tokens of `rows` [R] with log q above `threshold` [R]; their `rows` count from 0 to R - 1."""
-    flagged = student.largest[rows] - student.tempered_normalizer[rows, None] > threshold[:, None]
+def _tokens_above(student: StudentRows, rows: Tensor, threshold: Tensor, flagged: Tensor) -> Iterator[Tokens]:
+    """Tail tokens of `rows` [R] with log q above `threshold` [R]; their `rows` count from 0 to R - 1.
+
+    Args:
+        flagged: groups that hold such a token, bool [R, groups].
+    """
     _, lengths = torch.unique_consecutive(flagged.sum(-1).cumsum(0) // MOST_PAIRS, return_counts=True)
     for part in torch.arange(len(rows), device=rows.device).split(lengths.tolist()):
         group, row = flagged[part].T.nonzero(as_tuple=True)  # in the order of groups

@@ -53,10 +53,11 @@ def _lumped(student: StudentRows, teacher: SparseTeacher, objective: Objective, 
 
 def _capped(student: StudentRows, teacher: SparseTeacher, objective: Objective, weight: float) -> DistillationTerm:
     log_p = teacher.log_p.to(student.blocks.exact)
-    if student.blocks.layout.whole_passes:
+    found = None if student.blocks.layout.whole_passes else solve(student, log_p)
+    if found is None:
         log_c, log_tau = solve_by_sweeps(student, log_p)
         return _dense(student, log_p, _log_ratio_capped, log_c, lambda _: log_tau, objective, weight)
-    found, divergence, log_normalizer = solve(student, log_p), objective.divergence, student.tempered_normalizer
+    divergence, log_normalizer = objective.divergence, student.tempered_normalizer
     capped, log_c, log_tau = found.capped, found.log_c, found.log_tau[found.capped.rows]
     q = capped.log_q.exp()
     capped_slope, tail_slope = divergence.slope(log_tau - capped.log_q), divergence.slope(log_c)
