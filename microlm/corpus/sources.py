@@ -26,6 +26,7 @@ from microlm.corpus.text_column import BATCH_ROWS, KINDS, READERS, NoColumn, Row
 from microlm.errors import ParameterError, UserError
 from microlm.files import sha256_file
 from microlm.parameters import CorpusConfig, HubText
+from microlm.runtime.paths import seen_from
 
 CORPUS, OUTSIDE = "corpus", "evaluation.outside"
 PACKAGED = ((packaged.WIKI, packaged.WIKI_SUMMARIES), (packaged.EVALUATION, packaged.BOOLQ))
@@ -198,7 +199,7 @@ def matching_files(paths: Iterable[str], key: str = CORPUS) -> list[Path]:
     for pattern in paths:
         matches = _matching(Path(pattern))
         if not matches:
-            raise UserError(f"{key}: no file matches {pattern!r} (seen from {Path.cwd()}); correct it in params.yaml")
+            raise UserError(f"{key}: no file matches {pattern!r} ({seen_from()}); correct it in params.yaml")
         for path in matches:
             if path.suffix not in KINDS:
                 raise UserError(f"{path}: cannot be read as text; {key} takes {', '.join(KINDS)}")

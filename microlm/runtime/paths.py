@@ -12,3 +12,13 @@ SCORES = DATA / "evaluation"  # <model>/: a table for each benchmark, windows.pa
 START, CONTROL = MODELS / "start", MODELS / "control"
 # the stage that makes models/<name>, metrics/<name>.json and the curves of each
 TRAINED_MODELS = {"control": "pretrain", "continued": "continue", "student": "distill"}
+DVC_COPIES = ".dvc/tmp/exps"
+
+
+def seen_from() -> str:
+    """Where a relative path was looked for, for a message about one that is not there."""
+    here = Path.cwd()
+    if DVC_COPIES not in here.as_posix():
+        return f"seen from {here}"
+    mend = "give an absolute path, or have Git or DVC track what it names"
+    return f"seen from {here}, the copy that `dvc exp run --temp` and `--queue` work in: {mend}"
