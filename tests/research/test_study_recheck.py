@@ -9,6 +9,7 @@ import pytest
 from microlm.errors import UserError
 from microlm.research.study.driver import Progress, Study, differences
 from microlm.research.study.grid import GRID, read_grid, read_yaml
+from microlm.research.study.repository import CLONE, prepare
 from microlm.research.study.results import read_results
 from tests.support.clones import ROOT, Clone
 
@@ -27,6 +28,15 @@ def test_accepted_rows_are_done_and_keep_every_other_cell(tmp_path: Path, monkey
     assert study.stale() == []
     blank = [re.sub(r",[0-9a-f]{12},[0-9a-f]{12},", ",,", text) for text in (before, study.csv.read_text())]
     assert blank[0] == blank[1]
+
+
+def test_a_folder_that_the_queue_cannot_take_is_named_before_anything_is_made(tmp_path: Path) -> None:
+    root = tmp_path / "Schüler"
+    root.mkdir()
+    Clone(root)
+    with pytest.raises(UserError, match="Schüler: DVC's queue fails below a folder whose name is not ASCII"):
+        prepare(root, "study")
+    assert not (root / CLONE).exists()
 
 
 def test_only_a_loss_that_moved_is_a_difference() -> None:
