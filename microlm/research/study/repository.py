@@ -126,7 +126,8 @@ def prepare(root: Path, scale: str, commit: str = "HEAD") -> Path:
     """The clone at a commit of the repository `root`, empty of data. No run may be under way in it.
 
     Raises:
-        UserError: `root` is no Git repository or has a name that DVC's queue cannot take, or it is to be HEAD and code that decides a number is not committed.
+        UserError: `root` is no Git repository or has a name that DVC's queue cannot take, or it is to be HEAD and code
+            that decides a number is not committed.
     """
     clone = (root / CLONE).absolute()
     if not str(clone).isascii():
