@@ -13,8 +13,9 @@ to the solution without passing it, and reach it exactly in the piece that holds
 
 Few tokens are capped, about ten of a row's. The largest logit of each group of 64, which the first sweep over the
 vocabulary leaves behind, tells where they can be: only those groups' logits are made again, and the rest is arithmetic
-on single tokens. For memory this is one number for 64 logits. A device that sweeps over all logits faster than it
-picks some of them takes each of Newton's steps as a sweep.
+on single tokens. For memory this is one number for 64 logits. Each of Newton's steps is a sweep instead where that is
+faster: on a device that sweeps over all logits sooner than it picks some of them, and where most groups hold a capped
+token, as under a teacher that is sure of one token and leaves the rest a flat tail.
 """
 
 import math
@@ -32,7 +33,7 @@ from microlm.objective.vocabulary_blocks import GROUP, Entries, StudentRows, Voc
 CANCELLING = 0.1  # share of the tail's mass below which a difference of sums has too few digits
 MARGIN = 0.5  # of log c: how far above the iterate the first round looks; each round doubles it
 TILE, TILES = 32, 128  # rows in a product with one group's weights, and such products at once
-MOST_PICKED = 1 / 8  # of all groups of all rows: beyond that share, whole passes cost less
+MOST_PICKED = 0.6  # of all groups of all rows: beyond that share, Newton's steps as sweeps cost less
 MOST_PAIRS = 2**17  # of a row and a group, at once: 8M logits
 
 Measure = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -71,7 +72,7 @@ class CappedTail:
 def solve(student: StudentRows, log_p: Tensor) -> CappedTail | None:
     """Water-filling for the cache's log_p [N, k + 1], by looking at the tokens that may be capped.
 
-    None where these are too many: under a teacher that is sure of one token the tail is flat, and most are capped.
+    None where these are in more groups than is worth picking.
     """
     log_mass, log_tau, log_c = _uncapped(student, log_p)
     log_normalizer = student.tempered_normalizer

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microlm.objective import capped_tail
+from microlm.objective import capped_tail, tails
 from microlm.objective.divergences import FORMULAS, LARGEST_LOG_RATIO, Divergence, temper
 from microlm.objective.fused_head import Objective, SparseTeacher, fused_head_loss, token_nats
 from microlm.objective.vocabulary_blocks import SIZES, VocabularyBlocks, first_sweep
@@ -184,7 +184,7 @@ def test_water_filling_is_that_of_the_sorted_vocabulary(
     blocks = VocabularyBlocks(hidden.detach() * sharpness, weight.detach(), vocabulary)
     z = blocks.hidden @ blocks.weight.T / temperature
     log_q = torch.log_softmax(z, -1)
-    with patch.multiple(capped_tail, TILE=tile, TILES=3, MOST_PAIRS=most_pairs):
+    with patch.multiple(capped_tail, TILE=tile, TILES=3, MOST_PAIRS=most_pairs, MOST_PICKED=1):
         student = first_sweep(blocks, targets, teacher.ids, 1 / temperature, groups=True)
         found = capped_tail.solve(student, teacher.log_p)
     oracle = cap_tail(teacher.log_p, teacher.ids, log_q)
@@ -203,6 +203,25 @@ def test_water_filling_is_that_of_the_sorted_vocabulary(
     outside = torch.ones_like(capped).scatter(-1, teacher.ids, False)
     clearly = (found.log_c[:, None] + log_q - found.log_tau[:, None]).abs() > 1e-6
     assert torch.equal(capped & clearly, outside & clearly & (found.log_c[:, None] + log_q > found.log_tau[:, None]))
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=named)
+def test_a_flat_tail_under_a_sure_teacher_is_swept_and_gives_what_picking_gives(divergence):
+    hidden, weight, targets, _ = problem(7, 8, vocabulary=1500, rows=24)
+    logits = torch.randn(24, 1500, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) / 2
+    log_p = logits.scatter(-1, targets[:, None], 60).log_softmax(-1)
+    ids = log_p.topk(8).indices
+    teacher, objective = SparseTeacher(ids, lump(log_p, ids)), Objective(0.5, 0.5, divergence, 1.0, "capped")
+    found = []
+    for most_picked, sweeps in ((capped_tail.MOST_PICKED, 1), (1, 0)):
+        h, w = (of.detach().requires_grad_() for of in (hidden, weight))
+        solved = patch.object(tails, "solve_by_sweeps", wraps=capped_tail.solve_by_sweeps)
+        with patch.object(capped_tail, "MOST_PICKED", most_picked), solved as by_sweeps:
+            loss = fused_head_loss(h, w, targets, 1500, objective, teacher).loss
+        assert by_sweeps.call_count == sweeps
+        found.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+    for swept, picked in zip(*found, strict=True):
+        torch.testing.assert_close(swept, picked, rtol=1e-9, atol=1e-12)
 
 
 def test_without_a_distillation_term_it_is_cross_entropy_bit_for_bit():

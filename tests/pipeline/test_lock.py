@@ -31,6 +31,7 @@ HARMLESS = {
     "microlm/runtime/terminal.py": "banner and progress bar",
     "microlm/corpus/parts.py": "fetch names it; what it extracts is an input of the others",
     "microlm/corpus/tokenizer.py": "tokenize names it; ids are held against the reference, the shards name them",
+    "microlm/corpus/tokenizer_format.py": "as tokenizer.py",
     "microlm/errors.py": "words for people",
     "microlm/files.py": "how bytes reach the disk, not which",
     "microlm/runtime/compilation.py": "a flag, which device.py sets",
