@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
@@ -242,3 +244,19 @@ def test_what_will_not_pass_ends_at_once_in_one_line(
     told = list(iter(reader.stderr.readline, "done\n"))
     retried = fault is not None and fault.kind == "503"
     assert len(told) == (2 if retried else 0), told
+
+
+def test_columns_that_nobody_asked_for_may_hold_anything_and_a_few_rows_no_text(
+    hub: Hub, reader: subprocess.Popen[str]
+) -> None:
+    hub.faults = []
+    parquet = hub.repository("datasets", "some/parquet") / "train.parquet"
+    counts = pa.array([[("a", 1)], None, [("b", 2)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"text": ["One.", None, "Two."], "counts": counts}), parquet)
+    rows = [{"text": "Three.", "note": None}, {"text": "", "note": 4}, {"text": "Five.", "note": {"a": ["x"]}}]
+    lines = hub.repository("datasets", "some/lines") / "train.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("parquet", "lines"):
+        print(f"some/{name} default {REVISION}", file=reader.stdin, flush=True)
+        assert reader.stdout.readline() == "2\n"
+        assert list(iter(reader.stderr.readline, "done\n")) == []
