@@ -1,5 +1,6 @@
 """Promises of the tasks' files: read as published, from a folder or the hub, or refused in one line."""
 
+import codecs
 import hashlib
 import http.server
 import json
@@ -96,6 +97,20 @@ def test_quotation_marks_byte_order_marks_and_trailing_spaces_are_text_or_nothin
     ]
     assert read_published(TASKS["mrpc"]).rows[0]["label"] == 1
     assert read_published(TASKS["sst2"]).rows[0]["sentence"] == "a film of rare charm and wit . "
+
+
+@every_task
+def test_what_an_editor_leaves_in_a_file_and_its_folders_name_change_nothing(task: Task, tmp_path: Path) -> None:
+    """A byte order mark, line ends of Windows and an empty last line; a name that would be a pattern or an address."""
+    authors = read_published(task)
+    path = Path(authors.provenance["file"])
+    saved = tmp_path / "hub:tasks [1]*%20 ü" / path.relative_to(TASK_FILES)
+    saved.parent.mkdir(parents=True)
+    content = path.read_bytes()
+    if path.suffix in (".jsonl", ".tsv"):
+        content = codecs.BOM_UTF8 + content.removeprefix(codecs.BOM_UTF8).replace(b"\n", b"\r\n") + b"\r\n"
+    saved.write_bytes(content)
+    assert read_published(task, tmp_path / "hub:tasks [1]*%20 ü").rows == authors.rows
 
 
 def test_pairs_that_annotators_disagreed_on_are_left_out_and_counted() -> None:
