@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro measure study verify test soak lint smoke plots-page gpu gpu-bundle
+.PHONY: help setup repro measure study verify test soak lint smoke plots-page report-picture gpu gpu-bundle
 
 help:
 	@echo "make repro       set up, run the pipeline (dvc repro), print the comparison table"
@@ -28,6 +28,7 @@ help:
 	@echo "make gpu         on a machine with a CUDA device: every figure of it, in at most 8 minutes (bench/README.md)"
 	@echo "make gpu-bundle  what has to travel to such a machine, in two halves"
 	@echo "make plots-page  make the offline page for dvc plots again"
+	@echo "make report-picture  docs/report.png from plots/report.html, with Chromium"
 
 setup: $(STAMP)
 
@@ -77,6 +78,9 @@ smoke: $(STAMP)
 plots-page: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --only-binary=:all: -c constraints.txt vl-convert-python
 	python -m microlm.report.offline_page
+
+report-picture: $(STAMP)
+	python -m tests.support.report_picture
 
 # No environment is set up on such a machine: it has its own PyTorch, and often no network.
 gpu:

@@ -68,10 +68,16 @@ def plain(text: str) -> str:
     File names, model cards and the hub's answers are others' words; an escape sequence among them could repaint what
     a person has read, and an address may hold a password.
     """
+    shown = without_secrets(text)
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without tokens of the hub and what an address says of user and password."""
     hidden = _CREDENTIALS.sub("[hidden]", text)
     for secret in filter(None, map(os.environ.get, _SECRETS)):
         hidden = hidden.replace(secret, "[hidden]")
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in hidden)
+    return hidden
 
 
 def explained(error: BaseException) -> tuple[str, int] | None:

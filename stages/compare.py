@@ -1,15 +1,18 @@
-"""Compare the models -> metrics/summary.json, plots/*.png and the report; --show prints the last report again.
+"""Compare the models -> metrics/summary.json, plots/*.png, plots/report.html and the report.
 
---markdown and --benchmarks print its tables as README.md has them.
+--show prints the last report again, --markdown and --benchmarks its tables as README.md has them.
 """
 
 import sys
+from dataclasses import asdict
+from typing import Any
 
 from microlm.config import Config, load_config
 from microlm.errors import UserError, plain, run_stage
 from microlm.evaluation import SCORED_MODELS
 from microlm.files import read_json, write_json
 from microlm.report.curve_figures import draw_figures
+from microlm.report.page.write import write_page
 from microlm.report.summary import COMPARISONS, benchmark_rows, centred_mean_rows, summarize
 from microlm.report.summary_table import benchmarks_markdown, markdown, report_text
 from microlm.runtime.paths import METRICS, TRAINED_MODELS
@@ -47,7 +50,17 @@ def _compare(config: Config) -> None:
     items = {name: config.at.continuation.hellaswag_items for name in TRAINED_MODELS}
     items["control"] = config.at.pretrain.hellaswag_items
     draw_figures(items, outside="outside_windows" in summary)
+    page = write_page(summary, parameters_of(config), items, config.at.batch.batch_tokens)
     write_json(SUMMARY, summary)
+    print(f"{page}: this report as a page, to open in a browser", file=sys.stderr)
+
+
+def parameters_of(config: Config) -> dict[str, Any]:
+    """Those of the run, by their names in params.yaml; `start`, and what it changes in other blocks, is resolved."""
+    block = asdict(config)
+    del block["references"]  # models of others
+    scale = block.pop("at")
+    return block | {"start": config.start_kind, "scales": {config.scale: scale}}
 
 
 if __name__ == "__main__":

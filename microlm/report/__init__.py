@@ -1,1 +1,1 @@
-"""What the runs say to people: the summary, tables, figures, the offline page. It computes nothing new."""
+"""What the runs say to people: the summary, tables, figures, the report's page. It computes nothing new."""

@@ -5,6 +5,7 @@ DVC's own page loads vega from the web. `.dvc/config` names this one instead (pl
 
 from pathlib import Path
 
+from microlm.errors import UserError
 from microlm.files import atomic_file
 
 PAGE = Path(".dvc/plots/offline.html")
@@ -44,6 +45,19 @@ def offline_page(bundle: str) -> str:
         if forbidden in bundle:
             raise ValueError(f"the vega bundle holds {forbidden!r}")
     return HTML.replace("BUNDLE", bundle.strip())
+
+
+def vega_bundle(page: Path = PAGE) -> str:
+    """The bundle out of the committed page. UserError where the page is absent or holds none."""
+    mend = "take it from the repository: git checkout -- .dvc/plots, or make it again: make plots-page"
+    try:
+        _, _, rest = page.read_text(encoding="utf-8").partition("<script>\n")
+    except FileNotFoundError:
+        raise UserError(f"{page} is not there; {mend}") from None
+    bundle, end, _ = rest.partition("\n</script>")
+    if not end or "window.vegaEmbed" not in bundle:
+        raise UserError(f"{page} holds no vega; {mend}")
+    return bundle
 
 
 def main() -> None:

@@ -31,36 +31,41 @@ Summary = Mapping[str, Any]
 
 def report_text(summary: Summary) -> str:
     """The whole report from metrics/summary.json, in lines of at most 96 columns. KeyError if an entry is missing."""
-    windows = f"Validation: {summary['windows']:,} windows"
-    if "outside_windows" in summary:
-        windows += f"; outside, text of another kind than the corpus: {summary['outside_windows']:,}"
-    notes = (
-        f"{windows}; fewer bits are better. HellaSwag: {summary['questions']:,} questions, zero-shot, completion "
-        f"protocol; chance {CHANCE:.4f}; GPT-2 124M {GPT2_124M_ACC_NORM} (published, same protocol, 10,042 questions)."
-    )
     parts = [
-        *blocks(_model_rows(summary)),
-        wrapped(notes),
-        *blocks(_difference_rows(summary)),
-        *blocks(_benchmark_rows(summary)),
-        wrapped(_notes(summary)),
+        *blocks(model_grid(summary)),
+        wrapped(model_notes(summary)),
+        *blocks(difference_grid(summary)),
+        *blocks(benchmark_grid(summary)),
+        wrapped(benchmark_notes(summary)),
     ]
     said = [wrapped(sentence, bullet="- ") for sentence in sentences(summary)]
     return "\n\n".join(parts) + "\n\nWhat this allows one to say\n" + "\n".join(said) + "\n"
 
 
+def model_notes(summary: Summary) -> str:
+    """What the columns of `model_grid` are of."""
+    windows = f"Validation: {summary['windows']:,} windows"
+    if "outside_windows" in summary:
+        windows += f"; outside, text of another kind than the corpus: {summary['outside_windows']:,}"
+    return (
+        f"{windows}; fewer bits are better. HellaSwag: {summary['questions']:,} questions, zero-shot, completion "
+        f"protocol; chance {CHANCE:.4f}; GPT-2 124M {GPT2_124M_ACC_NORM} (published, same protocol, 10,042 questions)."
+    )
+
+
 def markdown(summary: Summary) -> str:
     """The models, their differences and the first sentence: what README.md opens with."""
-    grids = _model_rows(summary), _difference_rows(summary)
+    grids = model_grid(summary), difference_grid(summary)
     return "\n\n".join((*map(in_markdown, grids), sentences(summary)[0])) + "\n"
 
 
 def benchmarks_markdown(summary: Summary) -> str:
     """Every benchmark, for README.md."""
-    return f"{in_markdown(_benchmark_rows(summary))}\n\n{_notes(summary)}\n"
+    return f"{in_markdown(benchmark_grid(summary))}\n\n{benchmark_notes(summary)}\n"
 
 
-def _model_rows(summary: Summary) -> Grid:
+def model_grid(summary: Summary) -> Grid:
+    """A row for each model, the head above them."""
     head = ["model", "parameters", "tokens trained", "validation bits per byte", "HellaSwag acc_norm ± s.e."]
     if "ood_bpb" in summary["student"]:  # shorter words, so that all stands in one line of a terminal
         head = [*head[:2], "tokens", "validation bits/byte", "outside", head[-1]]
@@ -69,18 +74,21 @@ def _model_rows(summary: Summary) -> Grid:
         row = summary[name]
         accuracy = f"{row['acc_norm']:.4f} ± {row['acc_norm_se']:.4f}"
         bits = [f"{row[key]:.4f}" for key in ("val_bpb", "ood_bpb") if key in row]
-        rows.append([name, amount(row["parameters"]), _tokens(row), *bits, accuracy, f"{row['centred_mean']:.4f}"])
+        rows.append([name, amount(row["parameters"]), tokens_of(row), *bits, accuracy, f"{row['centred_mean']:.4f}"])
     return rows
 
 
-def _tokens(row: Summary) -> str:
+def tokens_of(row: Summary) -> str:
+    """That a model was trained on: those of the model that it starts from before its own."""
     if "tokens" not in row:
         return "pretrained"
     before = f"{amount(row['tokens_before'])} + " if row["tokens_before"] else ""
     return before + amount(row["tokens"])
 
 
-def _difference_rows(summary: Summary) -> Grid:
+def difference_grid(summary: Summary) -> Grid:
+    """A row for each measure, a column for each comparison, with intervals."""
+
     def cell(row: Summary, key: str) -> str:
         mean, low, high = (f"{row[key + end]:+.4f}" for end in ("", "_low", "_high"))
         return f"{mean} [{low}, {high}]"
@@ -91,8 +99,8 @@ def _difference_rows(summary: Summary) -> Grid:
     return [head, *([label, *(cell(row, key) for row in rows)] for key, label in told.items())]
 
 
-def _benchmark_rows(summary: Summary) -> Grid:
-    """100 times the metric ± one standard error. Those without data are in `_remarks`."""
+def benchmark_grid(summary: Summary) -> Grid:
+    """100 times the metric ± one standard error. Those without data are in `benchmark_notes`."""
     table = [["benchmark", *SCORED_MODELS, "blind", "student - continued [95 %]"]]
     for row in summary["benchmarks"]:
         if "status" in row:
@@ -109,7 +117,8 @@ def _benchmark_name(row: Summary) -> str:
     return f"{row['task']} {row['metric']}, {row['protocol']}, {row['shots']}-shot, {row['items']:,}"
 
 
-def _notes(summary: Summary) -> str:
+def benchmark_notes(summary: Summary) -> str:
+    """What the cells of `benchmark_grid` are, and what is not among them."""
     tasks = summary["centred_mean_tasks"]
     return (
         "Benchmarks: 100 x the metric ± one standard error, with task, metric, protocol, exemplars and questions; "

@@ -126,6 +126,7 @@ def test_fresh_clone_runs_to_the_report(finished: tuple[Clone, str]) -> None:
         assert read(clone, f"metrics/{path}.json")
     for path in ("plots/hellaswag.png", "plots/loss.png"):
         assert (clone.directory / path).read_bytes().startswith(b"\x89PNG")
+    assert (clone.directory / "plots/report.html").read_text().rstrip().endswith("</html>")
     for name in TRAINED_MODELS:
         assert (clone.directory / "plots" / "loss" / f"{name}.csv").read_text().startswith("step,")
         labels = {line.split()[1] for line in (clone.directory / "metrics" / f"{name}.log").read_text().splitlines()}
@@ -159,7 +160,7 @@ def test_new_alpha_runs_four_stages_and_the_old_one_comes_from_the_run_cache(cha
     assert {"val_bpb", "ood_bpb"} <= set(difference["metrics/student.json"])
 
     printed = clone.dvc("exp", "run", "-S", f"alpha={changed.alpha}")
-    assert set(ran(printed)) <= {"check"}
+    assert set(ran(printed)) <= {"check", "compare"}
     assert fingerprint(clone, "models", "data/evaluation") == before
 
 
@@ -170,6 +171,16 @@ def test_live_teacher_leaves_no_cache_and_one_graph(clone: Clone) -> None:
     assert {path.name for path in (clone.directory / "data/teacher").iterdir()} == {"manifest.json", "table.bin"}
     assert read(clone, "metrics/summary.json")["teacher"]["source"] == "live"
     assert ran(clone.dvc("repro")) == []
+
+
+def test_page_is_in_git_and_the_same_again_and_no_plot_of_dvc(clone: Clone) -> None:
+    before = sha256_file(clone.directory / "plots/report.html")
+    assert "plots/report.html" in clone.git("ls-files", "plots").split()
+    assert ran(clone.dvc("repro", "--force", "--single-item", "compare")) == ["compare"]
+    assert sha256_file(clone.directory / "plots/report.html") == before
+    assert clone.git("status", "--porcelain") == ""
+    assert "failed" not in clone.dvc("plots", "show").lower()
+    assert "report.html" not in (clone.directory / "dvc_plots/index.html").read_text()
 
 
 def test_plots_draw_without_outside_text(clone: Clone) -> None:

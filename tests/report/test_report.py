@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from microlm.evaluation.results.statistics import clustered_error, mean
 from microlm.evaluation.results.store import Identity, Result, write_result
 from microlm.evaluation.tasks.task import TASKS
 from microlm.report.curve_figures import draw_figures
+from microlm.report.offline_page import PAGE as OFFLINE
 from microlm.report.summary import COMPARISONS, benchmark_rows, centred_mean_rows, read_scores, summarize
 from microlm.report.summary_table import amount, report_text, sentences
 from microlm.report.text_table import WIDTH
@@ -93,6 +95,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     _write_curves(tmp_path)
     params = ROOT / "params.yaml"
     (tmp_path / "params.yaml").write_text(params.read_text())
+    (tmp_path / OFFLINE).parent.mkdir(parents=True)
+    shutil.copy(ROOT / OFFLINE, tmp_path / OFFLINE)  # vega, for the page
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["compare"])
     return tmp_path

@@ -21,6 +21,7 @@ from microlm.corpus.parts import EVALUATION, validation_arrow
 from microlm.corpus.tokenizer import END_OF_TEXT, Tokenizer
 from microlm.corpus.tokenizer_format import ALPHABET, BYTE_LEVEL, byte_level_definition
 from microlm.files import sha256_file, sha256_json, write_json
+from microlm.report.offline_page import PAGE as OFFLINE
 from tests.support.clones import ROOT
 from tests.support.forked_python import Forked
 from tests.support.shared import made_once
@@ -70,7 +71,8 @@ PRETRAIN, CONTINUE, DISTILL = (
 LABEL = Stage(("teacher",), ("data/teacher", "metrics/teacher.json"))
 SELECT = Stage(("select",), ("data/windows.npy", "metrics/windows.json"))
 EVALUATIONS = tuple(_evaluation(name) for name in ("control", "continued", "student", "teacher"))
-COMPARE = Stage(("compare",), ("metrics/summary.json", "plots/hellaswag.png", "plots/loss.png"))
+FIGURES = ("plots/hellaswag.png", "plots/loss.png", "plots/report.html")
+COMPARE = Stage(("compare",), ("metrics/summary.json", *FIGURES))
 FETCH = Stage(("fetch",), ("data/parts",))
 STAGES = (TOKENIZE, OUTSIDE, START, PRETRAIN, LABEL, SELECT, DISTILL, CONTINUE, *EVALUATIONS, COMPARE)
 
@@ -188,6 +190,8 @@ def _fill(directory: Path) -> None:
     (directory / "tests").mkdir(parents=True)
     shutil.copytree(ROOT / "tests" / "fixtures", directory / "tests" / "fixtures")
     (directory / "params.yaml").write_text(tiny_parameters())
+    (directory / OFFLINE).parent.mkdir(parents=True)
+    shutil.copy(ROOT / OFFLINE, directory / OFFLINE)  # vega, for the report's page
     write_teacher_of_bytes(directory / TEACHER)
     write_questions(directory / "data" / "parts")
     for stage in STAGES:

@@ -168,7 +168,7 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         UserError: there is none, one is damaged, or they are of weights or tokenizers that have changed in between.
     """
-    results = {path: read_result(path) for path in sorted(folder.glob("*.json"))}
+    results = {path: read_result(path) for path in sorted(folder.glob("*shot*.json"))}
     if not results:
         raise UserError(f"{folder} holds no results; name the folder of one model, as microlm evaluate wrote it")
     newest = max(results, key=lambda path: path.stat().st_mtime_ns)
