@@ -1,6 +1,7 @@
-"""Score one model on the benchmarks, on validation text and on text of another kind.
+"""Score one model on the benchmarks, on validation text and on text of another kind, and let it write.
 
-data/evaluation/<model>/ gets a row for each question and window, metrics/evaluation/<model>.json the figures.
+data/evaluation/<model>/ gets a row for each question and window, and samples.json: what the model writes to the fixed
+prompts. metrics/evaluation/<model>.json gets the figures.
 """
 
 import shutil
@@ -19,6 +20,7 @@ from microlm.evaluation import SCORED_MODELS
 from microlm.evaluation.candidates import Candidate, load_pipeline_model
 from microlm.evaluation.results.store import model_slug
 from microlm.evaluation.run import evaluate, refuse_before_scoring
+from microlm.evaluation.samples import SAMPLES, samples
 from microlm.evaluation.scoring.held_out_loss import ValidationLoss, held_out, loss_on
 from microlm.evaluation.tasks.benchmarks import configured_benchmarks, gather
 from microlm.files import atomic_directory, write_json, write_sums
@@ -40,7 +42,7 @@ def main() -> None:
     runtime = set_up(config.at.runtime)
     candidate = load_pipeline_model(name, config.at.teacher, runtime.dtype)
     candidate.model.to(runtime.device)
-    metrics: dict[str, Any] = {"model": name, "parameters": candidate.parameters}
+    metrics: dict[str, Any] = {"model": name, "parameters": candidate.parameters, "weights_sha256": candidate.weights}
     # a benchmark that an interrupted run finished is taken from here: each says which weights and questions it is of
     with resumable(f"evaluate@{name}", candidate.weights) as done:
         metrics["tasks"], losses = _benchmarks(candidate, config, done), _losses(candidate, config)
@@ -54,6 +56,7 @@ def main() -> None:
                 for split, of in losses.items()
             )
             pd.concat(windows).to_parquet(folder / "windows.parquet", index=False)
+            write_json(folder / SAMPLES, samples(candidate))
             write_sums(folder)
     for split, loss in losses.items():
         text = {"val": "validation"}.get(split, split)

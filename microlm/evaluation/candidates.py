@@ -1,7 +1,7 @@
 """A model to be evaluated, wherever it lies: in the pipeline, packaged, in a folder or on the hub."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,10 @@ class TransformersTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [np.asarray(row, dtype=np.int64) for row in ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,17 @@ class ModelShape:
         return self.layers * (attention + 3 * self.intermediate_size) * self.hidden_size
 
 
-def shape_of(config: dict[str, Any], n_vocab: int, context: int, name: str) -> ModelShape:
+MEND = "choose another teacher, or start: fresh"
+
+
+def shape_of(config: dict[str, Any], n_vocab: int, context: int, name: str, mend: str = MEND) -> ModelShape:
     """The shape that a config.json of the family describes.
 
     Args:
         n_vocab: ids that the tokenizer has.
         context: positions up to which every layer sees all that is before it.
         name: whose config it is, for the refusal.
+        mend: how a refusal ends.
 
     Raises:
         UserError: it is of another family, or has what the family's arithmetic here leaves out.
@@ -113,20 +117,17 @@ def shape_of(config: dict[str, Any], n_vocab: int, context: int, name: str) -> M
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise UserError(
-            f"{name}: is of architecture {family!r}, and only {', '.join(FAMILIES)} can be cut; choose such a teacher, "
-            "or start: fresh"
-        )
+        raise UserError(f"{name}: is of architecture {family!r}, and only {', '.join(FAMILIES)} can be had; {mend}")
     rope = config["rope_parameters"]
     scaling = None
     if rope["rope_type"] == "llama3":
         scaling = RopeScaling(**{key: rope[key] for key in RopeScaling.__dataclass_fields__})
     elif rope["rope_type"] != "default":
-        _refuse(name, f"rope_type {rope['rope_type']!r}")
+        _refuse(name, f"rope_type {rope['rope_type']!r}", mend)
     if rope.get("partial_rotary_factor", 1.0) != 1:
-        _refuse(name, "a partial rotation")
+        _refuse(name, "a partial rotation", mend)
     if config["hidden_act"] != "silu":
-        _refuse(name, f"hidden_act {config['hidden_act']!r}")
+        _refuse(name, f"hidden_act {config['hidden_act']!r}", mend)
     return ModelShape(
         n_vocab=n_vocab,
         padded_vocab=config["vocab_size"],
@@ -143,8 +144,8 @@ def shape_of(config: dict[str, Any], n_vocab: int, context: int, name: str) -> M
     )
 
 
-def _refuse(name: str, what: str) -> None:
-    raise UserError(f"{name}: has {what}, which a student here cannot have; choose another teacher, or start: fresh")
+def _refuse(name: str, what: str, mend: str) -> None:
+    raise UserError(f"{name}: has {what}, which a student here cannot have; {mend}")
 
 
 def config_of(shape: ModelShape, eot_id: int) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from torch import Tensor
 from microlm.corpus.tokenizer import Tokenizer, id_count
 from microlm.errors import UserError
 from microlm.files import atomic_directory, check_sums, read_json, sha256_bytes, sha256_file, write_json, write_sums
-from microlm.models.architecture import config_of, shape_of
+from microlm.models.architecture import MEND, config_of, shape_of
 from microlm.models.student import StudentLM
 from microlm.models.transformers_model import TransformersModel
 from microlm.runtime.paths import TRAINED_MODELS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -68,7 +68,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> Student
     return model.set_activation_dtype(dtype)
 
 
-def as_student(model: TransformersModel, name: str) -> StudentLM:
+def as_student(model: TransformersModel, name: str, mend: str = MEND) -> StudentLM:
     """A model of the llama family as a student of its own full shape: the same logits, float32 weights.
 
     Raises:
@@ -76,15 +76,33 @@ def as_student(model: TransformersModel, name: str) -> StudentLM:
     """
     config = model.network.config.to_dict()
     try:
-        shape = shape_of(config, model.n_vocab, model.uniform_context, name)
+        shape = shape_of(config, model.n_vocab, model.uniform_context, name, mend)
     except KeyError as error:
-        raise UserError(f"{name}: its config.json has no {error}; choose another teacher, or start: fresh") from None
+        raise UserError(f"{name}: its config.json has no {error}; {mend}") from None
     state = {key: tensor.float() for key, tensor in model.network.state_dict().items()}
     if shape.tied:
         state.pop("lm_head.weight", None)
     student = StudentLM(shape, seed=None)
     student.load_state_dict(state)
     return student
+
+
+def as_transformers(model: StudentLM, eot_id: int) -> "PreTrainedModel":
+    """The student as transformers has it, ready to evaluate: the other way round than `as_student`.
+
+    Its tensors are the student's own where they are of the activations' dtype, so that nothing is read or held twice.
+    """
+    import transformers
+
+    config = config_of(model.shape, eot_id)
+    network = getattr(transformers, config["architectures"][0])
+    return network.from_pretrained(
+        None,
+        revision=None,
+        config=network.config_class.from_dict(config),
+        state_dict=dict(model.state_dict()),
+        dtype=model.activation_dtype,
+    ).to(model.head_weight.device)
 
 
 def weights_sha256(directory: Path) -> str:

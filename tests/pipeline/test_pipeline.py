@@ -124,6 +124,12 @@ def test_fresh_clone_runs_to_the_report(finished: tuple[Clone, str]) -> None:
         *(f"evaluation/{name}" for name in (*TRAINED_MODELS, "teacher")),
     ):
         assert read(clone, f"metrics/{path}.json")
+    for name in (*TRAINED_MODELS, "teacher"):
+        written = read(clone, f"data/evaluation/{name}/samples.json")["samples"]
+        assert len(written) == 8 and all(sample["tokens"] or sample["ended"] for sample in written)
+    for name in TRAINED_MODELS:
+        weights = sha256_file(clone.directory / "models" / name / "model.safetensors")
+        assert read(clone, f"metrics/evaluation/{name}.json")["weights_sha256"] == weights
     for path in ("plots/hellaswag.png", "plots/loss.png"):
         assert (clone.directory / path).read_bytes().startswith(b"\x89PNG")
     assert (clone.directory / "plots/report.html").read_text().rstrip().endswith("</html>")

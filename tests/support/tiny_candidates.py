@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from microlm import cli
 from microlm.files import SUMS
@@ -46,6 +47,7 @@ def microlm(*arguments: object) -> Said:
     """The console script in this process, as a person's shell would see it."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    logging.disable_progress_bar()  # the command says so itself, before transformers is imported
     os.sched_setaffinity(0, {max(cores)})  # threads of a busy machine wait for each other longer than they compute
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["microlm", *map(str, arguments)])
