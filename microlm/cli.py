@@ -1,8 +1,10 @@
-"""The evaluator for people, beside the pipeline's stage, and what a scale takes before it is run.
+"""The evaluator for people, beside the pipeline's stage; what models write; models for elsewhere; a scale's costs.
 
 microlm evaluate models/student [packaged | FOLDER | HUB-ID ...] [--tasks hellaswag,sst2] [--shots 0,5] [--limit 500]
 microlm compare models/continued models/student
 microlm references
+microlm generate models/student packaged --prompt "The city of Rome"
+microlm export models/student --gguf
 microlm plan [--scale gpt2-124m] [--gpus 8] [--price-per-gpu-hour 2.5]
 """
 
@@ -11,13 +13,14 @@ microlm plan [--scale gpt2-124m] [--gpus 8] [--price-per-gpu-hour 2.5]
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from microlm.commands import export, generate
+from microlm.commands.named_models import HELP, load_named, normal_name, refuse_repetition, without_revision
 from microlm.config import PARAMS, load_config
 from microlm.errors import OneLineParser, UserError, plain, run_stage
 from microlm.evaluation.tasks.benchmarks import Material, benchmarks, gather
@@ -44,6 +47,7 @@ def main() -> None:
 def _run() -> None:
     arguments = _parser().parse_args()
     run = {"evaluate": _evaluate, "compare": _compare, "references": _references, "plan": _plan}
+    run |= {"generate": generate.run, "export": export.run}
     run[arguments.command](arguments)
 
 
@@ -66,12 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--table", choices=("text", "markdown"), default="text")
     add("--metrics", choices=("all", "primary"), default="all", help="of each task in the table (default all)")
     add = commands.add_parser("evaluate", parents=[scoring], help="score models; run again, it goes on").add_argument
-    add("models", nargs="+", metavar="MODEL", help="a model directory, a hub id[@revision] or packaged")
+    add("models", nargs="+", metavar="MODEL", help=HELP)
     commands.add_parser("references", parents=[scoring], help="score the hub models that params.yaml lists")
     add = commands.add_parser("compare", help="two models on the same questions: A minus B, paired").add_argument
     for side in ("A", "B"):
         add(side, help="a model as evaluated; several seeds of one arm: A1,A2,A3")
     add("--out", type=Path, default=OUT, metavar="FOLDER", help="where results lie (evaluations)")
+    generate.add_parser(commands)
+    export.add_parser(commands)
     plan = commands.add_parser("plan", help="tokens, FLOPs, bytes, memory and hours of a scale, before it is run")
     add = plan.add_argument
     add("--scale", metavar="NAME", help="a scale of params.yaml (default: the one it chooses)")
@@ -108,8 +114,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from microlm.evaluation.results.store import model_slug
 
-    names = [os.path.normpath(name) if os.path.isdir(name) else name for name in arguments.models]
-    _refuse_repetition("MODEL", [model_slug(_without_revision(name)[0]) for name in names])
+    names = list(map(normal_name, arguments.models))
+    refuse_repetition("MODEL", [model_slug(without_revision(name)[0]) for name in names])
     gathered = _gathered(arguments)
     if len(names) > 1:  # a mistake in the last model is told before the first one is scored
         for name in names:
@@ -133,42 +139,26 @@ def _gathered(arguments: argparse.Namespace) -> list[Material]:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UserError(f"--out: {arguments.out} is no folder; name another, or move the file away")
     names = list(TASKS) if arguments.tasks == "all" else arguments.tasks.split(",")
-    _refuse_repetition("--tasks", names)
+    refuse_repetition("--tasks", names)
     try:
         shots = [int(number) for number in arguments.shots.split(",")]
     except ValueError:
         raise UserError(f"--shots: {arguments.shots!r} is not whole numbers with commas, e.g. 0,5") from None
     if min(shots) < 0:
         raise UserError(f"--shots: {min(shots)} is less than 0; 0 is the fewest")
-    _refuse_repetition("--shots", shots)
+    refuse_repetition("--shots", shots)
     asked = benchmarks(names, arguments.protocol, shots, arguments.limit)
     return gather(asked, arguments.data, not arguments.offline)
 
 
-def _refuse_repetition(key: str, given: Sequence[object]) -> None:
-    """Two of the same would be one column, or one folder of results."""
-    repeated = [value for place, value in enumerate(given) if value in given[:place]]
-    if repeated:
-        raise UserError(f"{key}: {repeated[0]} is named twice; name it once")
-
-
-def _without_revision(name: str) -> tuple[str, str | None]:
-    """A hub id and its revision; a folder has none."""
-    if os.path.isdir(name):
-        return name, None
-    name, _, revision = name.partition("@")
-    return name, revision or None
-
-
 def _load(name: str, arguments: argparse.Namespace, gathered: Sequence[Material]) -> "tuple[Candidate, Runtime]":
     """The model, once nothing speaks against scoring it."""
-    from microlm.evaluation.candidates import load_candidate
     from microlm.evaluation.run import refuse_before_scoring
     from microlm.runtime.device import set_up
 
     many = sum(len(material.questions) for material in gathered) >= COMPILED_FROM
     runtime = set_up(RuntimeConfig(dtype=arguments.dtype, compile="auto" if many else "off", threads="auto"))
-    candidate = load_candidate(*_without_revision(name), runtime.dtype)
+    candidate = load_named(name, runtime.dtype)
     refuse_before_scoring(candidate, gathered, arguments.out)
     return candidate, runtime
 

@@ -48,6 +48,8 @@ def told(said: Said) -> str:
         ("microlm", ["evaluate", "models/student", "--tasks", "helaswag"]),
         ("microlm", ["compare", "nothing", "nobody"]),
         ("microlm", ["plan", "--gpus", "0"]),
+        ("microlm", ["generate", "models/student", "--prompt", "Rome", "--top-k", "0"]),
+        ("microlm", ["export", "models/student"]),
         ("stages.check", []),
         ("stages.study", ["--study", "nothing"]),
         ("stages.study", ["--jobs", "0"]),

@@ -160,7 +160,7 @@ class StudentLM(LanguageModel):
         if not shape.tied:
             self.lm_head = Linear(shape.hidden_size, shape.padded_vocab, bias=False)
         self._training_block: Callable[..., Tensor] = Block.__call__
-        angles = torch.arange(shape.context).double()[:, None] * _frequencies(shape)[None, :]
+        angles = torch.arange(shape.context).double()[:, None] * frequencies(shape)[None, :]
         angles = torch.cat((angles, angles), dim=-1)
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # [context, E]
         self.register_buffer("sin", angles.sin().float(), persistent=False)
@@ -257,7 +257,7 @@ def parameter_count(shape: ModelShape) -> int:
         return StudentLM(replace(shape, context=2), seed=None).parameter_count()
 
 
-def _frequencies(shape: ModelShape) -> Tensor:
+def frequencies(shape: ModelShape) -> Tensor:
     """Radians that each pair of a head's dimensions turns by at each position, float64 [E / 2]."""
     plain = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2).double() / shape.head_dim)
     slow = shape.rope_scaling

@@ -10,8 +10,9 @@ from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
 from microlm.evaluation.candidates import PACKAGED, load_candidate
+from microlm.models.gguf_format import read_gguf_llama
 from microlm.models.model_files import TransformersModel
-from microlm.models.teacher_source import PACKAGED_TEACHER, PackagedTeacher, read_gguf_llama, teacher_source
+from microlm.models.teacher_source import PACKAGED_TEACHER, PackagedTeacher, teacher_source
 from microlm.parameters import TeacherConfig
 from microlm.pipeline.capture import refuse_impossible
 from microlm.teacher.cache import CacheIdentity

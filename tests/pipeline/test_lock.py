@@ -49,6 +49,7 @@ TRAININGS = {"pretrain", "continue", "distill"}
 MATTERS_TO = {
     "microlm/runtime/distributed.py": {*TRAININGS, "teacher", "evaluate"},  # the others run in one process
     "microlm/models/teacher_source.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
+    "microlm/models/gguf_format.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
     "microlm/models/transformers_model.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
     "microlm/teacher/cache.py": {"teacher", "select", "distill", "probe", "ledger"},
     "microlm/teacher/records.py": {"teacher", "select", "distill", "probe", "ledger"},

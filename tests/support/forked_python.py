@@ -33,7 +33,7 @@ from microlm.files import atomic_file, sha256_bytes
 from tests.support.clones import ROOT
 from tests.support.shared import FIRST, made_once
 
-SERVED = ("stages.", "tests.support.", "dvc")
+SERVED = ("stages.", "tests.support.", "dvc", "microlm")
 # besides all stages: what they and DVC import only when they come to it
 AHEAD = """
     datasets matplotlib.backends.backend_agg PIL.JpegImagePlugin pandas.io.formats.csvs ruamel.yaml scipy.stats
