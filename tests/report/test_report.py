@@ -64,8 +64,22 @@ def _write_scores(top: Path) -> None:
                 "source": "cache",
                 "tokens": 307_200 if name == "teacher" else 1_998_848,
                 "tokens_before": 0 if name == "control" else 1_998_848,
+                "steps": 976,
+                "epochs": 1.5,
             },
         )
+
+
+def _write_models(top: Path) -> None:
+    """What the cards are made from, beside the scores: the weights are no more than their hash."""
+    for name in TRAINED_MODELS:
+        config = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 4, "hidden_size": 128}
+        _write_json(top / f"models/{name}/config.json", config | {"max_position_embeddings": 1024})
+        (top / f"models/{name}/SHA256SUMS").write_text(f"{name}  model.safetensors\n")
+    _write_json(top / "metrics/start.json", {"start": "fresh"})
+    counts = {split: {"documents": 90, "tokens": 80_000} for split in ("train", "val")}
+    _write_json(top / "metrics/tokenize.json", counts)
+    _write_json(top / "data/shards/manifest.json", {"source": {"source": "packaged"}})
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -93,6 +107,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as it stands when stage `compare` starts."""
     _write_scores(tmp_path)
     _write_curves(tmp_path)
+    _write_models(tmp_path)
     params = ROOT / "params.yaml"
     (tmp_path / "params.yaml").write_text(params.read_text())
     (tmp_path / OFFLINE).parent.mkdir(parents=True)
