@@ -41,6 +41,7 @@ class Config:
     beta: float = within(0, 1, low_open=True, high_open=True)
     skew: float = within(0, 1, low_open=True, high_open=True)
     tail: Literal["lumped", "capped", "table"] = field()
+    log: list[Literal["csv", "tensorboard"]] = field()
     references: list[ReferenceConfig] = field()
     at: ScaleConfig = field()
 
@@ -71,6 +72,10 @@ class Config:
             raise UserError("\n".join(lines)) from None
 
     def problems(self) -> Iterator[str]:
+        if "csv" not in self.log:
+            yield "log: lacks csv, of which plots and figures are made; write [csv] or [csv, tensorboard]"
+        elif len(set(self.log)) < len(self.log):
+            yield "log: each may be named once"
         if self.at is None:
             return
         captured, windows = self.at.teacher.temperatures, f"scales.{self.scale}.continuation.windows"

@@ -117,7 +117,10 @@ def _describe(option: Any) -> str:
     if typing.get_origin(option) is Literal:
         return "one of " + ", ".join(typing.get_args(option))
     if typing.get_origin(option) is list:
-        return f"a list of {WORDS[typing.get_args(option)[0]].removeprefix('a ')}s"
+        (inner,) = typing.get_args(option)
+        if typing.get_origin(inner) is Literal:
+            return f"a list of {', '.join(typing.get_args(inner))}"
+        return f"a list of {WORDS[inner].removeprefix('a ')}s"
     return WORDS[option]
 
 

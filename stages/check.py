@@ -10,11 +10,13 @@ from microlm.errors import run_stage
 from microlm.evaluation.tasks.benchmarks import configured_benchmarks
 from microlm.files import atomic_file
 from microlm.models.start_request import check_start
+from microlm.training.live_curves import refuse_absent
 
 
 def main() -> None:
     config = load_config()
     at = config.at
+    refuse_absent(config.log)
     with config.naming_keys():
         configured_benchmarks(at.evaluation.benchmarks)
         check_start(config.start_kind, at)

@@ -91,7 +91,7 @@ def _compare(config: Config) -> None:
 def parameters_of(config: Config) -> dict[str, Any]:
     """Those of the run, by their names in params.yaml; `start`, and what it changes in other blocks, is resolved."""
     block = asdict(config)
-    del block["references"]  # models of others
+    del block["references"], block["log"]  # models of others, and what changes no number
     scale = block.pop("at")
     return block | {"start": config.start_kind, "scales": {config.scale: scale}}
 

@@ -39,6 +39,7 @@ from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, cache_i
 from microlm.teacher.recorders import LiveTeacher, load_fitting_teacher, load_recorder
 from microlm.training import losses
 from microlm.training.history import Evaluation, History
+from microlm.training.live_curves import live_curves, refuse_absent
 from microlm.training.loop import Loss, Plan, train
 from microlm.training.optimizer import Optimizers
 
@@ -130,6 +131,7 @@ class Training:
         """
         config, plan, model, batches, tokenizer = self.config, self.plan, self.model, self.batches, self.tokenizer
         self._refuse_idle_processes()
+        refuse_absent(config.log)
         model.set_activation_dtype(runtime.dtype).to(runtime.device)
         if runtime.compiled:
             model.compile_blocks()
@@ -157,7 +159,9 @@ class Training:
         began = time.perf_counter()
         loss = loss or losses.cross_entropy(model.n_vocab, rates.z_loss)
         with resumable(plan.name, inputs) as directory:
-            history = train(model, batches, loss, plan, optimizers, evaluator, directory)
+            live = live_curves(config.log, plan.name, directory.name, plan.first_step, self._choices(said))
+            with live as show:
+                history = train(model, batches, loss, plan, optimizers, evaluator, directory, show)
             moments = optimizers.state_tensors() if plan.name == "control" else None
             if not distributed.is_first():
                 return

@@ -61,11 +61,15 @@ def train(
     optimizers: Optimizers,
     evaluator: Evaluator,
     directory: Path,
+    show: Callable[[History], None] = lambda history: None,
 ) -> History:
     """Train to the end, from the checkpoint in `directory` where there is one.
 
     Several processes share each step's micro-batches and each evaluation, stop at the same step and refuse the same
     update; the first one saves.
+
+    Args:
+        show: called with what there is so far after each evaluation.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; run the same command again to go on.
@@ -90,6 +94,7 @@ def train(
                             pace.saved(time.perf_counter() - began)
                     unseen = None if history.pending else batches.of_step(step)  # no step yet tells the training loss
                     history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
+                    show(history)
                 if step == plan.steps:
                     break
                 began = time.perf_counter()

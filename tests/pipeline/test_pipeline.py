@@ -5,6 +5,8 @@ interpreter of its own; `make test` under a tokenizer of bytes, in forks of one 
 promises is the same, and most of the time would go into a vocabulary of 50,257 and importing torch.
 """
 
+import contextlib
+import fnmatch
 import json
 import re
 import sys
@@ -18,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from microlm.config import load_config
 from microlm.corpus.tokenizer import load_tokenizer
+from microlm.errors import UserError
 from microlm.files import sha256_file
-from microlm.models.model_files import load_student
+from microlm.models.model_files import WEIGHTS, load_student
+from microlm.report.model_card import CARD, card_of
 from tests.support.clones import Clone
 from tests.support.forked_python import forked_python
 from tests.support.soak import SOAKING
@@ -37,8 +41,9 @@ TEXT = "A plant is a living thing; 1984 was a year.\n\n  Ünïcode — too."
 
 
 def fingerprint(clone: Clone, *folders: str) -> dict[str, str]:
-    """sha256 of every file below the folders."""
-    files = (path for folder in folders for path in (clone.directory / folder).rglob("*") if path.is_file())
+    """sha256 of every file below the folders that DVC keeps: it passes over the models' cards."""
+    found = (path for folder in folders for path in (clone.directory / folder).rglob("*") if path.is_file())
+    files = (path for path in found if path.name != CARD)
     return {str(path.relative_to(clone.directory)): sha256_file(path) for path in files}
 
 
@@ -168,6 +173,39 @@ def test_new_alpha_runs_four_stages_and_the_old_one_comes_from_the_run_cache(cha
     printed = clone.dvc("exp", "run", "-S", f"alpha={changed.alpha}")
     assert set(ran(printed)) <= {"check", "compare"}
     assert fingerprint(clone, "models", "data/evaluation") == before
+
+
+def test_a_card_beside_weights_makes_nothing_stale_and_is_never_of_others(changed: Changed, tmp_path: Path) -> None:
+    clone = changed.clone.copied(tmp_path / "clone")
+    cards = {name: clone.directory / "models" / name / CARD for name in TRAINED_MODELS}
+    clone.dvc("config", "--local", "core.remote", "kept")
+    clone.dvc("remote", "add", "--local", "kept", str(tmp_path / "remote"))
+    assert all(card_of(card.parent) for card in cards.values()) and "alpha 0.2" in cards["student"].read_text()
+    for command in (["push", "evaluate@student"], ["gc", "--workspace", "--force"], ["checkout"], ["pull", "distill"]):
+        clone.dvc(*command, "--quiet")
+        assert all(card.is_file() for card in cards.values()) and not fnmatch.filter(listed(clone), f"*{CARD}")
+        assert "up to date" in clone.dvc("status")
+    clone.dvc("exp", "save", "--name", "at-02")
+    clone.dvc("exp", "run", "-S", f"alpha={changed.alpha}")
+    clone.dvc("exp", "apply", "at-02")  # brings the models of 0.2 and no card
+    for card in cards.values():
+        with contextlib.suppress(UserError):  # of weights that are gone
+            assert card_of(card.parent) is None or str(sha256_file(card.parent / WEIGHTS)) in card.read_text()
+    clone.run(clone.python, "-m", "stages.compare", "--cards")
+    assert all(card_of(card.parent) for card in cards.values()) and "alpha 0.2" in cards["student"].read_text()
+    assert "up to date" in clone.dvc("status") and "note:" not in told_of_cards(clone)
+    cards["student"].write_text(
+        cards["student"].read_text().replace(sha256_file(cards["student"].parent / WEIGHTS), "0")
+    )
+    assert "models/student/README.md: is of other weights" in told_of_cards(clone)
+
+
+def listed(clone: Clone) -> list[str]:
+    return clone.dvc("ls", "--dvc-only", "--recursive", ".", "models").split()
+
+
+def told_of_cards(clone: Clone) -> str:
+    return clone.run(clone.python, "-m", "stages.compare", "--show").stderr
 
 
 def test_live_teacher_leaves_no_cache_and_one_graph(clone: Clone) -> None:

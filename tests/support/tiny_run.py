@@ -21,6 +21,7 @@ from microlm.corpus.parts import EVALUATION, validation_arrow
 from microlm.corpus.tokenizer import END_OF_TEXT, Tokenizer
 from microlm.corpus.tokenizer_format import ALPHABET, BYTE_LEVEL, byte_level_definition
 from microlm.files import sha256_file, sha256_json, write_json
+from microlm.report.model_card import CARD
 from microlm.report.offline_page import PAGE as OFFLINE
 from tests.support.clones import ROOT
 from tests.support.forked_python import Forked
@@ -71,8 +72,9 @@ PRETRAIN, CONTINUE, DISTILL = (
 LABEL = Stage(("teacher",), ("data/teacher", "metrics/teacher.json"))
 SELECT = Stage(("select",), ("data/windows.npy", "metrics/windows.json"))
 EVALUATIONS = tuple(_evaluation(name) for name in ("control", "continued", "student", "teacher"))
+CARDS = tuple(f"models/{name}/{CARD}" for name in ("control", "continued", "student"))
 FIGURES = ("plots/hellaswag.png", "plots/loss.png", "plots/report.html")
-COMPARE = Stage(("compare",), ("metrics/summary.json", *FIGURES))
+COMPARE = Stage(("compare",), ("metrics/summary.json", *FIGURES, *CARDS))
 FETCH = Stage(("fetch",), ("data/parts",))
 STAGES = (TOKENIZE, OUTSIDE, START, PRETRAIN, LABEL, SELECT, DISTILL, CONTINUE, *EVALUATIONS, COMPARE)
 
@@ -131,10 +133,14 @@ def remove_outputs(stage: Stage, directory: Path) -> None:
 
 
 def contents(directory: Path, outputs: Iterable[str]) -> dict[str, str]:
-    """sha256 of each file of the outputs; of metrics without what the clock and the machine decide."""
+    """sha256 of each file of the outputs; of metrics without what the clock and the machine decide.
+
+    A model's card is no part of it, as .dvcignore says, unless it is named itself.
+    """
     found = {}
     for path in (directory / output for output in outputs):
-        for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        inside = (file for file in sorted(path.rglob("*")) if file.is_file() and not file.match(f"models/*/{CARD}"))
+        for file in [path] if path.is_file() else inside:
             is_metrics = file.suffix == ".json" and "metrics" in file.relative_to(directory).parts
             digest = sha256_json(_timeless(json.loads(file.read_text()))) if is_metrics else sha256_file(file)
             found[str(file.relative_to(directory))] = digest
