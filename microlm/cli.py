@@ -11,6 +11,7 @@ microlm plan [--scale gpt2-124m] [--gpus 8] [--price-per-gpu-hour 2.5]
 # Commands import what they run themselves: torch takes seconds, which neither --help nor a refusal should.
 
 import argparse
+import difflib
 import json
 import math
 import sys
@@ -22,11 +23,12 @@ from typing import TYPE_CHECKING
 from microlm.commands import export, generate
 from microlm.commands.named_models import HELP, load_named, normal_name, refuse_repetition, without_revision
 from microlm.config import PARAMS, load_config
-from microlm.errors import OneLineParser, UserError, plain, run_stage
+from microlm.errors import OneLineParser, UserError, keeping, plain, run_stage
 from microlm.evaluation.tasks.benchmarks import Material, benchmarks, gather
 from microlm.evaluation.tasks.prompts import PROTOCOLS
 from microlm.evaluation.tasks.task import TASKS
 from microlm.files import write_json
+from microlm.models.model_names import refuse_absent_folder
 from microlm.parameters import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -115,12 +117,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from microlm.evaluation.results.store import model_slug
 
     names = list(map(normal_name, arguments.models))
+    for name in names:
+        refuse_absent_folder(without_revision(name)[0], "MODEL: ")
     refuse_repetition("MODEL", [model_slug(without_revision(name)[0]) for name in names])
     gathered = _gathered(arguments)
     if len(names) > 1:  # a mistake in the last model is told before the first one is scored
         for name in names:
             _load(name, arguments, gathered)
-    _print_table([result for name in names for result in _score(name, arguments, gathered)], arguments)
+    with keeping(lambda: f"finished tasks are kept in {arguments.out}"):
+        results = [result for name in names for result in _score(name, arguments, gathered)]
+    _print_table(results, arguments)
 
 
 def _print_table(results: "Sequence[Result]", arguments: argparse.Namespace) -> None:
@@ -232,4 +238,8 @@ def _results_folder(name: str, out: Path) -> Path:
     for folder in (out / model_slug(name.partition("@")[0]), Path(name)):
         if folder.is_dir() and any(folder.glob("*shot*.json")):
             return folder
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if not Path(name).is_dir() and (close := difflib.get_close_matches(model_slug(name), there, n=1)):
+        raise UserError(f"{name}: no results in {out}; did you mean {out / close[0]}?")
+    refuse_absent_folder(name.partition("@")[0])
     raise UserError(f"{name}: no results in {out}; make them with: microlm evaluate {name}")

@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -16,6 +18,8 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)|hf_[A-Za-z0-9]{16,}")
 
 class UserError(Exception):
     """A mistake that the person can mend. Its text is complete: what, where, how to mend it."""
+
+    status = 1  # that the program ends with
 
 
 class ParameterError(UserError):
@@ -33,6 +37,62 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where Ctrl-C would be: temporary files go and children end, which its default leaves behind."""
 
 
+@contextmanager
+def keeping(what: Callable[[], str]) -> Iterator[None]:
+    """Tell who interrupts the body `what` is kept of it, "" for nothing, and so how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if told := what():
+            stop.add_note(told)
+        raise
+
+
+def end_at_once(told: Callable[[], str]) -> None:
+    """Have Ctrl-C end this process from now on, also while it waits in C, where no handler of Python's would run.
+
+    A thread reads of it in the pipe into which the interpreter's own handler writes on the spot. For work of which all
+    that is finished is on the disk at any moment.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch() -> None:
+        while came := os.read(read, 64):
+            if signal.SIGINT in came:
+                os.write(2, f"\n{_interrupted('interrupted', [told()])}\n".encode())
+                os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="ends at once", daemon=True).start()
+
+
+def tell_early_interrupts() -> None:
+    """Where `python -m` looks for the program that it will run: have Ctrl-C be one line while that imports, too.
+
+    A handler, and no exception, which some libraries swallow while they import.
+    """
+    if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _before_the_start)
+
+
+def begin() -> None:
+    """What `tell_early_interrupts` waits for."""
+    if signal.getsignal(signal.SIGINT) is _before_the_start:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _before_the_start(_: int, __: FrameType | None) -> None:
+    os.write(2, f"\n{_interrupted('interrupted', ['nothing was begun'])}\n".encode())
+    os._exit(128 + signal.SIGINT)
+
+
+def _interrupted(what: str, kept: Sequence[str]) -> str:
+    told = "; ".join(filter(None, kept)) or "nothing is left half-written"
+    return f"error: {what}; {plain(told)}; run the same command again to go on"
+
+
 def _terminate(_: int, __: FrameType | None) -> None:
     raise Terminated
 
@@ -46,6 +106,7 @@ def run_stage(main: Callable[[], None]) -> None:
 
     Anything else is a defect of ours and keeps its traceback.
     """
+    begin()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
@@ -83,11 +144,11 @@ def without_secrets(text: str) -> str:
 def explained(error: BaseException) -> tuple[str, int] | None:
     """What a person is told of `error`, a line each, and the exit status; None for a defect of ours."""
     if isinstance(error, UserError):
-        return "\n".join(f"error: {plain(line)}" for line in str(error).split("\n")), 1
-    if isinstance(error, Terminated):
-        return "error: terminated", 128 + signal.SIGTERM
+        return "\n".join(f"error: {plain(line)}" for line in str(error).split("\n")), error.status
     if isinstance(error, KeyboardInterrupt):
-        return "error: interrupted", 130
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        what = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
+        return _interrupted(what, getattr(error, "__notes__", ())), 128 + number
     if isinstance(error, OSError):
         number, where, reason = error.errno, error.filename, error.strerror
     else:  # safetensors raises an exception of its own and leaves the system's number in its text

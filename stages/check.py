@@ -9,6 +9,7 @@ from microlm.corpus.sources import refuse_unfit
 from microlm.errors import run_stage
 from microlm.evaluation.tasks.benchmarks import configured_benchmarks
 from microlm.files import atomic_file
+from microlm.models.model_names import refuse_absent_folder
 from microlm.models.start_request import check_start
 from microlm.training.live_curves import refuse_absent
 
@@ -17,6 +18,7 @@ def main() -> None:
     config = load_config()
     at = config.at
     refuse_absent(config.log)
+    refuse_absent_folder(at.teacher.model, f"params.yaml: scales.{config.scale}.teacher.model: ")
     with config.naming_keys():
         configured_benchmarks(at.evaluation.benchmarks)
         check_start(config.start_kind, at)

@@ -1,7 +1,6 @@
 """Stream the corpus through the tokenizer into token shards -> data/shards/, metrics/tokenize.json."""
 
 import os
-import signal
 import time
 from dataclasses import asdict
 from itertools import islice
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from microlm.config import load_config
 from microlm.corpus import sources, tokenizer, writing
-from microlm.errors import run_stage
+from microlm.errors import end_at_once, run_stage
 from microlm.files import write_json
 from microlm.runtime.paths import METRICS, SHARDS
 from microlm.runtime.resume import resumable, stage_code
@@ -28,9 +27,8 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     config = load_config()
     corpus, threads = config.at.corpus, config.at.runtime.threads
-    if corpus.source == "hub":
-        # where pyarrow waits for the hub no handler would run; what is finished is on the disk at any moment
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if corpus.source == "hub":  # where pyarrow waits for it no handler would run
+        end_at_once(lambda: "finished shards are kept in .resume")
     started = time.perf_counter()
     encoder = tokenizer.build_tokenizer(corpus.tokenizer)
     source = sources.describe(corpus)

@@ -215,7 +215,9 @@ def test_interrupt_is_a_line_and_a_failure(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as ended:
         run_stage(stage)
     assert ended.value.code not in (0, None)
-    assert capsys.readouterr().err.splitlines() == ["error: interrupted"]
+    assert capsys.readouterr().err.splitlines() == [
+        "error: interrupted; nothing is left half-written; run the same command again to go on"
+    ]
 
 
 @pytest.mark.parametrize("defect", [ValueError("ours"), OSError(errno.EIO, "input/output error")])

@@ -1,6 +1,5 @@
 """A model to be evaluated, wherever it lies: in the pipeline, packaged, in a folder or on the hub."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from microlm.errors import UserError, explained
 from microlm.files import sha256_bytes, sha256_file
 from microlm.models import model_files
 from microlm.models.interface import LanguageModel
+from microlm.models.model_names import refuse_absent_folder
 from microlm.models.student import Linear
 from microlm.models.teacher_source import PackagedTeacher, TeacherSource, teacher_source
 from microlm.parameters import TeacherConfig
@@ -86,8 +86,7 @@ def load_candidate(name: str, revision: str | None, dtype: torch.dtype) -> Candi
         except UserError as error:
             raise UserError(f"{error}; or make the model again, which has its tokenizer beside its weights") from None
         return _student(name, directory, tokenizer, dtype)
-    if not directory.is_dir() and (directory.exists() or name.startswith((".", os.sep)) or name.count("/") > 1):
-        raise UserError(f"{name}: is no model directory; name a folder with config.json, or a hub id such as gpt2")
+    refuse_absent_folder(name)
     try:
         model, tokenizer = model_files.from_transformers(name, revision, dtype, "model")
         model.refuse_foreign_logits(name)

@@ -1,6 +1,7 @@
 """To and from Hugging Face model directories. The only module that imports transformers' models."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from microlm.corpus.tokenizer import Tokenizer, id_count
 from microlm.errors import UserError
 from microlm.files import atomic_directory, check_sums, read_json, sha256_bytes, sha256_file, write_json, write_sums
 from microlm.models.architecture import MEND, config_of, shape_of
+from microlm.models.model_names import hub_or_cache, refuse_absent_folder
 from microlm.models.student import StudentLM
 from microlm.models.transformers_model import TransformersModel
 from microlm.runtime.paths import TRAINED_MODELS
@@ -126,16 +128,18 @@ def from_transformers(
     Raises:
         UserError: weights or tokenizer are absent, damaged or unreachable; it begins with `key`.
     """
+    refuse_absent_folder(name, f"{key}: ")
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if os.path.isdir(name):
         check_sums(Path(name), os.listdir(name), "copy the folder again")
     try:
-        network, found = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        with nullcontext() if os.path.isdir(name) else hub_or_cache():
+            network, found = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         where = "is not a folder here, and the hub did not give it" if not os.path.isdir(name) else "could not be read"
         reason = " ".join(str(error).split())[:160]

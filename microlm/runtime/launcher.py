@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from microlm.errors import UserError, explained, run_stage
+from microlm.errors import UserError, begin, explained, run_stage
 from microlm.files import write_json
 from microlm.runtime import distributed
 
@@ -89,19 +89,21 @@ def _launch(count: int, command: list[str]) -> None:
         shutdown_timeout=SHUTDOWN_S,
     )
     with tempfile.TemporaryDirectory(prefix="microlm-") as reports:
-        os.environ[REPORTS] = reports
+        os.environ[REPORTS], status = reports, 1
         try:
             elastic_launch(config, command[0])(*command[1:])
             return
         except SignalException as stopped:
-            ended = f"stopped by {signal.Signals(stopped.sigval).name}"
+            ended, status = f"stopped by {signal.Signals(stopped.sigval).name}", 128 + stopped.sigval
         except ChildFailedError as failed:
             ended = _first_killed(count, {number: failure.exitcode for number, failure in failed.failures.items()})
         told = sorted((json.loads(path.read_text()) for path in Path(reports).glob("*.json")), key=itemgetter("at"))
     # whose peer is gone says so too: that is told only where no cause is known
     cause = next((report for report in told if not report["lost"]), None)
     if cause is None and (ended or not told):
-        raise UserError(f"{ended or 'a process ended without a word'}; run the same command again to go on")
+        error = UserError(f"{ended or 'a process ended without a word'}; run the same command again to go on")
+        error.status = status
+        raise error
     print((cause or told[0])["text"], file=sys.stderr)
     sys.exit((cause or told[0])["status"])
 
@@ -117,6 +119,7 @@ def _first_killed(count: int, statuses: dict[int, int]) -> str:
 
 def _run_reporting(main: Callable[[], None], reports: Path) -> None:
     """Be one process of `_launch`: say nothing, leave a report."""
+    begin()
     _stop_with_the_launcher()
     try:
         with distributed.joined():
@@ -150,8 +153,9 @@ def _stop_with_the_launcher() -> None:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag, so that a step is finished and saved before the process ends.
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Turn SIGINT and SIGTERM into a flag, so that a step is finished and saved before the process ends: the number of
+    the first that came, else 0.
 
     Where the step cannot finish, because the process waits for a device or for another process that is gone, a second
     request `SAME_REQUEST_S` after the first ends it with status 128 + signal. Nothing is written half: what reaches
@@ -166,7 +170,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     previous_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_end_at_second, args=(read,), name="stop requests", daemon=True).start()
     try:
-        yield lambda: bool(asked)
+        yield lambda: asked[0] if asked else 0
     finally:
         signal.set_wakeup_fd(previous_pipe)
         os.close(write)  # the thread's pipe ends, and with it the thread

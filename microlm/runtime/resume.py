@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from microlm.errors import UserError
+from microlm.errors import UserError, keeping
 from microlm.files import read_yaml, remove_directory, sha256_file, sha256_json
 
 ROOT = Path(__file__).parents[2]  # of the repository, whose stages' code is hashed; a stage may run elsewhere
@@ -64,7 +64,8 @@ def resumable(stage: str, inputs: Any) -> Iterator[Path]:
     try:
         directory.mkdir(exist_ok=True)
         distributed.wait_for_all()
-        yield directory
+        with keeping(lambda: f"what was finished is kept in {directory}" if any(directory.iterdir()) else ""):
+            yield directory
         distributed.wait_for_all()
         remove_directory(directory)
     finally:

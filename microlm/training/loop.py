@@ -50,7 +50,11 @@ class Plan:
 
 
 class Interrupted(UserError):
-    """Asked to stop; the state is saved."""
+    """Asked to stop by a signal; the state is saved."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.status = 128 + number
 
 
 def train(
@@ -104,12 +108,13 @@ def train(
                 history.add_step(plan.first_step + step + 1, cross_entropy)
                 bar.set_postfix_str(f"loss {cross_entropy:.3f}, lr {optimizers.learning_rate:.1e}", refresh=False)
                 bar.update(step_tokens)
-                if distributed.any_rank(stopping()):
+                if number := distributed.largest(stopping()):
                     refuse_infinite_weights(model, plan, batches, step + 1)
                     save_checkpoint(directory, model, optimizers, step + 1, history)
                     raise Interrupted(
                         f"{plan.name}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
-                        "run the same command again to go on"
+                        "run the same command again to go on",
+                        number,
                     )
         return history
 

@@ -151,7 +151,8 @@ def test_an_interrupted_run_leaves_whole_files_and_ends_as_an_uninterrupted_one(
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said = finished(process)
-    assert said.code == 130 and said.err.splitlines()[-1] == "error: interrupted" and "Traceback" not in said.err
+    told = f"error: interrupted; finished tasks are kept in {tmp_path / 'cut'}; run the same command again to go on"
+    assert said.code == 130 and said.err.splitlines()[-1] == told and "Traceback" not in said.err
     left = stamps(tmp_path / "cut")
     done = [read_result(path) for path in tmp_path.glob("cut/*/*.json")]
     assert 0 < len(done) < len(tasks) and not [name for name in left if name.endswith(".tmp")]

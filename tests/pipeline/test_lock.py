@@ -33,6 +33,8 @@ HARMLESS = {
     "microlm/corpus/tokenizer.py": "tokenize names it; ids are held against the reference, the shards name them",
     "microlm/corpus/tokenizer_format.py": "as tokenizer.py",
     "microlm/errors.py": "words for people",
+    "microlm/models/model_names.py": "refuses what is not there; which weights were found is in the digests",
+    "microlm/training/live_curves.py": "shows what the curves' files hold",
     "microlm/files.py": "how bytes reach the disk, not which",
     "microlm/runtime/compilation.py": "a flag, which device.py sets",
     "microlm/runtime/launcher.py": "starts and stops processes; how many, or when, changes no result",

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from microlm.runtime.launcher import SAME_REQUEST_S, stop_requests
 from tests.support.bare_ranks import start_real
+from tests.support.clones import ROOT
 
 STOPS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 # a store waits for a key that nobody sets
@@ -62,7 +64,7 @@ def test_a_launcher_told_twice_to_stop_leaves_no_process_that_waits_for_another(
     assert len(children) == 2 and all(child.is_running() for child in children)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 128 + number
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert f"stopped by {number.name}" in line and "Traceback" not in said
     assert not psutil.wait_procs(children, timeout=30)[1]
@@ -83,3 +85,34 @@ def test_requests_of_before_are_handled_as_before(number: signal.Signals) -> Non
         assert came == [number] and signal.set_wakeup_fd(-1) == -1
     finally:
         signal.signal(number, previous)
+
+
+def test_ctrl_c_is_a_line_also_while_a_stage_still_imports(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "stages.pretrain"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    while "numpy" not in (line := process.stderr.readline()):
+        assert line
+    process.send_signal(signal.SIGINT)
+    said = [line for line in process.communicate()[1].splitlines() if line and not line.startswith("import time:")]
+    assert process.returncode == 128 + signal.SIGINT
+    assert said == ["error: interrupted; nothing was begun; run the same command again to go on"]
+
+
+WAITS_AT_ONCE = """
+import os
+from microlm.errors import end_at_once
+end_at_once(lambda: "much is kept")
+os.write(1, b"waiting\\n")
+os.read(os.pipe()[0], 1)  # again after the signal, as PEP 475 has it: no exception of Python's ends this
+"""
+
+
+def test_work_that_waits_in_c_can_end_at_once_and_says_what_is_kept(tmp_path: Path) -> None:
+    process = start_real(tmp_path, "-c", WAITS_AT_ONCE)
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.strip() == "error: interrupted; much is kept; run the same command again to go on"
