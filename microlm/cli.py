@@ -36,6 +36,20 @@ if TYPE_CHECKING:
     from microlm.evaluation.results.store import Result
     from microlm.runtime.device import Runtime
 
+GUIDE = """\
+MicroLM: does distillation pay for a small language model? From a clone to a verdict, in this order:
+
+  make setup && . .venv/bin/activate      the environment, once
+  dvc repro                               run what is stale: teacher's cache, three models, scores, verdict
+  python -m stages.compare --show         the table again, and what it allows one to say
+  dvc exp run -S alpha=0.2                the same with another parameter; all of them are in params.yaml
+  dvc metrics diff, dvc plots diff        that against the last commit: numbers, curves
+  microlm evaluate models/student         any model's benchmarks; then microlm compare A B, microlm references
+  microlm plan --scale gpt2-124m          hours, memory and money of a larger run, before it is run
+  make study                              the arms over three seeds
+
+microlm COMMAND --help has a command's options, README.md all the rest.
+"""
 OUT = Path("evaluations")
 BATCH_TOKENS = 8192
 COMPILED_FROM = 2000  # questions; with fewer, compiling the pass over the logits takes longer than it saves
@@ -47,6 +61,9 @@ def main() -> None:
 
 
 def _run() -> None:
+    if not sys.argv[1:]:
+        print(GUIDE, end="")
+        return
     arguments = _parser().parse_args()
     run = {"evaluate": _evaluate, "compare": _compare, "references": _references, "plan": _plan}
     run |= {"generate": generate.run, "export": export.run}

@@ -20,6 +20,7 @@ from microlm.report.provenance import origin
 from microlm.report.summary import COMPARISONS, benchmark_rows, centred_mean_rows, summarize
 from microlm.report.summary_table import benchmarks_markdown, markdown, report_text
 from microlm.runtime.paths import METRICS, TRAINED_MODELS
+from microlm.runtime.terminal import waiting
 
 SUMMARY = METRICS / "summary.json"
 CARDS = "--cards"
@@ -50,7 +51,8 @@ def main() -> None:
             f"stages.compare: takes one option or none: python -m stages.compare [{' | '.join((*SHOWN, CARDS))}]"
         )
     if not sys.argv[1:]:
-        _compare(load_config())
+        with waiting("compare: intervals and figures"):
+            _compare(load_config())
     summary = read_json(SUMMARY, "compare")
     try:
         if asked[0] == CARDS:

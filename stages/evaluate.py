@@ -29,7 +29,7 @@ from microlm.runtime.device import set_up
 from microlm.runtime.launcher import run_shared_stage
 from microlm.runtime.paths import METRICS, SCORES, SHARDS
 from microlm.runtime.resume import resumable
-from microlm.runtime.terminal import progress_bar
+from microlm.runtime.terminal import progress_bar, waiting
 from microlm.teacher.projection import Projection, native_loss
 
 
@@ -40,7 +40,8 @@ def main() -> None:
         )
     name, config, started = sys.argv[1], load_config(), time.monotonic()
     runtime = set_up(config.at.runtime)
-    candidate = load_pipeline_model(name, config.at.teacher, runtime.dtype)
+    with waiting(f"{name}: reading it"):
+        candidate = load_pipeline_model(name, config.at.teacher, runtime.dtype)
     candidate.model.to(runtime.device)
     metrics: dict[str, Any] = {"model": name, "parameters": candidate.parameters, "weights_sha256": candidate.weights}
     # a benchmark that an interrupted run finished is taken from here: each says which weights and questions it is of
@@ -70,7 +71,8 @@ def _benchmarks(candidate: Candidate, config: Config, out: Path) -> dict[str, An
     at = config.at.evaluation
     with config.naming_keys():
         asked = configured_benchmarks(at.benchmarks)
-    gathered = gather(asked, Path(at.data) if at.data else None, at.hub, config.at.corpus.source)
+    with waiting("reading the benchmarks"):
+        gathered = gather(asked, Path(at.data) if at.data else None, at.hub, config.at.corpus.source)
     refuse_before_scoring(candidate, gathered, out)
     found: dict[str, Any] = {}
     for result, _ in evaluate(candidate, gathered, out, at.batch_tokens):

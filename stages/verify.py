@@ -19,7 +19,7 @@ from microlm.models.teacher_source import teacher_source
 from microlm.research.verify import refuse_other, replay
 from microlm.runtime.device import set_up
 from microlm.runtime.paths import CACHE, SHARDS
-from microlm.runtime.terminal import banner, progress_bar
+from microlm.runtime.terminal import banner, progress_bar, waiting
 from microlm.teacher.cache import TeacherCache, cache_identity
 from microlm.teacher.recorders import load_recorder
 
@@ -56,7 +56,8 @@ def main() -> None:
     tokenizer = load_tokenizer(SHARDS / "tokenizer")
     with config.naming_keys():
         source, of_teacher = teacher_source(asked), replace(identity, teacher=asked.model)
-        record = load_recorder(source, of_teacher, runtime, tokenizer)
+        with waiting(f"verify: reading {asked.model}"):
+            record = load_recorder(source, of_teacher, runtime, tokenizer)
     own = record.projection.teacher.fingerprint if record.projection else None  # none where it is the corpus's
     refuse_other(cache, "teacher_tokenizer", own, CACHE, asked.model)
     if not given.replay_only:

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from huggingface_hub import constants
 
+from microlm import cli
 from microlm.evaluation.tasks.task import TASKS
 from tests.support.clones import ROOT
 from tests.support.tiny_candidates import (
@@ -44,7 +45,9 @@ def told(said: Said) -> str:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
+        ("microlm", []),
         ("microlm", ["--help"]),
+        ("microlm", ["evaluate", "models/studnet"]),
         ("microlm", ["evaluate", "models/student", "--tasks", "helaswag"]),
         ("microlm", ["compare", "nothing", "nobody"]),
         ("microlm", ["plan", "--gpus", "0"]),
@@ -101,13 +104,23 @@ def test_a_mistake_is_one_line_and_nothing_is_written(arguments: list[str], line
     assert not out.exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["evaluate"], ["compare", "models/student"], ["assess", "models/student"]])
+def test_alone_it_says_what_can_be_done_and_names_every_command() -> None:
+    said = microlm()
+    assert said.code in (0, None) and said.err == ""
+    lines = [line for line in said.out.splitlines() if line]
+    assert len(lines) <= 14 and max(map(len, lines)) <= 120
+    (listed,) = (action.choices for action in cli._parser()._actions if action.dest == "command")
+    assert set(re.findall(r"microlm ([a-z]+)", said.out)) == set(listed)
+
+
+@pytest.mark.parametrize("arguments", [["evaluate"], ["compare", "models/student"], ["assess", "models/student"]])
 def test_an_unfinished_command_is_one_line(arguments: list[str]) -> None:
     assert "--help says what there is" in told(microlm(*arguments))
 
 
 UNSCORABLE = [
     ("./models/nothing", r"\./models/nothing: is no model directory; name a folder with config\.json"),
+    ("models/studnet", r"models/studnet: is no model directory; did you mean models/student\?"),
     ("data", r"data/config\.json is not there; name a folder with config\.json, model\.safetensors and tokenizer"),
     ("models/student", r"MODEL: models--student is named twice"),
     ("models/student/", r"MODEL: models--student is named twice"),

@@ -21,7 +21,7 @@ from microlm.runtime import distributed
 from microlm.runtime.device import Runtime, peak_memory_bytes
 from microlm.runtime.paths import CACHE, METRICS, SHARDS
 from microlm.runtime.resume import resumable, stage_code
-from microlm.runtime.terminal import banner, progress_bar
+from microlm.runtime.terminal import banner, progress_bar, waiting
 from microlm.teacher.cache import MANIFEST, TABLE, CacheIdentity, cache_identity, manifest_of, map_block, sealed_sums
 from microlm.teacher.capture import capture, projected_loss
 from microlm.teacher.projection import loss_of_gold, native_loss
@@ -40,7 +40,8 @@ def capture_teacher(config: Config, runtime: Runtime) -> None:
     refuse_impossible(identity, config)
     with config.naming_keys():
         source = teacher_source(at.teacher)
-        record = load_recorder(source, identity, runtime, tokenizer)
+        with waiting(f"teacher: reading {at.teacher.model}"):
+            record = load_recorder(source, identity, runtime, tokenizer)
     identity, projection, weights_sha256 = record.identity, record.projection, source.fingerprint(record.model)
     told = {
         "model": at.teacher.model,
@@ -73,7 +74,8 @@ def capture_teacher(config: Config, runtime: Runtime) -> None:
             head_mass = sum(sealed_sums(directory / name)["head_mass"] for name, _ in identity.blocks())
             told |= {"record": identity.record, "bytes_per_token": identity.token_bytes}
             told |= {"head_mass": head_mass / labelled.tokens, "train": _in_units(labelled)}
-        told |= _held_out(record, config, tokenizer, labelled)
+        with waiting("teacher: its loss on validation text"):
+            told |= _held_out(record, config, tokenizer, labelled)
         speed |= {"elapsed_s": round(time.perf_counter() - began, 1), "peak_memory_bytes": peak_memory_bytes()}
         write_json(METRICS / "teacher.json", told | speed)
 

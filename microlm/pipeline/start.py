@@ -23,13 +23,13 @@ from microlm.models import model_files, pruning
 from microlm.models.architecture import ModelShape
 from microlm.models.start_request import pruned_shape, refuse_embedding, refuse_pruned
 from microlm.models.student import StudentLM
-from microlm.models.teacher_source import teacher_source
+from microlm.models.teacher_source import TeacherSource, teacher_source
 from microlm.objective.fused_head import token_nats
 from microlm.parameters import ModelConfig
 from microlm.report.figure_style import draw_layers
 from microlm.runtime.device import Runtime
 from microlm.runtime.paths import METRICS, PLOTS, SHARDS, START
-from microlm.runtime.terminal import banner, progress_bar
+from microlm.runtime.terminal import banner, progress_bar, waiting
 
 LAYERS = PLOTS / "start.csv"
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: matrix products like round shapes
@@ -49,7 +49,8 @@ def make_start(config: Config, runtime: Runtime) -> None:
         layers = _table([0.0] * model.shape.layers, range(model.shape.layers))
     batch, val = config.at.batch, TokenShards(SHARDS, "val")
     windows, rows = config.at.pretrain.validation_windows, batch.micro_batch_rows
-    seen = loss_on(model, val, tokenizer.byte_lengths, batch.seq_len, windows, rows)
+    with progress_bar(windows, 0, "window", "start: its loss") as bar:
+        seen = loss_on(model, val, tokenizer.byte_lengths, batch.seq_len, windows, rows, bar.update)
     told = {"start": config.start_kind, "parameters": model.parameter_count(), **told}
     told |= {"shape": asdict(model.shape), "val_loss": seen.nats, "val_bpb": seen.bpb}
     shape = f"shape    {model.shape.layers} layers, {model.shape.hidden_size} wide"
@@ -99,7 +100,8 @@ def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
     shards, seq_len = TokenShards(SHARDS, "train"), config.at.batch.seq_len
     labelled = cached_windows(shards, seq_len, config.at.teacher.windows)
     batch = read_batch(shards, labelled[evenly_spaced(len(labelled), wanted.calibration_windows)], seq_len)
-    scores, shape, removed = pruning.importance(teacher, batch), pruned_shape(wanted, teacher.shape), None
+    with waiting("start: what each part of the teacher does"):
+        scores, shape, removed = pruning.importance(teacher, batch), pruned_shape(wanted, teacher.shape), None
     if isinstance(wanted.layers, list):
         layers = tuple(wanted.layers)
     elif wanted.layers is None or wanted.choose == "influence":
@@ -121,6 +123,11 @@ def _pruned(config: Config, runtime: Runtime, tokenizer: Tokenizer) -> Made:
 def _teacher(config: Config, tokenizer: Tokenizer) -> Any:
     """The teacher of params.yaml, float32, on the CPU. UserError where it reads other tokens than the corpus has."""
     source = teacher_source(config.at.teacher)
+    with waiting(f"start: reading {source.name}"):
+        return _read(source, config, tokenizer)
+
+
+def _read(source: TeacherSource, config: Config, tokenizer: Tokenizer) -> Any:
     if source.tokenizer().fingerprint != tokenizer.fingerprint:
         raise ParameterError(
             f"teacher.model: {source.name} has another tokenizer than data/shards "

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from microlm.models.teacher_source import teacher_source
 from microlm.pipeline.asked_objective import objective_schedule
 from microlm.runtime.device import Runtime
 from microlm.runtime.paths import CACHE, METRICS, MODELS, SHARDS
-from microlm.runtime.terminal import banner, duration
+from microlm.runtime.terminal import banner, duration, progress_bar
 from microlm.teacher.cache import REMAKE, TeacherCache, cache_identity
 from microlm.teacher.recorders import LiveTeacher, Recorder, load_fitting_teacher
 from microlm.training import losses
@@ -125,14 +126,15 @@ def measure_steps(config: Config, runtime: Runtime, batches: Batches, cache: Tea
     at_work = max((0.0, 0.5, 1.0), key=schedule.alpha)  # where in a training the teacher has most of a say
     feeds = {name: Feed(batches, loss, lambda _: at_work, runtime.device) for name, loss in variants.items()}
     replica, seconds = Replica(student), {name: [] for name in variants}
-    for turn in range(ROUNDS + 1):
-        for name, feed in feeds.items():
+    with progress_bar((ROUNDS + 1) * len(feeds), 0, "step", "ledger") as bar:
+        for turn, (name, feed) in product(range(ROUNDS + 1), feeds.items()):
             began = time.perf_counter()
             accumulate_gradients(replica, feed, turn)
             student.zero_grad(set_to_none=True)
             if runtime.device.type == "cuda":
                 torch.cuda.synchronize(runtime.device)
             seconds[name].append(time.perf_counter() - began)
+            bar.update(1)
     return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 

@@ -5,6 +5,7 @@ changed parameter, input or line of code that matters gives another digest, and 
 """
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,13 +45,14 @@ def resumable(stage: str, inputs: Any) -> Iterator[Path]:
     Args:
         inputs: JSON of all that the result depends on.
     """
-    from microlm.runtime import distributed  # and with it torch, without which stages that import this can encode
-
+    # a stage that never imported it, and torch with it, runs in one process
+    distributed = sys.modules.get("microlm.runtime.distributed")
+    wait_for_all = distributed.wait_for_all if distributed else lambda: None
     directory = resume_root() / f"{stage}-{sha256_json(inputs)[:16]}"
-    if not distributed.is_first():
-        distributed.wait_for_all()
+    if distributed and not distributed.is_first():
+        wait_for_all()
         yield directory
-        distributed.wait_for_all()
+        wait_for_all()
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{directory}.lock")
@@ -63,10 +65,10 @@ def resumable(stage: str, inputs: Any) -> Iterator[Path]:
         ) from None
     try:
         directory.mkdir(exist_ok=True)
-        distributed.wait_for_all()
+        wait_for_all()
         with keeping(lambda: f"what was finished is kept in {directory}" if any(directory.iterdir()) else ""):
             yield directory
-        distributed.wait_for_all()
+        wait_for_all()
         remove_directory(directory)
     finally:
         if not directory.exists():

@@ -4,16 +4,23 @@ Of several processes only the first one speaks.
 """
 
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
 from microlm.errors import plain
-from microlm.runtime import distributed
+
+
+def _speaks() -> bool:
+    """Whether this process is the first one. What never imported distributed.py, and torch with it, is alone."""
+    distributed = sys.modules.get("microlm.runtime.distributed")
+    return distributed is None or distributed.is_first()
 
 
 def banner(title: str, lines: Sequence[str]) -> None:
-    if not distributed.is_first():
+    if not _speaks():
         return
     print(f"\n{plain(title)}")
     for line in lines:
@@ -41,5 +48,30 @@ def progress_bar(total: int, done: int, unit: str, description: str = "") -> tqd
         dynamic_ncols=True,
         unit_scale=unit == "tok",
         leave=True,
-        disable=not distributed.is_first(),
+        disable=not _speaks(),
     )
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Where nobody can say how long the body takes: what it does and since when, redrawn in place and gone afterwards.
+
+    Nothing where the output is no terminal.
+    """
+    if not (sys.stderr.isatty() and _speaks()):
+        yield
+        return
+    ended, line = threading.Event(), tqdm(desc=plain(what), bar_format="{desc} ... {elapsed}", leave=False)
+
+    def tick() -> None:
+        while not ended.wait(1):
+            line.refresh()
+
+    ticking = threading.Thread(target=tick, name="waiting", daemon=True)
+    ticking.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        ticking.join()
+        line.close()

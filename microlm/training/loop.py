@@ -22,7 +22,7 @@ from microlm.objective.fused_head import HeadLoss
 from microlm.parameters import OptimizationConfig
 from microlm.runtime import distributed
 from microlm.runtime.launcher import stop_requests
-from microlm.runtime.terminal import banner, duration, progress_bar
+from microlm.runtime.terminal import banner, duration, progress_bar, waiting
 from microlm.training.checkpoint import Pace, restore_checkpoint, save_checkpoint
 from microlm.training.history import Evaluation, History
 from microlm.training.memory import memory_explained
@@ -239,7 +239,7 @@ def announce_expected_time(replica: Replica, feed: Feed, plan: Plan, optimizers:
     """
     if start >= plan.steps:
         return
-    with optimizers.room_for_state():
+    with optimizers.room_for_state(), waiting(f"{plan.name}: a step for rehearsal, compiled where that pays"):
         for _ in range(2):
             began = time.perf_counter()
             accumulate_gradients(replica, feed, start).item()

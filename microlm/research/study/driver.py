@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from microlm.config import Config
-from microlm.errors import UserError
+from microlm.errors import UserError, keeping
 from microlm.files import sha256_json
 from microlm.research.study.grid import Grid, Run, resolve
 from microlm.research.study.repository import CLONE, FOLDER, DvcQueue, Pipeline, commit_of, prepare
@@ -159,15 +159,13 @@ class Study:
         progress.flying = {task.name: task for task in progress.waiting if task.name in ended}
         progress.waiting = [task for task in progress.waiting if task.name not in ended]
         done = len(self.tasks) - len(progress.waiting) - len(progress.flying)
+        told = "what was under way goes on from its last step"
         try:
-            with progress_bar(len(self.tasks), done, " runs", "study") as self.bar:
+            with keeping(lambda: told), progress_bar(len(self.tasks), done, " runs", "study") as self.bar:
                 while progress.waiting or progress.flying:
                     self._fill()
                     self._collect()
                     time.sleep(POLL_S)
-        except KeyboardInterrupt:
-            print("study: stopping; what was under way goes on from its last step when you run this again")
-            raise
         finally:
             queue.clear()
 
