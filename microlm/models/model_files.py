@@ -17,7 +17,7 @@ from microlm.models.architecture import MEND, config_of, shape_of
 from microlm.models.model_names import hub_or_cache, refuse_absent_folder
 from microlm.models.student import StudentLM
 from microlm.models.transformers_model import TransformersModel
-from microlm.runtime.paths import TRAINED_MODELS
+from microlm.runtime.paths import CARD, TRAINED_MODELS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ def from_transformers(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if os.path.isdir(name):
-        check_sums(Path(name), os.listdir(name), "copy the folder again")
+        check_sums(Path(name), (file for file in os.listdir(name) if file != CARD), "copy the folder again")
     try:
         with nullcontext() if os.path.isdir(name) else hub_or_cache():
             network, found = AutoModelForCausalLM.from_pretrained(

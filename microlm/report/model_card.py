@@ -22,10 +22,11 @@ from microlm.report.card_text import Arm, card_text
 from microlm.report.licences import corpus_works, teacher_work
 from microlm.report.provenance import Origin
 from microlm.report.summary import YARDSTICKS
-from microlm.runtime.paths import METRICS, MODELS, SCORES, SHARDS, TRAINED_MODELS
+from microlm.runtime.paths import CARD, METRICS, MODELS, SCORES, SHARDS, TRAINED_MODELS
 from microlm.runtime.resume import ROOT
 
-CARD, WEIGHTS = "README.md", "model.safetensors"
+PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
+WEIGHTS = "model.safetensors"
 AGAIN = "write the cards again: python -m stages.compare --cards"
 DERIVED = ("pruned", "embedding")  # starts that hold weights of the teacher
 
@@ -101,6 +102,25 @@ def write_cards(summary: Mapping[str, Any], asked: Asked, origin: Origin) -> lis
         with atomic_file(path, "w") as file:
             file.write(card)
     return list(cards)
+
+
+def refuse_unrun(scale: str) -> None:
+    """UserError where params.yaml asks for another training than dvc.lock says was run: a card would tell of both."""
+    if not LOCK.is_file():
+        return
+    locked = read_yaml(LOCK, "", "").get("stages") or {}
+    params = read_yaml(PARAMS, "run from the top folder of the repository", "scale: laptop")
+    for name, stage in TRAINED_MODELS.items():
+        ran = (locked.get(stage) or {}).get("params", {}).get(str(PARAMS), {})
+        for key in (key.replace("${scale}", scale) for key in _stages()[stage]["params"]):
+            value: Any = params
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if key not in ran or ran[key] != value:
+                raise UserError(
+                    f"{PARAMS}: {key} is not what {MODELS / name} was trained with; run dvc repro, which writes the "
+                    f"cards too, or take {PARAMS} and the models from one commit or experiment"
+                )
 
 
 def model_card(name: str, summary: Mapping[str, Any], asked: Asked, origin: Origin) -> str:

@@ -9,6 +9,7 @@ OUTSIDE = DATA / "outside"  # shards of one split, `outside`: text of another ki
 CACHE = DATA / "teacher"
 WINDOWS = DATA / "windows.npy"  # that the continuations train on
 SCORES = DATA / "evaluation"  # <model>/: a table for each benchmark, windows.parquet
+CARD = "README.md"  # beside the weights of a model, written by another stage than they
 START, CONTROL = MODELS / "start", MODELS / "control"
 # the stage that makes models/<name>, metrics/<name>.json and the curves of each
 TRAINED_MODELS = {"control": "pretrain", "continued": "continue", "student": "distill"}

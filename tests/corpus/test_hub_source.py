@@ -172,8 +172,9 @@ def test_ctrl_c_ends_a_run_that_waits_for_the_hub(hub: Hub, tokenizer: Path, tmp
     for _ in range(3):
         assert process.stderr.readline().startswith("hub: ")
     process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == -signal.SIGINT  # after the last try, minutes later, it would be 1
+    said = process.communicate()[1].splitlines()
+    assert process.returncode == 130  # after the last try, minutes later, it would be 1
+    assert said[-1] == "error: interrupted; finished shards are kept in .resume; run the same command again to go on"
 
 
 def wait_for_shards(directory: Path, process: subprocess.Popen[str]) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from microlm.config import load_config
-from microlm.corpus.parts import PARTS, Part, extract, fetch_parts, needed_parts, part_file
+from microlm.corpus.parts import PARTS, Part, _size, _watched, extract, fetch_parts, needed_parts, part_file
 from microlm.errors import UserError
 from microlm.files import sha256_file
 from tests.support.clones import ROOT
@@ -150,3 +152,28 @@ def test_each_scale_fetches_what_it_reads() -> None:
 def test_the_real_parts_hold_every_member(parts: Path) -> None:
     for part in PARTS.values():
         assert all(part_file(part.name, member, parts).stat().st_size for member in part.members)
+
+
+GROWS = """
+import pathlib, time
+wheel = pathlib.Path("wheel")
+wheel.write_bytes(b"x" * 1000)
+while not pathlib.Path("seen").exists():
+    time.sleep(0.01)
+wheel.write_bytes(b"x" * 3000)
+raise SystemExit("the end")
+"""
+
+
+def test_how_far_a_download_is_can_be_seen_while_it_goes_on(tmp_path: Path) -> None:
+    """The download goes on once what is there of it was told."""
+    told: list[int] = []
+
+    def tell() -> None:
+        told.append(_size(tmp_path))
+        if told[-1]:
+            (tmp_path / "seen").touch()
+
+    process = subprocess.Popen([sys.executable, "-c", GROWS], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert _watched(process, tell) == "the end\n" and process.returncode == 1
+    assert 1000 in told and _size(tmp_path) == 3000

@@ -19,6 +19,7 @@ from microlm.files import SUMS
 from microlm.models import model_files
 from microlm.models.student import StudentLM
 from microlm.models.transformers_model import TransformersModel
+from microlm.runtime.paths import CARD
 from tests.support.tiny_candidates import as_others_export, repository, save_tiny_student
 
 BATCH_TOKENS = 4096
@@ -146,6 +147,18 @@ def test_a_path_without_a_model_is_not_taken_for_a_hub_id(name: str) -> None:
     with pytest.raises(UserError, match=rf"^{re.escape(name)}: is no model directory; name a folder") as error:
         loaded(name)
     assert "\n" not in str(error.value)
+
+
+def test_a_card_beside_the_weights_is_no_damage(tmp_path: Path) -> None:
+    """Its sums are of the stage that wrote the weights, and the card is of a later one."""
+    save_tiny_student(tmp_path / "model")
+    assert (tmp_path / "model" / SUMS).is_file()
+    (tmp_path / "model" / CARD).write_text("---\nlicense: mit\n---\n")
+    loaded(tmp_path / "model")
+    model_files.from_transformers(str(tmp_path / "model"), None, torch.float32)  # as a teacher is read
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json: damaged"):
+        model_files.from_transformers(str(tmp_path / "model"), None, torch.float32)
 
 
 def drop_a_tensor(directory: Path) -> None:

@@ -23,7 +23,8 @@ from microlm.corpus.tokenizer import load_tokenizer
 from microlm.errors import UserError
 from microlm.files import sha256_file
 from microlm.models.model_files import WEIGHTS, load_student
-from microlm.report.model_card import CARD, card_of
+from microlm.report.model_card import card_of
+from microlm.runtime.paths import CARD
 from tests.support.clones import Clone
 from tests.support.forked_python import forked_python
 from tests.support.soak import SOAKING

@@ -1,6 +1,7 @@
 """A model card says what the metrics say, in the hub's format, of the weights that lie beside it; or it is refused."""
 
 import copy
+import functools
 import json
 import re
 import shutil
@@ -20,13 +21,13 @@ from hypothesis import strategies as st
 from microlm.config import Config, load_config
 from microlm.errors import UserError
 from microlm.evaluation.results.store import write_result
-from microlm.files import read_json, sha256_bytes, write_json
+from microlm.files import read_json, read_yaml, sha256_bytes, write_json
 from microlm.report.card_text import code
 from microlm.report.licences import corpus_works, teacher_work
-from microlm.report.model_card import CARD, Asked, card_of, model_card, stale_cards, write_cards
+from microlm.report.model_card import Asked, card_of, model_card, refuse_unrun, stale_cards, write_cards
 from microlm.report.provenance import Origin, origin
 from microlm.report.summary_table import amount
-from microlm.runtime.paths import TRAINED_MODELS
+from microlm.runtime.paths import CARD, TRAINED_MODELS
 from stages import compare
 from tests.support.clones import ROOT
 from tests.support.toy_results import toy_result
@@ -182,6 +183,33 @@ def test_a_card_of_other_weights_or_other_scores_is_found(run: Path) -> None:
     (*lines,) = stale_cards(found | {"windows": 7})
     assert [line.split(":")[0] for line in lines] == [f"models/{name}/README.md" for name in ARMS]
     assert all("has other figures than metrics/summary.json" in line for line in lines)
+
+
+def test_a_card_tells_no_parameter_that_was_not_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = read_yaml(ROOT / "params.yaml", "", "")
+    stages = read_yaml(ROOT / "dvc.yaml", "", "")["stages"]
+
+    def ran(stage: str) -> dict[str, Any]:
+        keys = (key.replace("${scale}", "laptop") for key in stages[stage]["params"])
+        return {key: functools.reduce(lambda block, part: block[part], key.split("."), params) for key in keys}
+
+    lock = {"stages": {stage: {"params": {"params.yaml": ran(stage)}} for stage in TRAINED_MODELS.values()}}
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    refuse_unrun("laptop")  # no run of DVC's to hold it against
+    Path("dvc.lock").write_text(json.dumps(lock))
+    refuse_unrun("laptop")
+    for old, new, key in (("alpha: 0.5", "alpha: 0.2", "alpha"), ("  context: 1024", "  context: 512", None)):
+        text = (ROOT / "params.yaml").read_text()
+        assert old in text
+        Path("params.yaml").write_text(text.replace(old, new, 1))
+        if key is None:  # of no training's parameters: a pruned start's model has its teacher's
+            refuse_unrun("laptop")
+        else:
+            with pytest.raises(UserError, match=rf"params\.yaml: {key} is not what models/student was trained with"):
+                refuse_unrun("laptop")
+    with pytest.raises(UserError, match=r"scales\.smoke\.\w+ is not what models/control was trained with"):
+        refuse_unrun("smoke")
 
 
 def test_a_card_that_somebody_else_wrote_is_not_taken_for_one_of_these_weights(run: Path) -> None:

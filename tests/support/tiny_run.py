@@ -21,8 +21,8 @@ from microlm.corpus.parts import EVALUATION, validation_arrow
 from microlm.corpus.tokenizer import END_OF_TEXT, Tokenizer
 from microlm.corpus.tokenizer_format import ALPHABET, BYTE_LEVEL, byte_level_definition
 from microlm.files import sha256_file, sha256_json, write_json
-from microlm.report.model_card import CARD
 from microlm.report.offline_page import PAGE as OFFLINE
+from microlm.runtime.paths import CARD
 from tests.support.clones import ROOT
 from tests.support.forked_python import Forked
 from tests.support.shared import made_once

@@ -169,7 +169,7 @@ def test_a_stop_is_agreed_and_one_process_goes_on_where_two_stopped(undisturbed:
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, complained = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 128 + signal.SIGTERM
     (line,) = errors(complained)
     assert "stopped after step 1" in line and "run the same command again" in line
     assert len(children) >= 2 and not any(child.is_running() for child in children)
@@ -200,7 +200,7 @@ def test_a_launcher_that_ends_takes_its_processes_along_once_they_have_saved(own
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     assert len(children) >= 2 and not psutil.wait_procs(children, timeout=120)[1]
-    assert process.wait() == (1 if number == signal.SIGINT else -number)
+    assert process.wait() == (128 + number if number == signal.SIGINT else -number)
     (progress,) = own.glob(".resume/control-*/state/progress.json")
     assert json.loads(progress.read_text())["step"] > 10  # the step that ran, after the checkpoint waited for
     process.communicate()
