@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from microlm.config import PARAMS, Config, load_config
+from microlm.config import PARAMS, Config, config_of, load_config
 from microlm.corpus.parts import PARTS, SMOLLM2, needed_parts
 from microlm.corpus.shards import HEADER, token_dtype
 from microlm.errors import UserError
@@ -86,10 +86,11 @@ def config_of_scale(scale: str | None) -> Config:
     """params.yaml with another scale chosen than it says. UserError where that one is unknown or does not fit."""
     if scale is None:
         return load_config(PARAMS)
-    scales = read_yaml(PARAMS, "run from the top folder of the repository", "scale: laptop").get("scales")
+    raw = read_yaml(PARAMS, "run from the top folder of the repository", "scale: laptop")
+    scales = raw.get("scales")
     if isinstance(scales, dict) and scale not in scales:
         raise UserError(f"--scale: {scale!r} is not a scale of {PARAMS}; choose one of {', '.join(scales)}")
-    return load_config(PARAMS, scale=scale)
+    return config_of(raw | {"scale": scale}, PARAMS)
 
 
 def make_plan(config: Config, machine: Machine, teacher_parameters: int | None = None) -> dict[str, Any]:
