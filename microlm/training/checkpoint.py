@@ -22,10 +22,12 @@ from microlm.files import (
     write_json,
 )
 from microlm.runtime import distributed
+from microlm.training.average import Average
 from microlm.training.history import History
 from microlm.training.optimizer import Optimizers
 
-STATE, WEIGHTS, MOMENTS, PROGRESS = "state", "model.safetensors", "optimizer.safetensors", "progress.json"
+STATE, PROGRESS = "state", "progress.json"
+WEIGHTS, MOMENTS, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"
 WORK_PER_SAVE = 20  # seconds of training that a second of saving has to protect: saving costs a twentieth at most
 
 
@@ -47,7 +49,9 @@ class Pace:
         self._last_s, self._since = seconds, time.perf_counter()
 
 
-def save_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers, step: int, history: History) -> None:
+def save_checkpoint(
+    directory: Path, model: nn.Module, optimizers: Optimizers, average: Average, step: int, history: History
+) -> None:
     """Replace the checkpoint in `directory`; the old one stands until the new one is whole.
 
     Every process has to call it, for the moments that it holds; the first one writes, and all wait for it.
@@ -55,14 +59,17 @@ def save_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers, s
     moments = optimizers.state_tensors()
     if distributed.is_first():
         with atomic_directory(directory / STATE) as folder:
-            for name, tensors in ((WEIGHTS, model.state_dict()), (MOMENTS, moments)):
+            held = {WEIGHTS: model.state_dict(), MOMENTS: moments, AVERAGE: average.state_tensors()}
+            for name, tensors in held.items():
                 save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
-            hashes = {name: sha256_file(folder / name) for name in (WEIGHTS, MOMENTS)}
+            hashes = {name: sha256_file(folder / name) for name in held}
             write_json(folder / PROGRESS, sealed({"step": step, "history": asdict(history), "files": hashes}))
     distributed.wait_for_all()
 
 
-def restore_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers) -> tuple[int, History]:
+def restore_checkpoint(
+    directory: Path, model: nn.Module, optimizers: Optimizers, average: Average
+) -> tuple[int, History]:
     """The step to go on from and the history so far; (0, empty) where there is no checkpoint.
 
     Every process reads it, whatever the number of processes that wrote it.
@@ -82,6 +89,7 @@ def restore_checkpoint(directory: Path, model: nn.Module, optimizers: Optimizers
                 raise SafetensorError(f"the sha256 of {name} is not the recorded one")
         model.load_state_dict(load_file(folder / WEIGHTS))
         optimizers.load_state_tensors(load_file(folder / MOMENTS))
+        average.load_state_tensors(load_file(folder / AVERAGE))
         return progress["step"], History(**progress["history"])
     except (SafetensorError, FileNotFoundError, KeyError, RuntimeError) as error:
         raise UserError(

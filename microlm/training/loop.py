@@ -23,6 +23,7 @@ from microlm.parameters import OptimizationConfig
 from microlm.runtime import distributed
 from microlm.runtime.launcher import stop_requests
 from microlm.runtime.terminal import banner, duration, progress_bar, waiting
+from microlm.training.average import Average
 from microlm.training.checkpoint import Pace, restore_checkpoint, save_checkpoint
 from microlm.training.history import Evaluation, History
 from microlm.training.memory import memory_explained
@@ -81,8 +82,9 @@ def train(
     """
     teacher = getattr(loss, "teacher", None)
     ids = teacher.identity.top_k if teacher else 0  # of a token, that the loss compares with its teacher's
-    with memory_explained(model, batches.config, plan.name, plan.optimization.optimizer, ids):
-        start, history = restore_checkpoint(directory, model, optimizers)
+    with memory_explained(model, batches.config, plan.name, plan.optimization, ids):
+        average = Average(model, plan.optimization)
+        start, history = restore_checkpoint(directory, model, optimizers, average)
         step_tokens, replica = batches.config.batch_tokens, Replica(model)
         feed = Feed(batches, loss, lambda step: step / plan.steps, model.head_weight.device)
         announce_expected_time(replica, feed, plan, optimizers, start)
@@ -94,15 +96,17 @@ def train(
                         refuse_infinite_weights(model, plan, batches, step)
                         if pace.is_due():
                             began = time.perf_counter()
-                            save_checkpoint(directory, model, optimizers, step, history)
+                            save_checkpoint(directory, model, optimizers, average, step, history)
                             pace.saved(time.perf_counter() - began)
                     unseen = None if history.pending else batches.of_step(step)  # no step yet tells the training loss
-                    history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
+                    with average.in_place():
+                        history.add_evaluation(plan.first_step + step, evaluator(model, unseen))
                     show(history)
                 if step == plan.steps:
                     break
                 began = time.perf_counter()
                 cross_entropy = take_step(replica, feed, plan, optimizers, step)
+                average.add(step)
                 history.elapsed_s += time.perf_counter() - began
                 history.trained_tokens += step_tokens
                 history.add_step(plan.first_step + step + 1, cross_entropy)
@@ -110,12 +114,13 @@ def train(
                 bar.update(step_tokens)
                 if number := distributed.largest(stopping()):
                     refuse_infinite_weights(model, plan, batches, step + 1)
-                    save_checkpoint(directory, model, optimizers, step + 1, history)
+                    save_checkpoint(directory, model, optimizers, average, step + 1, history)
                     raise Interrupted(
                         f"{plan.name}: stopped after step {step + 1} of {plan.steps}, saved in {directory}; "
                         "run the same command again to go on",
                         number,
                     )
+        average.take_over()
         return history
 
 

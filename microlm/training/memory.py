@@ -13,7 +13,7 @@ from microlm.errors import UserError
 from microlm.models.architecture import ModelShape
 from microlm.models.student import StudentLM, parameter_count
 from microlm.objective.vocabulary_blocks import layout_of
-from microlm.parameters import BatchConfig, RuntimeConfig
+from microlm.parameters import BatchConfig, OptimizationConfig, RuntimeConfig
 from microlm.runtime import distributed
 
 FLOAT32 = 4
@@ -82,6 +82,7 @@ def training_memory(
     gpus: int,
     top_k: int = 0,
     device: str = "cuda",
+    average: str = "none",
 ) -> dict[str, int]:
     """Bytes by purpose and in total, per device; each holds the whole model. `top_k`: ids of a distillation."""
     tokens = batch.micro_batch_rows * batch.seq_len
@@ -89,6 +90,7 @@ def training_memory(
         "weights": FLOAT32 * parameter_count(shape),
         "gradients": FLOAT32 * parameter_count(shape),
         "optimizer": optimizer_bytes(shape, optimizer, gpus),
+        "average": FLOAT32 * parameter_count(shape) * (average != "none"),
     }
     embedding = FLOAT32 * shape.padded_vocab * shape.hidden_size
     parts = -(-batch.micro_batches // gpus)
@@ -103,7 +105,9 @@ def training_memory(
 
 
 @contextmanager
-def memory_explained(model: StudentLM, batch: BatchConfig, name: str, optimizer: str, ids: int) -> Iterator[None]:
+def memory_explained(
+    model: StudentLM, batch: BatchConfig, name: str, rates: OptimizationConfig, ids: int
+) -> Iterator[None]:
     """UserError in place of torch.OutOfMemoryError: what the plan has for this training, and the key to lower.
 
     Args:
@@ -114,7 +118,8 @@ def memory_explained(model: StudentLM, batch: BatchConfig, name: str, optimizer:
     except torch.OutOfMemoryError as error:
         device, precision = model.head_weight.device, Precision(model.activation_dtype.itemsize, model.compiled)
         shape, size = model.shape, distributed.size()
-        planned = training_memory(batch, precision, shape, optimizer, size, ids, device.type)["total"] / 1e9
+        held = training_memory(batch, precision, shape, rates.optimizer, size, ids, device.type, rates.average)
+        planned = held["total"] / 1e9
         where = str(device)
         if device.type == "cuda":
             of = torch.cuda.get_device_properties(device)

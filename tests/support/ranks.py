@@ -43,7 +43,7 @@ UNEVEN = BatchConfig(seq_len=16, batch_tokens=96, micro_batch_rows=2)  # three, 
 SETTINGS = PretrainConfig(
     optimizer="muon", muon_learning_rate=0.02, learning_rate=0.003, weight_decay=0.1, schedule="warmup_stable_decay",
     warmup_fraction=0.1, decay_fraction=0.5, final_fraction=0.0, clip_norm=0.1, z_loss=1e-4, evaluate_every=2,
-    validation_windows=4, hellaswag_items=4, tokens=768, windows="all")  # fmt: skip
+    average="none", average_decay=0.6, validation_windows=4, hellaswag_items=4, tokens=768, windows="all")  # fmt: skip
 LOSS = cross_entropy(N_VOCAB, SETTINGS.z_loss)
 
 

@@ -26,9 +26,10 @@ from microlm.teacher.cache import MANIFEST, CacheIdentity, TeacherCache, manifes
 from microlm.teacher.capture import capture
 from microlm.teacher.recorders import Recorder
 from microlm.training import checkpoint
+from microlm.training.average import Average
 from microlm.training.checkpoint import MOMENTS, PROGRESS, STATE, WORK_PER_SAVE, Pace, save_checkpoint
 from microlm.training.history import Evaluation, History
-from microlm.training.loop import Interrupted, Loss, Plan, train
+from microlm.training.loop import Evaluator, Interrupted, Loss, Plan, train
 from microlm.training.losses import Distillation, cross_entropy
 from microlm.training.memory import Precision, training_memory
 from microlm.training.optimizer import Optimizers, is_block_matrix, learning_rate_multiplier
@@ -39,7 +40,7 @@ BATCH = BatchConfig(seq_len=16, batch_tokens=64, micro_batch_rows=2)
 SETTINGS = PretrainConfig(
     optimizer="muon", muon_learning_rate=0.02, learning_rate=0.003, weight_decay=0.1, schedule="warmup_stable_decay",
     warmup_fraction=0.1, decay_fraction=0.5, final_fraction=0.0, clip_norm=1.0, z_loss=0.0, evaluate_every=4,
-    validation_windows=4, hellaswag_items=4, tokens=768, windows="all")  # fmt: skip
+    average="none", average_decay=0.6, validation_windows=4, hellaswag_items=4, tokens=768, windows="all")  # fmt: skip
 CROSS_ENTROPY = cross_entropy(N_VOCAB, 0.0)
 
 
@@ -71,11 +72,12 @@ def run(
     loss: Loss = CROSS_ENTROPY,
     settings: PretrainConfig = SETTINGS,
     batch: BatchConfig = BATCH,
+    evaluator: Evaluator = look,
 ) -> tuple[StudentLM, History]:
     model = student()
     batches = Batches(shards, batch, seed=1, windows=evenly_spaced(50, 30))
     history = train(
-        model, batches, loss, Plan("toy", STEPS, 100, settings), Optimizers(model, settings), look, directory
+        model, batches, loss, Plan("toy", STEPS, 100, settings), Optimizers(model, settings), evaluator, directory
     )
     return model, history
 
@@ -84,10 +86,10 @@ def same_bits(a: StudentLM, b: StudentLM) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(("optimizer", "average"), [("muon", "none"), ("adamw", "none"), ("muon", "ema")])
 @pytest.mark.parametrize("stopped_after", [1, 4, 7])
-def test_stopped_and_resumed_training_is_bit_identical(shards, tmp_path, stopped_after, optimizer):
-    settings = replace(SETTINGS, optimizer=optimizer)
+def test_stopped_and_resumed_training_is_bit_identical(shards, tmp_path, stopped_after, optimizer, average):
+    settings = replace(SETTINGS, optimizer=optimizer, average=average)
     calls = []
 
     def interrupting(*arguments) -> HeadLoss:
@@ -104,6 +106,26 @@ def test_stopped_and_resumed_training_is_bit_identical(shards, tmp_path, stopped
     for curve in ("loss", "hellaswag", "log"):
         assert getattr(whole_history, curve) == getattr(resumed_history, curve)
     assert not same_bits(whole, student())
+
+
+def test_what_stays_is_the_moving_average_of_the_weights_after_each_step(shards, tmp_path):
+    """By its definition, from plain trainings of every length: the steps are the same ones."""
+    plain = replace(SETTINGS, schedule="warmup_stable_decay", warmup_fraction=0.0, decay_fraction=0.0)
+    seen, decay, mean = [], 0.6, 0.0
+
+    def watched(model: StudentLM, train_windows: np.ndarray | None) -> Evaluation:
+        seen.append(model.head_weight.detach().double().clone())
+        return look(model, train_windows)
+
+    run(shards, tmp_path / "plain", settings=replace(plain, evaluate_every=1), evaluator=watched)
+    weights, seen[:] = seen[1:], []  # without the start's
+    settings = replace(plain, evaluate_every=STEPS, average="ema", average_decay=decay)
+    averaged, _ = run(shards, tmp_path / "averaged", settings=settings, evaluator=watched)
+    for step, after in enumerate(weights):
+        kept = min(decay, step / (step + 1))  # the mean of all at first
+        mean = kept * mean + (1 - kept) * after
+    torch.testing.assert_close(averaged.head_weight.detach().double(), mean, rtol=1e-5, atol=1e-7)
+    assert torch.equal(averaged.head_weight.detach().double(), seen[-1])  # the curve's last point is of what stays
 
 
 def test_alpha_zero_distills_to_the_continued_control_bit_for_bit(shards, tmp_path):
@@ -204,7 +226,7 @@ def test_saving_takes_a_twentieth_of_the_training_and_a_kill_costs_no_more(point
 def test_a_flipped_bit_in_a_checkpoint_is_refused(shards, tmp_path):
     model = student()
     optimizers = Optimizers(model, SETTINGS)
-    save_checkpoint(tmp_path, model, optimizers, 4, History())
+    save_checkpoint(tmp_path, model, optimizers, Average(model, SETTINGS), 4, History())
     path = tmp_path / STATE / MOMENTS
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

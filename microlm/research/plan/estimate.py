@@ -231,8 +231,8 @@ def _held(sizes: Sizes, gpus: int, device: str) -> dict[str, dict[str, int]]:
     a, padded = Precision.of(at.runtime).activation_bytes, -(-sizes.vocabulary.size // GROUPS) * GROUPS
     logit = FLOAT32 if device == "cuda" else a
 
-    def training(precision: Precision, optimizer: str, ids: int = 0) -> dict[str, int]:
-        return training_memory(at.batch, precision, sizes.student, optimizer, gpus, ids, device)
+    def training(precision: Precision, of: OptimizationConfig, ids: int = 0) -> dict[str, int]:
+        return training_memory(at.batch, precision, sizes.student, of.optimizer, gpus, ids, device, of.average)
 
     def teacher(rows: int) -> dict[str, int]:
         held = {
@@ -243,9 +243,9 @@ def _held(sizes: Sizes, gpus: int, device: str) -> dict[str, dict[str, int]]:
         return {**held, "total": sum(held.values())}
 
     found = {
-        "pretrain": training(Precision.of(at.runtime), at.pretrain.optimizer),
-        "continue": training(continued, rates.optimizer),
-        "distill": training(continued, rates.optimizer, top_k),
+        "pretrain": training(Precision.of(at.runtime), at.pretrain),
+        "continue": training(continued, rates),
+        "distill": training(continued, rates, top_k),
         "teacher": teacher(at.teacher.batch_rows),
     }
     if top_k and at.teacher.source == "live":
