@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from microlm.config import Config, load_config
-from microlm.corpus.batches import Batches, cached_windows, uncached_windows
+from microlm.corpus.batches import Batches, cached_windows, evenly_spaced, uncached_windows
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import ParameterError, UserError
@@ -44,6 +44,7 @@ from microlm.training.loop import Loss, Plan, train
 from microlm.training.optimizer import Optimizers
 
 TASK, PROTOCOL = "hellaswag", "completion"  # of the curves
+DISTANCE_WINDOWS = 16
 
 
 def pretrain(config: Config, runtime: Runtime) -> None:
@@ -77,6 +78,8 @@ def distill(config: Config, runtime: Runtime) -> None:
                 record = load_recorder(teacher_source(at.teacher), cache.identity, as_captured, training.tokenizer)
             teacher = LiveTeacher(record, cache.tables)
         loss = losses.Distillation(n_vocab, asked, teacher)
+        if identity.source == "cache" or config.distills:
+            training.measure_distance(teacher, runtime)
         inputs |= {"cache": sha256_file(CACHE / MANIFEST)}
     training.run(runtime, loss, asked.describe(), **inputs)
 
@@ -115,12 +118,22 @@ class Training:
 
     def __init__(self, config: Config, start: Path, batches: Batches, plan: Plan) -> None:
         self.config, self.start, self.batches, self.plan = config, start, batches, plan
+        self.told: dict[str, float] = {}  # for the metrics, beside what every training tells
         self.tokenizer, self.model = load_tokenizer(SHARDS / "tokenizer"), load_student(start)
         if self.model.n_vocab != self.tokenizer.n_vocab:
             raise UserError(
                 f"{start} has {self.model.n_vocab} tokens, data/shards {self.tokenizer.n_vocab}; make it again with: "
                 f"dvc repro {TRAINED_MODELS.get(start.name, start.name)}"
             )
+
+    def measure_distance(self, teacher: TeacherCache | LiveTeacher, runtime: Runtime) -> None:
+        """How far the start is from its teacher, on windows that the teacher labelled."""
+        shards, identity = self.batches.shards, teacher.identity
+        labelled = cached_windows(shards, identity.seq_len, identity.windows)
+        chosen = labelled[evenly_spaced(len(labelled), DISTANCE_WINDOWS)]
+        model = self.model.set_activation_dtype(runtime.dtype).to(runtime.device)
+        found = losses.distances(model, teacher, shards, chosen, self.batches.config.micro_batch_rows)
+        self.told |= {f"start_{name}": round(value, 6) for name, value in found.items()}
 
     def run(self, runtime: Runtime, loss: Loss | None = None, said: str = "cross-entropy", **inputs: object) -> None:
         """Train, then write the model, the curves, the log and the metrics.
@@ -182,6 +195,7 @@ class Training:
             "train_loss": last["train_loss"],
             "val_loss": last["val_loss"],
             **{key: last[key] for key in ("val_bpb", "ood_bpb") if last[key] is not None},
+            **self.told,
             "hellaswag_acc_norm": history.hellaswag[-1]["acc_norm"],
             "tokens_per_s": round(history.trained_tokens / max(history.elapsed_s, 1e-9), 1),
         }

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microlm.corpus.batches import Batches, evenly_spaced
+from microlm.corpus.batches import Batches, evenly_spaced, read_batch
 from microlm.errors import UserError
 from microlm.files import write_json
 from microlm.models.architecture import ModelShape
@@ -30,7 +30,7 @@ from microlm.training.average import Average
 from microlm.training.checkpoint import MOMENTS, PROGRESS, STATE, WORK_PER_SAVE, Pace, save_checkpoint
 from microlm.training.history import Evaluation, History
 from microlm.training.loop import Evaluator, Interrupted, Loss, Plan, train
-from microlm.training.losses import Distillation, cross_entropy
+from microlm.training.losses import Distillation, cross_entropy, distances
 from microlm.training.memory import Precision, training_memory
 from microlm.training.optimizer import Optimizers, is_block_matrix, learning_rate_multiplier
 from tests.support.toy import toy_shards
@@ -126,6 +126,26 @@ def test_what_stays_is_the_moving_average_of_the_weights_after_each_step(shards,
         mean = kept * mean + (1 - kept) * after
     torch.testing.assert_close(averaged.head_weight.detach().double(), mean, rtol=1e-5, atol=1e-7)
     assert torch.equal(averaged.head_weight.detach().double(), seen[-1])  # the curve's last point is of what stays
+
+
+@pytest.mark.parametrize("ids", [5, N_VOCAB])
+def test_the_distance_to_a_teacher_is_both_kl_divergences_of_whole_logits_or_little_less(shards, tmp_path, ids):
+    windows = evenly_spaced(50, 6)
+    identity = CacheIdentity("toy", None, "toy", N_VOCAB, shards.digest, 16, 6, ids, (1.0,))
+    teacher, model = student().eval(), student()
+    torch.nn.init.normal_(model.head_weight, std=0.5, generator=torch.Generator().manual_seed(5))
+    capture(Recorder(teacher, identity, compiled=False), shards, windows, tmp_path, 4, lambda tokens: None)
+    write_json(tmp_path / MANIFEST, manifest_of(identity, "", "", tmp_path))
+    found = distances(model, TeacherCache(tmp_path, identity, windows), shards, windows, rows=2)
+    tokens = read_batch(shards, windows, 16).tokens
+    with torch.no_grad():
+        p, q = (torch.log_softmax(of.logits(of.hidden(tokens)).double(), -1) for of in (teacher, model))
+    dense = {"fkl": (p.exp() * (p - q)).sum(-1).mean(), "rkl": (q.exp() * (q - p)).sum(-1).mean()}
+    for name, value in dense.items():
+        assert 0 < found[name] <= float(value) * (1 + 2e-3)
+        assert ids < N_VOCAB or found[name] == pytest.approx(float(value), rel=2e-3)
+    itself = distances(teacher, TeacherCache(tmp_path, identity, windows), shards, windows, rows=2)
+    assert all(abs(value) < 1e-3 for value in itself.values())
 
 
 def test_alpha_zero_distills_to_the_continued_control_bit_for_bit(shards, tmp_path):
