@@ -68,7 +68,7 @@ def test_rows_come_back_as_they_were_written_and_a_new_one_replaces_its_run(tmp_
         (lambda text: text[: len(text) - 40], "line 3: "),
         (
             lambda text: text.removesuffix("1.0\n") + "one\n",
-            "line 3: student_minus_control_ood_bpb_high: 'one' is no number",
+            "line 3: student_minus_continued_centred_mean_high: 'one' is no number",
         ),
         (lambda text: text.replace("run,", "ran,", 1), "line 1: other columns"),
         (lambda text: "", "line 1: other columns"),

@@ -18,7 +18,7 @@ from microlm.errors import UserError, keeping
 from microlm.files import sha256_json
 from microlm.research.study.grid import Grid, Run, resolve
 from microlm.research.study.repository import CLONE, FOLDER, DvcQueue, Pipeline, commit_of, prepare
-from microlm.research.study.results import MEASURED, NUMBERS, OUTSIDE, Row, add_rows, read_results
+from microlm.research.study.results import MEASURED, NUMBERS, OPTIONAL, OUTSIDE, Row, add_rows, read_results
 from microlm.runtime.terminal import progress_bar
 
 POLL_S = 1.0
@@ -238,7 +238,6 @@ def differences(recorded: Iterable[Row], fresh: Iterable[Row]) -> list[str]:
 
 def row_of(run: Run, task: Task, metrics: Mapping[str, Any], code: str) -> Row:
     """The row of a finished run, of `DvcQueue.metrics`. KeyError if these lack an entry."""
-    measured = MEASURED | OUTSIDE if "ood_bpb" in metrics["summary"]["student"] else MEASURED
     return {
         "run": run.slug,
         "group": run.group,
@@ -248,5 +247,15 @@ def row_of(run: Run, task: Task, metrics: Mapping[str, Any], code: str) -> Row:
         "settings": task.settings,
         "code": code,
         **{name: getattr(task.config, name) for name in ("scale", "init", "objective", "alpha", "seed")},
-        **{column: round(functools.reduce(operator.getitem, place, metrics), 6) for column, place in measured.items()},
+        **{column: _number(metrics, place) for column, place in MEASURED.items()},
+        **{column: _number(metrics, place) for column, place in OPTIONAL.items() if _has(metrics, place)},
     }
+
+
+def _number(metrics: Mapping[str, Any], place: Sequence[str]) -> float:
+    return round(functools.reduce(operator.getitem, place, metrics), 6)
+
+
+def _has(metrics: Mapping[str, Any], place: Sequence[str]) -> bool:
+    *path, last = place
+    return last in functools.reduce(lambda block, key: block.get(key, {}), path, metrics)

@@ -41,11 +41,23 @@ OUTSIDE = {
     **{f"{model}_ood_bpb": ("summary", model, "ood_bpb") for model in SCORED_MODELS},
     **{f"{pair}_ood_bpb{end}": ("summary", pair, f"ood_bpb{end}") for pair in PAIRS for end in ENDS},
 }
-"""Last in a file, and only where some run was scored on text of another kind; blank cells of a row without are NaN."""
+"""Of runs that were scored on text of another kind."""
+OPTIONAL = {
+    **OUTSIDE,
+    "start_fkl": ("student", "start_fkl"),
+    "start_rkl": ("student", "start_rkl"),
+    **{f"{model}_centred_mean": ("summary", model, "centred_mean") for model in SCORED_MODELS},
+    **{
+        f"student_minus_continued_{score}{end}": ("summary", "student_minus_continued", score + end)
+        for score in ("gold_bpb", "centred_mean")
+        for end in ENDS
+    },
+}
+"""Last in a file, each only where some run has it; blank cells of a row without are NaN."""
 NUMBERS = ("alpha", "seed", *MEASURED)
 RECORDED = (*LABELS, *NUMBERS)
 """What every file has."""
-COLUMNS = (*RECORDED, *OUTSIDE)
+COLUMNS = (*RECORDED, *OPTIONAL)
 AGAINST_CONTINUED, AGAINST_CONTROL = "student_minus_continued_val_bpb", "student_minus_control_val_bpb"
 SIGNIFICANT = 1 - CONFIDENCE
 
@@ -60,18 +72,19 @@ def read_results(path: Path) -> list[Row]:
         return []
     except UnicodeDecodeError as error:
         raise _damaged(path, f"not text: {error}") from None
-    if not lines or tuple(lines[0]) not in (RECORDED, COLUMNS):
+    header = tuple(lines[0]) if lines else ()
+    if header != (*RECORDED, *(column for column in OPTIONAL if column in header)):
         raise _damaged(path, "line 1: other columns than this version writes")
     rows = []
     for number, cells in enumerate(lines[1:], start=2):
         if len(cells) != len(lines[0]):
             raise _damaged(path, f"line {number}: {len(cells)} cells in place of {len(lines[0])}")
-        row = dict.fromkeys(OUTSIDE, "") | dict(zip(lines[0], cells))
-        for column in (*NUMBERS, *OUTSIDE):
+        row = dict.fromkeys(OPTIONAL, "") | dict(zip(lines[0], cells))
+        for column in (*NUMBERS, *OPTIONAL):
             try:
                 # as it was written, so that a row is written again as it was read
                 number_of = int if row[column].lstrip("-").isdigit() else float
-                row[column] = math.nan if column in OUTSIDE and not row[column] else number_of(row[column])
+                row[column] = math.nan if column in OPTIONAL and not row[column] else number_of(row[column])
             except ValueError:
                 raise _damaged(path, f"line {number}: {column}: {row[column]!r} is no number") from None
         rows.append(row)
@@ -90,7 +103,7 @@ def add_rows(path: Path, fresh: Sequence[Row]) -> None:
     by_run = {row["run"]: row for row in (*read_results(path), *fresh)}
     # a NaN is a blank cell
     rows = [{column: cell for column, cell in by_run[run].items() if cell == cell} for run in sorted(by_run)]
-    columns = COLUMNS if any(column in row for row in rows for column in OUTSIDE) else RECORDED
+    columns = [*RECORDED, *(column for column in OPTIONAL if any(column in row for row in rows))]
     with atomic_file(path, "w") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
