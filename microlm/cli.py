@@ -41,10 +41,11 @@ MicroLM: does distillation pay for a small language model? From a clone to a ver
 
   make setup && . .venv/bin/activate      the environment, once
   dvc repro                               run what is stale: teacher's cache, three models, scores, verdict
-  python -m stages.compare --show         the table again, and what it allows one to say
+  plots/report.html                       its page: verdict, table, curves, samples (open it in a browser)
   dvc exp run -S alpha=0.2                the same with another parameter; all of them are in params.yaml
   dvc metrics diff, dvc plots diff        that against the last commit: numbers, curves
   microlm evaluate models/student         any model's benchmarks; then microlm compare A B, microlm references
+  microlm generate, microlm export        what models write, side by side; one for the hub or for llama.cpp
   microlm plan --scale gpt2-124m          hours, memory and money of a larger run, before it is run
   make study                              the arms over three seeds
 
@@ -134,8 +135,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from microlm.evaluation.results.store import model_slug
 
     names = list(map(normal_name, arguments.models))
-    for name in names:
-        refuse_absent_folder(without_revision(name)[0], "MODEL: ")
     refuse_repetition("MODEL", [model_slug(without_revision(name)[0]) for name in names])
     gathered = _gathered(arguments)
     if len(names) > 1:  # a mistake in the last model is told before the first one is scored

@@ -60,6 +60,13 @@ def test_a_folder_has_what_others_need_and_no_more(tmp_path: Path) -> None:
     assert contents(out) == there
 
 
+def test_a_card_of_other_weights_does_not_travel_with_these(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(STUDENT, source)
+    (source / "README.md").write_text(f"---\nweights_sha256: {'0' * 64}\n---\n# A student\n")
+    assert "README.md: is of other weights than" in told(microlm("export", source, "--out", out)) and not out.exists()
+
+
 def test_what_is_there_and_is_something_else_stays(tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "model.gguf"
     exported(STUDENT, "--out", out, "--gguf", file)

@@ -90,10 +90,13 @@ def _write_folder(candidate: "Candidate", out: Path, gguf: Path | None, dtype: s
 
 def _fill(folder: Path, candidate: "Candidate") -> None:
     from microlm.evaluation.candidates import PACKAGED
-    from microlm.models.model_files import save_student
+    from microlm.models.model_files import is_ours, save_student
+    from microlm.report.model_card import refuse_other_weights
 
     source = Path(candidate.name)
     if source.is_dir():
+        if is_ours(source):
+            refuse_other_weights(source)
         for path in source.iterdir():
             if path.is_file() and path.suffix in PUBLISHED and path.name not in LEFT:
                 shutil.copyfile(path, folder / path.name)

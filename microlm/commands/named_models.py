@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from microlm.errors import UserError
+from microlm.models.model_names import refuse_absent_folder
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,8 @@ HELP = "a model directory, a hub id[@revision] or packaged"
 
 
 def normal_name(name: str) -> str:
-    """A folder's name without what says nothing, e.g. a slash at its end."""
+    """A folder's name without what says nothing, e.g. a slash at its end. UserError where a folder is not there."""
+    refuse_absent_folder(without_revision(name)[0], "MODEL: ")
     return os.path.normpath(name) if os.path.isdir(name) else name
 
 

@@ -58,21 +58,36 @@ def card_of(folder: Path) -> str | None:
     """The folder's model card; None where it has none.
 
     Raises:
-        UserError: it is of other weights than those beside it, or says of none; it must not travel with them.
+        UserError: it is of other weights than those beside it, or says of none.
     """
     path = folder / CARD
     if not path.is_file():
         return None
+    if _weights_named(path) != weights_sha256(folder):
+        raise _other_weights(folder)
+    return path.read_text(encoding="utf-8")
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """UserError where the card names other weights than those beside it, and must not travel with them. One that a
+    person wrote names none.
+    """
+    path = folder / CARD
+    if path.is_file() and _weights_named(path) not in (None, weights_sha256(folder)):
+        raise _other_weights(folder)
+
+
+def _weights_named(card: Path) -> str | None:
     from huggingface_hub import metadata_load
 
     try:
-        text = path.read_text(encoding="utf-8")
-        named = (metadata_load(path) or {}).get("weights_sha256")
+        return (metadata_load(card) or {}).get("weights_sha256")
     except (ValueError, YAMLError) as error:
-        raise UserError(f"{path}: not readable as a model card ({' '.join(str(error).split())}); {AGAIN}") from None
-    if named != weights_sha256(folder):
-        raise UserError(f"{path}: is of other weights than {folder / WEIGHTS}; remove it, or {AGAIN}")
-    return text
+        raise UserError(f"{card}: not readable as a model card ({' '.join(str(error).split())}); {AGAIN}") from None
+
+
+def _other_weights(folder: Path) -> UserError:
+    return UserError(f"{folder / CARD}: is of other weights than {folder / WEIGHTS}; remove it, or {AGAIN}")
 
 
 def stale_cards(summary: Mapping[str, Any]) -> list[str]:
