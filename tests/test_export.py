@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from microlm.files import SUMS, check_sums
-from microlm.models.gguf_format import read_gguf_llama
+from microlm.models.gguf_models import GgufFile
 from tests.support.other_tokenizers import write_teacher
 from tests.support.soak import LONG
 from tests.support.tiny_candidates import microlm, repository
@@ -108,7 +108,7 @@ def test_a_gguf_is_named_after_model_and_type_and_holds_both(tmp_path: Path) -> 
 
 def test_a_model_of_others_is_written_too(tmp_path: Path) -> None:
     exported("models/llama", "--gguf", tmp_path / "llama.gguf", "--dtype", "float32")
-    read, tokens = read_gguf_llama(tmp_path / "llama.gguf", torch.float32), torch.arange(20)[None]
+    read, tokens = GgufFile(tmp_path / "llama.gguf").network(torch.float32), torch.arange(20)[None]
     network = AutoModelForCausalLM.from_pretrained("models/llama")
     with torch.inference_mode():
         theirs = network(tokens).logits[..., : read.config.vocab_size]
@@ -158,6 +158,6 @@ def test_the_packaged_teacher_is_written_with_the_logits_that_it_has(tmp_path: P
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
-        read = read_gguf_llama(tmp_path / "t.gguf", torch.float32)(tokens).logits
+        read = GgufFile(tmp_path / "t.gguf").network(torch.float32)(tokens).logits
         folder = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
     assert torch.equal(read, folder)

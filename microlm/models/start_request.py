@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from microlm.corpus.parts import GEMMA3_MODEL
 from microlm.errors import ParameterError, UserError
 from microlm.models.architecture import COUNTS, FAMILIES, ModelShape, shape_of
 from microlm.parameters import ScaleConfig, StartConfig
@@ -41,6 +42,11 @@ def check_start(kind: str, at: ScaleConfig) -> None:
         raise ParameterError(
             f"corpus.tokenizer: {tokenizer} is not the teacher's, and a student that starts "
             f"from its teacher ({kind}) needs the same; set it to {PACKAGED_TOKENIZER}, or start to fresh"
+        )
+    if teacher == GEMMA3_MODEL:
+        raise ParameterError(
+            f"teacher.model: {teacher} reads SentencePiece's tokens, no corpus has them, and a student that starts "
+            f"from its teacher ({kind}) needs the same; set start to fresh"
         )
     known = _known(teacher)
     if known is None:

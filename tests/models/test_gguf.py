@@ -18,7 +18,8 @@ from microlm.errors import UserError
 from microlm.evaluation.samples import PROMPTS as SAMPLED
 from microlm.models.architecture import FAMILIES, ModelShape, RopeScaling
 from microlm.models.gguf_export import AS_WIDE, write_gguf
-from microlm.models.gguf_format import halves_apart, halves_interleaved, read_gguf_llama
+from microlm.models.gguf_format import halves_apart, halves_interleaved
+from microlm.models.gguf_models import GgufFile
 from microlm.models.model_files import as_transformers, load_student
 from microlm.models.student import StudentLM
 from tests.support.clones import ROOT
@@ -103,7 +104,7 @@ def test_a_file_reads_back_to_the_same_tensors(
 def test_a_llama_that_was_written_is_read_to_the_same_logits(tmp_path: Path) -> None:
     model = tiny("llama", short_tokenizer(), kv_heads=2, head_dim=16)
     write_gguf(tmp_path / "model.gguf", model, short_tokenizer(), "tiny", "float32")
-    read, tokens = read_gguf_llama(tmp_path / "model.gguf", torch.float32), torch.arange(40)[None]
+    read, tokens = GgufFile(tmp_path / "model.gguf").network(torch.float32), torch.arange(40)[None]
     with torch.inference_mode():
         torch.testing.assert_close(read(tokens).logits, model.logits(model.hidden(tokens)), rtol=0, atol=1e-5)
 

@@ -10,7 +10,7 @@ from microlm.config import load_config
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
 from microlm.evaluation.candidates import PACKAGED, load_candidate
-from microlm.models.gguf_format import read_gguf_llama
+from microlm.models.gguf_models import GgufFile
 from microlm.models.model_files import TransformersModel
 from microlm.models.teacher_source import PACKAGED_TEACHER, PackagedTeacher, teacher_source
 from microlm.parameters import TeacherConfig
@@ -64,7 +64,7 @@ def test_a_truncated_teacher_is_refused_in_one_line(packaged, tmp_path):
     broken = tmp_path / "model.gguf"
     broken.write_bytes(packaged[1].read_bytes()[: 10**7])
     with pytest.raises(UserError, match=r"model.gguf: not a whole GGUF file .*fetch it again") as error:
-        read_gguf_llama(broken, torch.float32)
+        GgufFile(broken).network(torch.float32)
     assert "\n" not in str(error.value)
 
 
@@ -106,9 +106,9 @@ def test_a_head_that_is_more_than_a_matrix_is_refused():
         TransformersModel(network, 90).refuse_unusual_head("capped")
 
 
-@pytest.mark.parametrize(("revision", "told"), [(None, "has no revision"), ("0" * 40, "the hub did not give it")])
+@pytest.mark.parametrize(("revision", "told"), [(None, "has no revision"), ("0" * 40, "is no model directory")])
 def test_a_teacher_that_is_not_there_is_refused_by_its_key(tmp_path, revision, told):
-    with pytest.raises(UserError, match=rf"params.yaml: teacher.model: .*nowhere .*{told}") as error:
+    with pytest.raises(UserError, match=rf"params.yaml: teacher.model: .*nowhere.*{told}") as error:
         teacher_source(TeacherConfig(str(tmp_path / "nowhere"), revision, "cache", "full", 8, [1.0], 10, 1)).load(
             torch.float32
         )

@@ -30,6 +30,7 @@ HARMLESS = {
     "microlm/config.py": "refuses, never computes; every stage runs after `check`, which names it",
     "microlm/runtime/terminal.py": "banner and progress bar",
     "microlm/corpus/parts.py": "fetch names it; what it extracts is an input of the others",
+    "microlm/corpus/wheels.py": "as parts.py",
     "microlm/corpus/tokenizer.py": "tokenize names it; ids are held against the reference, the shards name them",
     "microlm/corpus/tokenizer_format.py": "as tokenizer.py",
     "microlm/errors.py": "words for people",
@@ -52,7 +53,10 @@ MATTERS_TO = {
     "microlm/runtime/distributed.py": {*TRAININGS, "teacher", "evaluate"},  # the others run in one process
     "microlm/models/teacher_source.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
     "microlm/models/gguf_format.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
+    "microlm/models/gguf_models.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
     "microlm/models/transformers_model.py": {"start", "teacher", "distill", "evaluate", "probe", "ledger"},
+    "microlm/corpus/metaspace.py": {"teacher", "distill", "evaluate"},  # of a teacher that the others refuse
+    "microlm/corpus/metaspace_format.py": {"teacher", "distill", "evaluate"},
     "microlm/teacher/cache.py": {"teacher", "select", "distill", "probe", "ledger"},
     "microlm/teacher/records.py": {"teacher", "select", "distill", "probe", "ledger"},
     "microlm/teacher/capture.py": {"teacher"},

@@ -13,8 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from microlm.config import Config
+from microlm.corpus.parts import GEMMA3_MODEL, OPT_IN, PARTS
 from microlm.corpus.tokenizer import build_tokenizer
 from microlm.errors import UserError
 from microlm.files import read_json, read_yaml
@@ -376,7 +378,32 @@ def test_objective_that_samples_is_not_planned() -> None:
 
 
 def test_known_teachers_are_those_of_the_scales() -> None:
-    assert {configured(scale).at.teacher.model for scale in SCALES} == set(KNOWN_TEACHERS)
+    assert {configured(scale).at.teacher.model for scale in SCALES} | {GEMMA3_MODEL} == set(KNOWN_TEACHERS)
+
+
+def test_gemma_is_planned_as_it_is_built_and_its_projected_records_as_they_are_laid_out() -> None:
+    shape, config = KNOWN_TEACHERS[GEMMA3_MODEL], configured("laptop")
+    built = Gemma3TextConfig(
+        vocab_size=shape.padded_vocab,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.intermediate_size,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=shape.attention_width // 4,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        assert shape.parameters == shape.multiplied == Gemma3ForCausalLM(built).num_parameters()
+    plain = make_plan(config, Machine())
+    teacher = replace(config.at.teacher, model=GEMMA3_MODEL)
+    planned = make_plan(replace(config, start="fresh", at=replace(config.at, teacher=teacher)), Machine())
+    # ids and log-probabilities at each temperature, and a mark
+    assert planned["cache_bytes_per_token"] == 2 * (64 * (2 + 2) + 4) + 1 + 4
+    assert planned["cache_bytes_per_token"] > plain["cache_bytes_per_token"]
+    fetched = 2 * sum(PARTS[name].bytes for name in OPT_IN)
+    assert planned["bytes"]["data/parts"] - plain["bytes"]["data/parts"] == fetched
+    assert "teacher's weights" not in planned["bytes"]
 
 
 def test_docs_show_the_page() -> None:

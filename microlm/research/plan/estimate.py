@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from microlm.config import PARAMS, Config, config_of, load_config
-from microlm.corpus.parts import PARTS, SMOLLM2, needed_parts
+from microlm.corpus.parts import GEMMA3_MODEL, OPT_IN, PARTS, SMOLLM2, needed_parts
 from microlm.corpus.shards import HEADER, token_dtype
 from microlm.errors import UserError
 from microlm.evaluation.tasks.benchmarks import configured_benchmarks
@@ -17,11 +17,13 @@ from microlm.models.student import parameter_count
 from microlm.parameters import OptimizationConfig
 from microlm.research.plan.sizes import Sizes
 from microlm.teacher.capture import TABLE_WINDOWS
-from microlm.teacher.recorders import GROUPS, HEAD_ROWS
+from microlm.teacher.recorders import GROUPS, HEAD_ROWS, head_rows
 from microlm.training.memory import FLOAT32, LIBRARIES_BYTES, Precision, optimizer_bytes, training_memory
 
 HELLASWAG_TOKENS = 174  # that a question costs, its context read once: mean over every tenth question, OLMo's tokens
 HELLASWAG_QUESTIONS = 10_042
+WEIGHT_PARTS = {"packaged": (SMOLLM2,), GEMMA3_MODEL: OPT_IN}  # by packaged teacher
+GEMMA3_TOKENIZER_BYTES = 630_000_000  # of 262,144 pieces and 513,511 merges, and the file's metadata
 MEASURED = Path(__file__).parents[3] / "bench" / "gpu"
 AGAIN = "delete it, or measure again: make gpu"
 
@@ -203,7 +205,7 @@ def _storage(sizes: Sizes) -> dict[str, int]:
         "models/student": weights + beside,
         "checkpoint": 2 * (weights + moments),
     }
-    local = at.teacher.model == "packaged" or Path(at.teacher.model).is_dir()
+    local = at.teacher.model in WEIGHT_PARTS or Path(at.teacher.model).is_dir()
     # published in float32 more often than not
     return found if local else found | {"teacher's weights": FLOAT32 * sizes.teacher.parameters}
 
@@ -212,11 +214,13 @@ def _memory(sizes: Sizes, gpus: int) -> dict[str, dict[str, int]]:
     """By stage. `cpu` is the process's resident set without a GPU, `mapped` the file pages that come on top of it."""
     config, runtime = sizes.config, sizes.config.at.runtime
     found, loading = _held(sizes, gpus, "cuda"), 0
-    if config.at.teacher.model == "packaged":  # its file, float32 tensors, and their copy
+    if weights := WEIGHT_PARTS.get(config.at.teacher.model):  # their file, float32 tensors, and their copy
         held = FLOAT32 + Precision.of(runtime).activation_bytes
-        loading = PARTS[SMOLLM2].bytes + held * sizes.teacher.parameters
+        loading = sum(PARTS[name].bytes for name in weights) + held * sizes.teacher.parameters
     for name, one in _held(sizes, 1, "cpu").items():
         own = max(one["total"], loading) if name == "teacher" or "teacher" in one else one["total"]
+        if config.at.teacher.model == GEMMA3_MODEL and name == "teacher":
+            own += GEMMA3_TOKENIZER_BYTES
         found[name]["cpu"] = own + LIBRARIES_BYTES[runtime.compile == "auto"]
     if config.distills and config.at.teacher.source == "cache":
         found["distill"]["mapped"] = sizes.cache_bytes("cache")
@@ -235,10 +239,14 @@ def _held(sizes: Sizes, gpus: int, device: str) -> dict[str, dict[str, int]]:
         return training_memory(at.batch, precision, sizes.student, of.optimizer, gpus, ids, device, of.average)
 
     def teacher(rows: int) -> dict[str, int]:
+        head = padded * (a * shape.hidden_size + logit * HEAD_ROWS[device])
+        if at.teacher.model == GEMMA3_MODEL:  # projected: logits, the same in float32, over a temperature, and softmax
+            ids = shape.padded_vocab
+            head = ids * (a + 3 * FLOAT32) * head_rows(device, ids)
         held = {
             "weights": a * shape.parameters,
             "activations": a * rows * at.batch.seq_len * (4 * shape.hidden_size + 3 * shape.intermediate_size),
-            "head": padded * (a * shape.hidden_size + logit * HEAD_ROWS[device]),
+            "head": head,
         }
         return {**held, "total": sum(held.values())}
 

@@ -2,13 +2,14 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from microlm.config import PARAMS, Config
 from microlm.corpus.outside import MOST_TOKENS
+from microlm.corpus.parts import GEMMA3_MODEL
 from microlm.corpus.sources import CORPUS, OUTSIDE, matching_files
 from microlm.corpus.tokenizer import json_tokenizer
 from microlm.errors import UserError
@@ -51,6 +52,7 @@ VOCABULARIES = {
 }
 KNOWN_TEACHERS = {
     "packaged": TeacherShape(134_515_008, 134_515_008, 30, 576, 576, 1536, 49_152),
+    GEMMA3_MODEL: TeacherShape(268_098_176, 268_098_176, 18, 640, 1024, 2048, 262_144),
     "allenai/OLMo-1B-hf": TeacherShape(1_176_764_416, 1_176_764_416, 16, 2048, 2048, 8192, 50_304),
 }
 
@@ -80,7 +82,8 @@ class Sizes:
         self.teacher_forward = forward_flops(teacher.multiplied, teacher.layers, teacher.attention_width, self._seq_len)
         layout = (at.teacher.top_k, tuple(at.teacher.temperatures), at.teacher.record)
         # whose cache it is stays open
-        self.cache = CacheIdentity("", None, "", self.vocabulary.size, "", self._seq_len, self.labelled, *layout)
+        cache = CacheIdentity("", None, "", self.vocabulary.size, "", self._seq_len, self.labelled, *layout)
+        self.cache = replace(cache, teacher_tokenizer="its own") if at.teacher.model == GEMMA3_MODEL else cache
 
     def windows(self, tokens: int) -> int:
         return max(0, tokens - 1) // self._seq_len
