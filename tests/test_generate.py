@@ -126,7 +126,8 @@ def test_stdin_that_is_no_utf_8_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     assert "--prompt: is not UTF-8 from character 3 on" in told(microlm("generate", "models/student", "--prompt", "-"))
 
 
-LONG = ("generate", "models/student", "--prompt", PROMPT, "--max-new-tokens", "240")
+# so much that a machine that is slow to signal or to close is still in time
+LONG = ("generate", "models/student", *("--prompt", PROMPT) * 100, "--max-new-tokens", "240")
 
 
 def process(*arguments: str, **streams: Any) -> subprocess.Popen[Any]:
