@@ -107,8 +107,8 @@ def _how(arm: Arm, summary: Summary) -> str:
     return _bullets(
         [
             f"First weights: {_start(arm)}.",
-            f"Training: from `{arm.begins}`, {row['tokens']:,} tokens in {training['steps']:,} steps{before}, which is "
-            f"{training['epochs']:g} times its windows.",
+            f"Training: from `{arm.begins}`, {row['tokens']:,} tokens in {training['steps']:,} steps (epochs over its "
+            f"windows: {training['epochs']:g}){before}.",
             f"Loss: {_loss(arm)}.",
             f"Seed: {arm.top['seed']}.",
         ]
@@ -235,7 +235,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".")  # this folder
 tokenizer = AutoTokenizer.from_pretrained(".")
-inputs = tokenizer("The city of Rome", return_tensors="pt")
+inputs = tokenizer(tokenizer.bos_token + "The city of Rome", return_tensors="pt")  # every document began so
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```"""
 
