@@ -189,6 +189,7 @@ class Forked:
 
 def serve(address: str, ahead: Iterable[str]) -> None:
     """Import `ahead`, then fork for every client, until pytest's first process is gone."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # what our programs set before these imports
     for name in ahead:
         importlib.import_module(name)
     gc.collect()

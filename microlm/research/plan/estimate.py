@@ -214,9 +214,8 @@ def _memory(sizes: Sizes, gpus: int) -> dict[str, dict[str, int]]:
     """By stage. `cpu` is the process's resident set without a GPU, `mapped` the file pages that come on top of it."""
     config, runtime = sizes.config, sizes.config.at.runtime
     found, loading = _held(sizes, gpus, "cuda"), 0
-    if weights := WEIGHT_PARTS.get(config.at.teacher.model):  # their file, float32 tensors, and their copy
-        held = FLOAT32 + Precision.of(runtime).activation_bytes
-        loading = sum(PARTS[name].bytes for name in weights) + held * sizes.teacher.parameters
+    if config.at.teacher.model in WEIGHT_PARTS:  # float32 tensors, and their copy; the file's pages come and go
+        loading = (FLOAT32 + Precision.of(runtime).activation_bytes) * sizes.teacher.parameters
     for name, one in _held(sizes, 1, "cpu").items():
         own = max(one["total"], loading) if name == "teacher" or "teacher" in one else one["total"]
         if config.at.teacher.model == GEMMA3_MODEL and name == "teacher":
