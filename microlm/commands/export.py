@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from microlm.commands.named_models import HELP, load_named, normal_name, without_revision
 from microlm.errors import UserError, plain
 from microlm.files import atomic_directory, atomic_file, sha256_file, write_sums
+from microlm.runtime.paths import CARD
 
 if TYPE_CHECKING:
     from microlm.corpus.tokenizer import Tokenizer
@@ -17,11 +18,9 @@ if TYPE_CHECKING:
     from microlm.models.student import StudentLM
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # and how files of GGUF are named after them
-CARD = "README.md"
 # what a published folder holds; an optimizer's moments are for a continuation here alone
 PUBLISHED = (".json", ".safetensors", ".md", ".txt", ".jinja")
 LEFT = ("optimizer.safetensors",)
-PACKAGED_LICENCE = "apache-2.0"  # SmolLM2's, see ATTRIBUTION.md
 MEND = "export another model"
 
 
@@ -121,9 +120,11 @@ def _other(path: Path) -> UserError:
 def _write_gguf(candidate: "Candidate", path: Path, dtype: str) -> None:
     from microlm.evaluation.candidates import PACKAGED
     from microlm.models.gguf_export import write_gguf
+    from microlm.report.licences import teacher_work
 
     student, tokenizer = _parts(candidate)
-    licence = PACKAGED_LICENCE if candidate.name == PACKAGED else _licence(Path(candidate.name))
+    packaged = candidate.name == PACKAGED
+    licence = teacher_work(PACKAGED).licence if packaged else _licence(Path(candidate.name))
     write_gguf(path, student, tokenizer, _title(candidate.name), dtype, _ends(candidate, tokenizer), licence)
 
 
